@@ -1,0 +1,122 @@
+"""The Dirac weight, and convolutions that carry it.
+
+A Dirac convolution learns the difference from the identity, in the weight instead of in the data flow:
+
+    W_hat = diag(alpha) * I + diag(beta) * W / ||W||
+
+(Zagoruyko and Komodakis, DiracNets, arXiv 1706.00388, section 3). `dirac_weight` is that formula; the layers
+DiracConv1d, DiracConv2d and DiracConv3d are `torch.nn` convolutions whose effective weight it is, and
+`fold()` turns each into the plain convolution that computes the same. Depends on torch alone.
+"""
+import torch
+from torch import nn
+
+ALPHA, BETA = 1.0, 0.1  # where the learned scales start (version 2 of the paper)
+
+
+def dirac_weight(weight, alpha, beta, groups=1):
+    """The weight of a Dirac convolution, differentiable in all three tensors.
+
+    Args:
+        weight: (out, in / groups, *kernel), any number of kernel dimensions.
+        alpha: (out,), the scale of the identity; beta: (out,), the scale of the normalized weight.
+        groups: as of the convolution; the identity is then one block per group.
+
+    Returns:
+        (out, in / groups, *kernel): row i of the delta, as `torch.nn.init.dirac_` builds it, times alpha[i], plus
+        beta[i] times the filter i divided by its l2 norm. Where out > in (per group), the rows beyond have no
+        delta. A filter of zeros stays zeros, and its gradient is that of a filter of norm 1.
+    """
+    norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)  # (out,)
+    scale = beta / torch.where(norm > 0, norm, 1)
+    effective = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+    # Only the diagonal of the central tap receives alpha: adding there saves building and reading a delta tensor.
+    centre = tuple(size // 2 for size in weight.shape[2:])
+    taps = effective[(slice(None), slice(None), *centre)].unflatten(0, (groups, -1))  # (groups, out / groups, in / groups)
+    diagonal = taps.diagonal(dim1=1, dim2=2)  # (groups, n)
+    diagonal.add_(alpha.unflatten(0, (groups, -1))[:, :diagonal.shape[1]])
+    return effective
+
+
+class _DiracConv:
+    """What the three layers share; comes before the `torch.nn` convolution among the bases."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        like_weight = {'device': self.weight.device, 'dtype': self.weight.dtype}
+        self.alpha = nn.Parameter(torch.empty(self.out_channels, **like_weight))
+        self.beta = nn.Parameter(torch.empty(self.out_channels, **like_weight))
+        self._reset_scales()
+
+    def reset_parameters(self):
+        """Initialize as torch's convolutions are, and the scales to 1.0 and 0.1."""
+        super().reset_parameters()
+        if hasattr(self, 'alpha'):  # the base class calls this before there are scales
+            self._reset_scales()
+
+    def _reset_scales(self):
+        nn.init.constant_(self.alpha, ALPHA)
+        nn.init.constant_(self.beta, BETA)
+
+    def dirac_weight(self):
+        """The effective weight, (out, in / groups, *kernel)."""
+        return dirac_weight(self.weight, self.alpha, self.beta, self.groups)
+
+    def forward(self, input):
+        return self._conv_forward(input, self.dirac_weight(), self.bias)
+
+    @torch.no_grad()
+    def fold(self):
+        """The plain convolution of the same arguments, device, dtype and mode that computes the same."""
+        plain = self.plain_class(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.groups,
+            self.bias is not None, self.padding_mode, device='meta', dtype=self.weight.dtype)
+        # Folding happens once and is read for ever: double precision costs nothing here.
+        weight = dirac_weight(self.weight.double(), self.alpha.double(), self.beta.double(), self.groups)
+        plain.weight = nn.Parameter(weight.to(self.weight.dtype))
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().clone())
+        return plain.train(self.training)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        # The original's modules keep the identity as a buffer. Ours is implied, so a stored one must agree with it.
+        delta = state_dict.pop(prefix + 'delta', None)
+        if delta is not None and not self._is_delta(delta):
+            error_msgs.append(f'{prefix}delta is not the identity of this layer, a Dirac delta of shape {tuple(self.weight.shape)}')
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _is_delta(self, delta):
+        if delta.shape != self.weight.shape:
+            return False
+        return delta.is_meta or torch.equal(delta, nn.init.dirac_(torch.empty_like(delta), self.groups))
+
+    def extra_repr(self):
+        text = super().extra_repr()
+        if not self.alpha.is_meta:
+            text += f', alpha={self.alpha.detach().mean():.3g}, beta={self.beta.detach().mean():.3g}'
+        return text
+
+
+class DiracConv1d(_DiracConv, nn.Conv1d):
+    """A 1-d convolution with the Dirac weight. Arguments, in their order, are those of `torch.nn.Conv1d`.
+
+    Input (N, in, L), output (N, out, L'). Parameters: weight, bias, and alpha and beta, (out,) each; give the last
+    two no weight decay (with it both collapse to zero, paper section 3). repr shows their means.
+    """
+    plain_class = nn.Conv1d
+
+
+class DiracConv2d(_DiracConv, nn.Conv2d):
+    """A 2-d convolution with the Dirac weight. Arguments, in their order, are those of `torch.nn.Conv2d`.
+
+    Input (N, in, H, W), output (N, out, H', W'). Parameters as of DiracConv1d.
+    """
+    plain_class = nn.Conv2d
+
+
+class DiracConv3d(_DiracConv, nn.Conv3d):
+    """A 3-d convolution with the Dirac weight. Arguments, in their order, are those of `torch.nn.Conv3d`.
+
+    Input (N, in, D, H, W), output (N, out, D', H', W'). Parameters as of DiracConv1d.
+    """
+    plain_class = nn.Conv3d
