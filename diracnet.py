@@ -245,9 +245,8 @@ def layout_of(params):
             depth = {tuple(2 * n for n in counts): depth for depth, counts in IMAGENET_BLOCKS.items()}[tuple(per_group)]
         else:
             depth = 3 * per_group[0] + 4
-        # Of the truncated widths the last is the finest: it determines the others.
-        found = Layout(form, depth, fc.shape[1] / BASE_WIDTHS[form][-1], stem.shape[1], fc.shape[0])
-        found = Layout(**{**vars(found), 'width': int(found.width) if found.width == int(found.width) else found.width})
+        width = fc.shape[1] / BASE_WIDTHS[form][-1]  # of the truncated widths the last is the finest: it determines the others
+        found = Layout(form, depth, int(width) if width.is_integer() else width, stem.shape[1], fc.shape[0])
         expected = {f'{prefix}conv{suffix}': (found.widths[0], found.in_channels, stem.shape[-1], stem.shape[-1])}
         expected.update({f'{prefix}{name}.conv{suffix}': (out, inside, 3, 3)
                          for group in found.groups for name, inside, out in group})

@@ -1,5 +1,5 @@
 """Networks that DiracNets are compared with, defined like them as f, params."""
-from diracnet import define_chain, layout
+from diracnet import define_chain, define_diracnet, layout
 
 
 def define_plain(depth, width, dataset, *, num_classes=None, in_channels=None):
@@ -8,3 +8,6 @@ def define_plain(depth, width, dataset, *, num_classes=None, in_channels=None):
     Arguments, returns and errors are those of `define_diracnet`; params has no alpha and no beta.
     """
     return define_chain(layout(depth, width, dataset, num_classes, in_channels), dirac=False)
+
+
+MODELS = {'diracnet': define_diracnet, 'plain': define_plain}  # what --model names

@@ -1,0 +1,28 @@
+"""How a user's mistake ends: one line on standard error, exit status 1 or 2, no traceback."""
+import sys
+
+
+class UserError(Exception):
+    """Bad data, file or environment. The message names the thing, its value and the remedy, in one line."""
+    status = 1
+
+
+class OptionError(UserError):
+    """A command line that can't be done."""
+    status = 2
+
+
+def run(main, name):
+    """Run a program's `main()` and exit with its status."""
+    try:
+        status = main()
+    except UserError as error:
+        print(f'{name}: {" ".join(str(error).split())}', file=sys.stderr)
+        status = error.status
+    except BrokenPipeError:  # the reader of our output (head, say) has seen enough
+        sys.stderr.close()
+        status = 1
+    except KeyboardInterrupt:
+        print(f'{name}: interrupted', file=sys.stderr)
+        status = 130
+    sys.exit(status)

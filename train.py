@@ -1,0 +1,433 @@
+"""Train a DiracNet, or a network it is compared with, on CIFAR, ImageNet or another of the data sets.
+
+    python train.py --dataset digits
+
+trains DiracNet-16-1 on scikit-learn's 8 x 8 digits, nothing to download. See README.md for what to expect of each data set.
+
+    python train.py --save ./logs/diracnets_$RANDOM$RANDOM --depth 34 --width 2
+    python train.py --dataroot ~/ILSVRC2012/ --dataset ImageNet --depth 18 --save ./logs/diracnet_$RANDOM$RANDOM \\
+                    --batchSize 256 --epoch_step [30,60,90] --epochs 100 --weightDecay 0.0001 --lr_decay_ratio 0.1
+    python train.py --resume logs/RUN           # go on with a run that was stopped
+    python train.py --evaluate logs/RUN         # test a checkpoint
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import data
+from diracnet import DATASETS, Network
+from errors import OptionError, UserError, run
+from resnet import MODELS
+
+DTYPES = {'float': torch.float32, 'double': torch.float64}
+
+# What an option is where the command line doesn't say. CIFAR's and ImageNet's values are the paper's; those of digits and
+# FashionMNIST were chosen on a hold-out of their training samples.
+CIFAR = {'depth': 16, 'epochs': 200, 'epoch_step': [60, 120, 160], 'lr': 0.1, 'lr_decay_ratio': 0.2, 'weight_decay': 5e-4,
+         'batch_size': 128, 'randomcrop_pad': 4}
+RECIPES = {
+    'CIFAR10': CIFAR, 'CIFAR100': CIFAR, 'SVHN': CIFAR,
+    'FashionMNIST': {**CIFAR, 'epochs': 60, 'epoch_step': [20, 40, 50], 'randomcrop_pad': 2},
+    'digits': {**CIFAR, 'epochs': 60, 'epoch_step': [30, 45, 55], 'batch_size': 64, 'randomcrop_pad': 0},
+    'ImageNet': {**CIFAR, 'depth': 18, 'epochs': 100, 'epoch_step': [30, 60, 90], 'lr_decay_ratio': 0.1, 'weight_decay': 1e-4,
+                 'batch_size': 256, 'randomcrop_pad': 0},
+}
+GENERAL = {'model': 'diracnet', 'width': 1, 'dataset': 'CIFAR10', 'dataroot': './data', 'imagenetpath': '~/ILSVRC2012',
+           'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1}
+# Where a resumed run may differ from the one that was stopped: nothing of it changes what is computed.
+FREE_ON_RESUME = {'resume', 'save', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'device', 'cuda', 'gpu_id'}
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def number(kind, least, exclusive=False):
+    """An argparse type: int or float, finite, not below `least`."""
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value) or value < least or (exclusive and value == least):
+            raise argparse.ArgumentTypeError(f'{text} must be {"more than" if exclusive else "at least"} {least}')
+        return value
+    parse.__name__ = {int: 'whole number', float: 'number'}[kind]
+    return parse
+
+
+def epoch_list(text):
+    try:
+        steps = json.loads(text)
+    except ValueError:
+        steps = None
+    if not isinstance(steps, list) or not all(type(step) is int and step > 0 for step in steps) or steps != sorted(steps):
+        raise argparse.ArgumentTypeError(f'{text} must be a JSON list of rising epochs, as [60,120,160]')
+    return steps
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        raise OptionError(f'{message} (see {self.prog} --help)')
+
+
+def build_parser():
+    # Defaults stay None here: what was given is told apart from what a data set's recipe or a resumed run fills in.
+    parser = OneLineParser(prog='train.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                           allow_abbrev=False)
+    network = parser.add_argument_group('network')
+    network.add_argument('--model', choices=MODELS, help='diracnet (default), or plain: the same chain without the Dirac term')
+    network.add_argument('--depth', type=number(int, 1), help='6n + 4, ImageNet 18 or 34 (default 16, ImageNet 18)')
+    network.add_argument('--width', type=number(float, 0, True), help='factor of the channels (default 1)')
+    network.add_argument('--dtype', choices=DTYPES, help='floating point type of everything (default float)')
+    sets = parser.add_argument_group('data')
+    sets.add_argument('--dataset', choices=DATASETS, help='default CIFAR10; digits needs no download')
+    sets.add_argument('--dataroot', help='folder of the data, downloaded to there where possible (default ./data)')
+    sets.add_argument('--imagenetpath', help='folder with train/ and val/ of ImageNet, where --dataroot is not given '
+                                             '(default ~/ILSVRC2012)')
+    sets.add_argument('--nthread', type=number(int, 0), help='processes that decode JPEGs (default 4; small images need none)')
+    sets.add_argument('--randomcrop_pad', type=number(int, 0), help='reflection around a small image before its random crop, in '
+                                                                    'pixels (default 4, FashionMNIST 2, digits 0)')
+    sets.add_argument('--holdout', type=number(int, 0), metavar='N', help='test on the last N training samples instead of the test '
+                                                                          'set, and train on the others (to select by)')
+    training = parser.add_argument_group('training')
+    training.add_argument('--epochs', type=number(int, 1))
+    training.add_argument('--epoch_step', type=epoch_list, metavar='[E,...]', help='epochs, counted from 1, at whose beginning '
+                                                                                  'the learning rate falls')
+    training.add_argument('--lr', type=number(float, 0), help='learning rate (default 0.1)')
+    training.add_argument('--lr_decay_ratio', type=number(float, 0, True), help='factor of each fall')
+    training.add_argument('--batch_size', '--batchSize', type=number(int, 1))
+    training.add_argument('--weight_decay', '--weightDecay', type=number(float, 0), help='on tensors of more than one dimension, and '
+                                                                                       'on no others')
+    training.add_argument('--seed', type=number(int, 0), help='of initialization, order and augmentation (default 1)')
+    runs = parser.add_argument_group('runs')
+    runs.add_argument('--save', metavar='DIR', help='folder of the run, made here (default logs/DATASET-MODEL-DEPTH-WIDTH-TIME)')
+    runs.add_argument('--resume', metavar='RUN', help="go on with a stopped run, by its folder or model.pt7; its options hold")
+    runs.add_argument('--evaluate', metavar='CHECKPOINT', help="test a run's folder, model.pt7 or state dict, and exit")
+    devices = parser.add_argument_group('device')
+    devices.add_argument('--device', help='cpu, cuda, cuda:1, ... (default cuda if there is one, else cpu)')
+    devices.add_argument('--cuda', action='store_true', default=None, help='the same as --device cuda')
+    devices.add_argument('--gpu_id', help='the CUDA device to use, by its number')
+    devices.add_argument('--ngpu', type=number(int, 1), help='GPUs to share each batch (default 1)')
+    return parser
+
+
+def complete(given, stored=None):
+    """All options: those given, over those of the run that is resumed, over the data set's recipe."""
+    options = {**GENERAL, **RECIPES[given.get('dataset') or (stored or GENERAL)['dataset']], **(stored or {})}
+    for name, value in given.items():
+        if stored is not None and name not in FREE_ON_RESUME and stored.get(name, value) != value:
+            raise OptionError(f'--{name} is {json.dumps(value)}, but the run to resume has {json.dumps(stored[name])}; leave the option '
+                              'out to go on with it, or start a new run')
+        options[name] = value
+    if options['dataset'] == 'ImageNet' and 'dataroot' not in given and (stored is None or 'imagenetpath' in given):
+        options['dataroot'] = options['imagenetpath']
+    return options
+
+
+def choose_device(options):
+    """The torch device that --device, --cuda, --gpu_id and --ngpu ask for. Raises OptionError if it isn't there."""
+    there = torch.cuda.device_count()
+    name = options.get('device') or ('cuda' if options.get('cuda') or options.get('gpu_id') or there else 'cpu')
+    if options.get('gpu_id') is not None and name == 'cuda':
+        name = f'cuda:{options["gpu_id"]}'
+    try:
+        device = torch.device(name)
+        if device.type == 'cuda' and (device.index or 0) >= there:
+            raise OptionError(f'{name} is not on this machine, which has {there} CUDA devices; --device cpu works everywhere')
+        torch.empty(1, device=device).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise OptionError(f'--device {name} is no device that can be used here; --device cpu works everywhere') from None
+    for flag in ('cuda', 'gpu_id'):
+        if options.get(flag) is not None and device.type != 'cuda':
+            raise OptionError(f'--{flag} contradicts --device {name}; give one of them')
+    if options['ngpu'] > (there if device.type == 'cuda' else 1):
+        raise OptionError(f'--ngpu {options["ngpu"]}: this machine has {there} CUDA devices to share a batch')
+    return device
+
+
+# --- network and optimizer -------------------------------------------------------------------------------------------
+
+
+def decayed(tensor):
+    """Weight decay is for tensors of more than one dimension: with it, alpha and beta would collapse to zero."""
+    return tensor.ndim > 1
+
+
+def parameter_table(module, weight_decay):
+    """Lines of name, shape and whether decayed, of every parameter; the last has their number."""
+    named = list(module.named_parameters())
+    wide = max(len(name) for name, _ in named)
+    lines = [f'{name:{wide}}  {"x".join(map(str, tensor.shape)):>15}  {f"decay {weight_decay:g}" if decayed(tensor) else "-"}'
+             for name, tensor in named]
+    return [*lines, f'{sum(tensor.numel() for _, tensor in named):,} parameters']
+
+
+def make_optimizer(module, options):
+    groups = [{'params': [p for p in module.parameters() if decayed(p)], 'weight_decay': options['weight_decay']},
+              {'params': [p for p in module.parameters() if not decayed(p)], 'weight_decay': 0.0}]
+    return torch.optim.SGD(groups, lr=options['lr'], momentum=0.9)
+
+
+def learning_rate(options, epoch):
+    """Of an epoch, counted from 1: a function of where one is. The optimizer goes on with its momentum at a step (the
+    original made a new one, so that its momentum restarted)."""
+    return options['lr'] * options['lr_decay_ratio'] ** sum(epoch >= step for step in options['epoch_step'])
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+class Tally:
+    """Loss and top-k accuracy over an epoch in torchnet's meters, fed in chunks: a GPU is not waited for at every step."""
+    CHUNK = 20  # batches
+
+    def __init__(self, num_classes):
+        from torchnet.meter import AverageValueMeter, ClassErrorMeter
+        self.topk = sorted({1, min(5, num_classes)})
+        self.loss = AverageValueMeter()
+        self.accuracy = ClassErrorMeter(topk=self.topk, accuracy=True)
+        self.pending = []
+
+    def reset(self):
+        self.loss.reset()
+        self.accuracy.reset()
+        self.pending.clear()
+
+    def add(self, loss, logits, targets):
+        self.pending.append((loss.detach(), logits.detach(), targets))
+        if len(self.pending) >= self.CHUNK:
+            self.flush()
+
+    def flush(self):
+        for loss, logits, targets in self.pending:
+            self.loss.add(loss.item() * len(targets), len(targets))
+            self.accuracy.add(logits.float(), targets)
+        self.pending.clear()
+
+    def values(self):
+        """Mean loss, and the percentages of top-1 and top-5 (or as many as there are classes)."""
+        self.flush()
+        return self.loss.value()[0], self.accuracy.value(self.topk[0]), self.accuracy.value(self.topk[-1])
+
+
+class Progress:
+    """tqdm's bar over the images of an epoch, with loss, accuracy, images/s and remaining time. Quiet where no one looks."""
+
+    def __init__(self, label, n, tally):
+        from tqdm import tqdm
+        # disable=None: no bar where the output is no terminal
+        self.bar = tqdm(total=n, desc=label, unit='img', unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
+        self.tally, self.shown = tally, 0.0
+
+    def update(self, n):
+        if not self.bar.disable and time.monotonic() - self.shown > 0.5:
+            self.shown = time.monotonic()
+            loss, top1, _ = self.tally.values()
+            self.bar.set_postfix_str(f'loss {loss:.3f}, acc {top1:.1f} %', refresh=False)
+        self.bar.update(n)
+
+    def close(self):
+        self.bar.close()
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def run_folder(options, resumed):
+    """Make the run's folder. An existing run is never overwritten."""
+    default = (f'logs/{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}-'
+               f'{datetime.now():%Y%m%d-%H%M%S}')
+    folder = Path(options.get('save') or (resumed.path.parent if resumed else default)).expanduser()
+    if not (resumed and folder.exists() and folder.samefile(resumed.path.parent)):
+        for name in ('log.txt', checkpoint.FILE_NAME):
+            if (folder / name).exists():
+                raise OptionError(f'{folder} holds a run already; --resume {folder} goes on with it, another --save makes a new one')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--save {folder} can not be made ({error.strerror})') from None
+    return folder
+
+
+def record_command(folder, arguments, device):
+    """Append to run.json how this run was called, and on what: command, versions, commit, device, threads."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40'], cwd=here, capture_output=True,
+                                text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # not a checkout, or no git
+    from importlib.metadata import version
+    packages = ('torch', 'torchvision', 'torchnet', 'opencv-python', 'tqdm', 'numpy')
+    entry = {'command': shlex.join(['python', 'train.py', *arguments]), 'time': datetime.now().isoformat(timespec='seconds'),
+             'commit': commit, 'python': platform.python_version(), 'versions': {name: version(name) for name in packages},
+             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type} ({platform.machine()})',
+             'threads': torch.get_num_threads()}
+    path = folder / 'run.json'
+    entries = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*entries, entry], indent=1) + '\n')
+
+
+def read_log(folder, epoch):
+    """The lines of log.txt up to an epoch."""
+    path = folder / 'log.txt'
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in lines if json.loads(line.removeprefix('json_stats: '))['epoch'] <= epoch]
+
+
+def train(options, arguments, resumed, device):
+    from torchnet.engine import Engine
+    dtype = DTYPES[options['dtype']]
+    source = data.load(options['dataset'], options['dataroot'])
+    if options['holdout']:
+        source = source.holdout(options['holdout'])
+    batches = {mode: source.batches(mode, batch_size=options['batch_size'], device=device, seed=options['seed'],
+                                    pad=options['randomcrop_pad'], workers=options['nthread']) for mode in (True, False)}
+
+    torch.manual_seed(options['seed'])
+    definition = {'depth': options['depth'], 'width': options['width'], 'dataset': options['dataset'],
+                  'num_classes': len(source.classes), 'in_channels': source.preprocessing.channels}
+    try:
+        module = Network(*MODELS[options['model']](**definition))
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    if resumed:
+        checkpoint.load_params(module, resumed.params, resumed.path)
+    module.to(device, dtype)
+    optimizer = make_optimizer(module, options)
+    if resumed:
+        optimizer.load_state_dict(resumed.optimizer)
+    table = parameter_table(module, options['weight_decay'])
+    print('\n'.join(table))
+
+    folder = run_folder(options, resumed)
+    log = read_log(resumed.path.parent, resumed.epoch) if resumed else []
+    record_command(folder, arguments, device)
+    (folder / 'log.txt').write_text(''.join(line + '\n' for line in log))
+    print(f'{options["model"]}-{options["depth"]}-{options["width"]:g} on {options["dataset"]}, {batches[True].n} training and '
+          f'{batches[False].n} {"held-out training" if options["holdout"] else "test"} images, {device}, in {folder}')
+
+    engine, tally = Engine(), Tally(len(source.classes))
+    n_parameters = sum(p.numel() for p in module.parameters())
+    clock = {}
+
+    def network(sample):
+        inputs, targets = sample
+        logits = parallel(module, inputs.to(dtype), options['ngpu'])
+        return F.cross_entropy(logits, targets), logits
+
+    def on_start(state):
+        if state['train']:
+            state['epoch'] = resumed.epoch if resumed else 0
+
+    def on_sample(state):
+        clock['n'] = len(state['sample'][1])
+
+    def on_start_epoch(state):
+        epoch = state['epoch'] + 1
+        batches[True].epoch = epoch
+        for group in optimizer.param_groups:
+            group['lr'] = learning_rate(options, epoch)
+        start_pass(f'epoch {epoch}/{state["maxepoch"]}', training=True)
+
+    def start_pass(label, training):
+        module.train(training)
+        tally.reset()
+        clock['progress'] = Progress(label, batches[training].n, tally)
+        clock['start'] = time.perf_counter()
+
+    def end_pass():
+        clock['progress'].close()
+        values = tally.values()
+        return (*values, time.perf_counter() - clock['start'])
+
+    def on_forward(state):
+        tally.add(state['loss'], state['output'], state['sample'][1])
+        clock['progress'].update(clock['n'])
+
+    def on_end_epoch(state):
+        train_loss, train_acc, train_top5, train_time = end_pass()
+        if not math.isfinite(train_loss):
+            raise UserError(f'the loss is {train_loss} in epoch {state["epoch"]}: the run stops; the last good checkpoint is that of '
+                            f'epoch {state["epoch"] - 1}; a smaller --lr may help')
+        start_pass('test', training=False)
+        with torch.inference_mode():
+            engine.test(network, batches[False])
+        test_loss, test_acc, test_top5, test_time = end_pass()
+        stats = {**options, 'train_loss': train_loss, 'train_acc': train_acc, 'train_top5': train_top5, 'test_loss': test_loss,
+                 'test_acc': test_acc, 'test_top5': test_top5, 'epoch': state['epoch'], 'num_classes': len(source.classes),
+                 'n_parameters': n_parameters, 'train_time': train_time, 'test_time': test_time}
+        with open(folder / 'log.txt', 'a') as file:
+            file.write(f'json_stats: {json.dumps(stats)}\n')
+        checkpoint.save(folder / checkpoint.FILE_NAME, {
+            'params': {key: tensor.detach().cpu() for key, tensor in module.params().items()}, 'epoch': state['epoch'],
+            'optimizer': optimizer.state_dict(), 'options': options, 'network': {'model': options['model'], **definition},
+            'classes': list(source.classes), 'preprocessing': source.preprocessing.as_dict()})
+        print(f'epoch {state["epoch"]}/{state["maxepoch"]}: train loss {train_loss:.4f}, accuracy {train_acc:.2f} %; test loss '
+              f'{test_loss:.4f}, accuracy {test_acc:.2f} %, top-{tally.topk[-1]} {test_top5:.2f} %; {train_time + test_time:.1f} s',
+              flush=True)
+
+    engine.hooks.update(on_start=on_start, on_start_epoch=on_start_epoch, on_sample=on_sample, on_forward=on_forward,
+                        on_end_epoch=on_end_epoch)
+    engine.train(network, batches[True], options['epochs'], optimizer)
+    print(f'done: {folder}')
+
+
+def parallel(module, inputs, ngpu):
+    if ngpu == 1:
+        return module(inputs)
+    return torch.nn.parallel.data_parallel(module, inputs, range(ngpu))
+
+
+def evaluate(options, found, device):
+    """Test a checkpoint on its data set's test images, and print what its log would say, as one JSON line."""
+    module = found.module().to(device, DTYPES[options['dtype']])
+    source = data.load(options['dataset'], options['dataroot'])
+    batches = source.batches(False, batch_size=options['batch_size'], device=device, workers=options['nthread'])
+    tally = Tally(len(source.classes))
+    progress = Progress('test', batches.n, tally)
+    with torch.inference_mode():
+        for inputs, targets in batches:
+            logits = module(inputs.to(DTYPES[options['dtype']]))
+            tally.add(F.cross_entropy(logits, targets), logits, targets)
+            progress.update(len(targets))
+    progress.close()
+    loss, top1, top5 = tally.values()
+    print('json_stats: ' + json.dumps({'checkpoint': str(found.path), 'dataset': options['dataset'], 'test_loss': loss,
+                                       'test_acc': top1, 'test_top5': top5, 'n': batches.n}))
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    given = {name: value for name, value in vars(build_parser().parse_args(arguments)).items() if value is not None}
+    if 'evaluate' in given:
+        found = checkpoint.load(given.pop('evaluate'))
+        if found.network is None:
+            raise UserError(f'{found.path} holds no network that is known here')
+        for name in ('model', 'depth', 'width', 'dataset'):
+            if given.get(name, found.network[name]) != found.network[name]:
+                raise OptionError(f'--{name} is {given[name]}, but {found.path} is of {found.network[name]}')
+        stored = {name: value for name, value in found.options.items() if name not in ('device', 'cuda', 'gpu_id', 'ngpu')}
+        options = complete(given, {**GENERAL, **RECIPES[found.network['dataset']], **found.network, **stored, **given})
+        return evaluate(options, found, choose_device(options))
+    resumed = checkpoint.load(given['resume']) if 'resume' in given else None
+    if resumed and (resumed.optimizer is None or not resumed.options):
+        raise UserError(f'{resumed.path} can be tested (--evaluate) but not resumed: it has no optimizer or no options')
+    options = complete(given, resumed and {k: v for k, v in resumed.options.items() if k not in ('resume', 'save', 'device', 'cuda', 'gpu_id')})
+    options['width'] = int(options['width']) if options['width'] == int(options['width']) else options['width']
+    if resumed and resumed.epoch >= options['epochs']:
+        raise OptionError(f'{resumed.path} has all its {resumed.epoch} epochs; a larger --epochs extends the run')
+    train(options, arguments, resumed, choose_device(options))
+
+
+if __name__ == '__main__':
+    run(main, 'train.py')
