@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from diracnet import DATASETS
-from errors import UserError
+from errors import OptionError, UserError
 
 DIGITS = tuple('0123456789')
 FASHION = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
@@ -73,10 +73,10 @@ class Data:
     def holdout(self, n):
         """This data set with the last n training samples (in order) for a test set, for whoever needs to select."""
         if isinstance(self.train, ImageFolder):
-            raise UserError(f'--holdout is for small images; {self.name} is a folder of files')
+            raise OptionError(f'--holdout is for small images; {self.name} is a folder of files')
         images, targets = self.train
         if not 0 < n < len(images):
-            raise UserError(f'--holdout {n}: {self.name} has {len(images)} training samples; hold out fewer, and at least 1')
+            raise OptionError(f'--holdout {n}: {self.name} has {len(images)} training samples; hold out fewer, and at least 1')
         return replace(self, train=(images[:-n], targets[:-n]), test=(images[-n:], targets[-n:]))
 
 
@@ -233,7 +233,7 @@ class MemoryBatches:
 
     def __init__(self, images, targets, preprocessing, batch_size, *, device='cpu', seed=0, shuffle=False, pad=0, flip=False):
         if pad >= min(images.shape[1:3]):
-            raise UserError(f'--randomcrop_pad {pad}: reflection needs images of more than {pad} pixels, '
+            raise OptionError(f'--randomcrop_pad {pad}: reflection needs images of more than {pad} pixels, '
                             f'and these have {min(images.shape[1:3])}; choose a smaller one')
         self.images, self.targets = images.to(device), targets.to(device)
         self.preprocessing, self.batch_size = preprocessing, batch_size

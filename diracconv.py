@@ -8,6 +8,8 @@ A Dirac convolution learns the difference from the identity, in the weight inste
 DiracConv1d, DiracConv2d and DiracConv3d are `torch.nn` convolutions whose effective weight it is, and
 `fold()` turns each into the plain convolution that computes the same. Depends on torch alone.
 """
+import inspect
+
 import torch
 from torch import nn
 
@@ -40,6 +42,9 @@ def dirac_weight(weight, alpha, beta, groups=1):
 
 class _DiracConv:
     """What the three layers share; comes before the `torch.nn` convolution among the bases."""
+
+    def __init_subclass__(cls):
+        cls.__signature__ = inspect.signature(cls.plain_class)  # the arguments are torch's, and help() says so
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

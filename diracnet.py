@@ -309,7 +309,7 @@ class DiracNet(nn.Module):
         net = cls.__new__(cls)
         nn.Module.__init__(net)
         net._build(layout_of(state_dict))
-        net.load_state_dict(state_dict)
+        net.to(state_dict['fc.weight'].dtype).load_state_dict(state_dict)
         return net
 
     def _build(self, layout):

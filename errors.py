@@ -1,4 +1,5 @@
 """How a user's mistake ends: one line on standard error, exit status 1 or 2, no traceback."""
+import argparse
 import sys
 
 
@@ -10,6 +11,16 @@ class UserError(Exception):
 class OptionError(UserError):
     """A command line that can't be done."""
     status = 2
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are OptionErrors, and which takes no abbreviated flags; its description keeps its lines."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise OptionError(f'{message} (see python {self.prog} --help)')
 
 
 def run(main, name):

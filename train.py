@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import checkpoint
 import data
 from diracnet import DATASETS, Network
-from errors import OptionError, UserError, run
+from errors import OneLineParser, OptionError, UserError, run
 from resnet import MODELS
 
 DTYPES = {'float': torch.float32, 'double': torch.float64}
@@ -47,7 +47,9 @@ RECIPES = {
 GENERAL = {'model': 'diracnet', 'width': 1, 'dataset': 'CIFAR10', 'dataroot': './data', 'imagenetpath': '~/ILSVRC2012',
            'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1}
 # Where a resumed run may differ from the one that was stopped: nothing of it changes what is computed.
-FREE_ON_RESUME = {'resume', 'save', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'device', 'cuda', 'gpu_id'}
+FREE_ON_RESUME = {'resume', 'save', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'device', 'cuda', 'gpu_id', 'ngpu'}
+
+BOUND_TO_MACHINE = ('device', 'cuda', 'gpu_id', 'ngpu')  # not taken over from a checkpoint
 
 
 # --- options ---------------------------------------------------------------------------------------------------------
@@ -74,15 +76,9 @@ def epoch_list(text):
     return steps
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise OptionError(f'{message} (see {self.prog} --help)')
-
-
 def build_parser():
     # Defaults stay None here: what was given is told apart from what a data set's recipe or a resumed run fills in.
-    parser = OneLineParser(prog='train.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                           allow_abbrev=False)
+    parser = OneLineParser(prog='train.py', description=__doc__)
     network = parser.add_argument_group('network')
     network.add_argument('--model', choices=MODELS, help='diracnet (default), or plain: the same chain without the Dirac term')
     network.add_argument('--depth', type=number(int, 1), help='6n + 4, ImageNet 18 or 34 (default 16, ImageNet 18)')
@@ -243,7 +239,7 @@ class Progress:
 
 
 def run_folder(options, resumed):
-    """Make the run's folder. An existing run is never overwritten."""
+    """The run's folder, not made yet. An existing run is never overwritten."""
     default = (f'logs/{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}-'
                f'{datetime.now():%Y%m%d-%H%M%S}')
     folder = Path(options.get('save') or (resumed.path.parent if resumed else default)).expanduser()
@@ -251,10 +247,6 @@ def run_folder(options, resumed):
         for name in ('log.txt', checkpoint.FILE_NAME):
             if (folder / name).exists():
                 raise OptionError(f'{folder} holds a run already; --resume {folder} goes on with it, another --save makes a new one')
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--save {folder} can not be made ({error.strerror})') from None
     return folder
 
 
@@ -287,6 +279,7 @@ def read_log(folder, epoch):
 def train(options, arguments, resumed, device):
     from torchnet.engine import Engine
     dtype = DTYPES[options['dtype']]
+    folder = run_folder(options, resumed)
     source = data.load(options['dataset'], options['dataroot'])
     if options['holdout']:
         source = source.holdout(options['holdout'])
@@ -309,7 +302,10 @@ def train(options, arguments, resumed, device):
     table = parameter_table(module, options['weight_decay'])
     print('\n'.join(table))
 
-    folder = run_folder(options, resumed)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'--save {folder} can not be made ({error.strerror})') from None
     log = read_log(resumed.path.parent, resumed.epoch) if resumed else []
     record_command(folder, arguments, device)
     (folder / 'log.txt').write_text(''.join(line + '\n' for line in log))
@@ -385,7 +381,7 @@ def train(options, arguments, resumed, device):
 def parallel(module, inputs, ngpu):
     if ngpu == 1:
         return module(inputs)
-    return torch.nn.parallel.data_parallel(module, inputs, range(ngpu))
+    return torch.nn.parallel.data_parallel(module, inputs, list(range(ngpu)))
 
 
 def evaluate(options, found, device):
@@ -413,16 +409,20 @@ def main(arguments=None):
         found = checkpoint.load(given.pop('evaluate'))
         if found.network is None:
             raise UserError(f'{found.path} holds no network that is known here')
+        # A bare state dict fits every data set of its form, channels and classes: there the command line may choose.
+        if not found.preprocessing and DATASETS[given.get('dataset', 'CIFAR10')] == DATASETS[found.network['dataset']]:
+            found.network['dataset'] = given.get('dataset', found.network['dataset'])
         for name in ('model', 'depth', 'width', 'dataset'):
             if given.get(name, found.network[name]) != found.network[name]:
                 raise OptionError(f'--{name} is {given[name]}, but {found.path} is of {found.network[name]}')
-        stored = {name: value for name, value in found.options.items() if name not in ('device', 'cuda', 'gpu_id', 'ngpu')}
+        stored = {name: value for name, value in found.options.items() if name not in BOUND_TO_MACHINE}
         options = complete(given, {**GENERAL, **RECIPES[found.network['dataset']], **found.network, **stored, **given})
         return evaluate(options, found, choose_device(options))
     resumed = checkpoint.load(given['resume']) if 'resume' in given else None
     if resumed and (resumed.optimizer is None or not resumed.options):
         raise UserError(f'{resumed.path} can be tested (--evaluate) but not resumed: it has no optimizer or no options')
-    options = complete(given, resumed and {k: v for k, v in resumed.options.items() if k not in ('resume', 'save', 'device', 'cuda', 'gpu_id')})
+    options = complete(given, resumed and {name: value for name, value in resumed.options.items()
+                                         if name not in (*BOUND_TO_MACHINE, 'resume', 'save')})
     options['width'] = int(options['width']) if options['width'] == int(options['width']) else options['width']
     if resumed and resumed.epoch >= options['epochs']:
         raise OptionError(f'{resumed.path} has all its {resumed.epoch} epochs; a larger --epochs extends the run')

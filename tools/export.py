@@ -5,18 +5,14 @@
 The .pth is a dict: `state_dict` (of diracnet.DiracNet), and what rebuilds it: `network` (depth, width, dataset, num_classes,
 in_channels), `classes`, `preprocessing`. diracnet.DiracNet.from_state_dict makes the module.
 """
-import argparse
 from pathlib import Path
 
 import checkpoint
-from errors import OptionError, UserError, run
-from tools.predict import option_error
+from errors import OneLineParser, OptionError, UserError, run
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog='tools.export', description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = option_error(parser)
+    parser = OneLineParser(prog='-m tools.export', description=__doc__)
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help="a run's folder, its model.pt7 or a state dict")
     parser.add_argument('out', metavar='OUT.pth', type=Path)
     parser.add_argument('--force', action='store_true', help='replace OUT if it exists')

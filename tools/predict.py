@@ -5,7 +5,6 @@
 CHECKPOINT is a run's folder, its model.pt7, or a state dict, folded or not. For each image (folders stand for the images in
 them) the most probable classes are printed, or with --json one JSON line.
 """
-import argparse
 import json
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 import checkpoint
 import data
-from errors import OptionError, UserError, run
+from errors import OneLineParser, OptionError, UserError, run
 
 
 def preprocessing_of(found, dataset=None):
@@ -44,9 +43,7 @@ def predict(found, files, preprocessing, batch_size=64):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog='tools.predict', description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = option_error(parser)
+    parser = OneLineParser(prog='-m tools.predict', description=__doc__)
     parser.add_argument('checkpoint', metavar='CHECKPOINT')
     parser.add_argument('images', metavar='IMAGE', nargs='+')
     parser.add_argument('--top', type=int, default=5, metavar='K', help='classes to print for each image (default 5)')
@@ -66,12 +63,6 @@ def main(arguments=None):
             print(json.dumps({'image': str(file), 'classes': [name for name, _ in top], 'probabilities': [value for _, value in top]}))
         else:
             print(f'{file}: ' + ', '.join(f'{name} {100 * value:.1f} %' for name, value in top))
-
-
-def option_error(parser):
-    def error(message):
-        raise OptionError(f'{message} (see python -m {parser.prog} --help)')
-    return error
 
 
 if __name__ == '__main__':
