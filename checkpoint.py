@@ -11,6 +11,7 @@ A run's `model.pt7` is a dict of
 """
 import os
 import pickle
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def load(path):
     except OSError as error:
         raise UserError(f'{path} can not be read ({error.strerror})') from None
     except pickle.UnpicklingError as error:
-        if 'Unsupported' in str(error):
+        if re.search('GLOBAL |Can only (create|build)|unrecognized function', str(error)):
             raise UserError(f'{path} is refused: it holds more than tensors and plain values, so loading it could run code') from None
         raise UserError(f'{path} is no checkpoint of PyTorch, or a broken one') from None
     except Exception as error:  # torch raises many kinds for a file that is cut or of random bytes

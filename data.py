@@ -284,6 +284,7 @@ IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.ti
 def read_image(path):
     """An image file as RGB uint8 (H, W, 3), by OpenCV. Raises UserError if it can't be read or is none."""
     import cv2
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a broken file is told by the error below; OpenCV's own remarks would stand in its way
     try:
         content = np.fromfile(path, np.uint8)
     except OSError as error:
@@ -333,13 +334,16 @@ def random_crop(image, size, random):
 def _folders(root):
     """train/ and val/ with a folder of images for each class, as ImageNet is kept; classes are the folders of train/."""
     from torchvision.datasets.folder import find_classes, make_dataset
-    try:
-        classes, to_index = find_classes(root / 'train')
-        sets = [ImageFolder(make_dataset(str(root / part), to_index, extensions=IMAGE_SUFFIXES), train=part == 'train')
-                for part in ('train', 'val')]
-    except OSError as error:
-        raise UserError(f'no images in folders under {root}: put train/CLASS/*.jpg and val/CLASS/*.jpg there, or name their '
-                        f'place with --dataroot ({_reason(error)}) {NO_DOWNLOAD_HINT}') from None
+    sets = []
+    for part in ('train', 'val'):
+        try:
+            if part == 'train':
+                classes, to_index = find_classes(root / part)
+            samples = make_dataset(str(root / part), to_index, extensions=IMAGE_SUFFIXES)
+        except OSError as error:
+            raise UserError(f'no images in folders under {root / part} ({_reason(error)}): put {part}/CLASS/*.jpg under {root}, or name '
+                            f'another place with --dataroot {NO_DOWNLOAD_HINT}') from None
+        sets.append(ImageFolder(samples, train=part == 'train'))
     return sets, classes
 
 
@@ -356,7 +360,10 @@ class ImageFolder(torch.utils.data.Dataset):
     def __getitem__(self, where):
         seed, epoch, index = where
         path, target = self.samples[index]
-        image = read_image(path)
+        try:
+            image = read_image(path)
+        except UserError as error:  # exceptions come out of worker processes with a traceback for a message
+            return str(error), target
         if self.train:
             image = random_crop(image, self.preprocessing.image_size, np.random.default_rng((seed, epoch, 1, index)))
         else:
@@ -364,9 +371,21 @@ class ImageFolder(torch.utils.data.Dataset):
         return torch.from_numpy(np.ascontiguousarray(image)), target
 
 
-def _start_worker(_):
+def _collate(items):
+    """(images, targets), or for a broken file its error message."""
+    images, targets = zip(*items)
+    for image in images:
+        if isinstance(image, str):
+            return image
+    return torch.stack(images), torch.tensor(targets)
+
+
+def _single_opencv_thread(*_):
+    """The workers are the parallelism. Called before they are forked, too: a child that inherits OpenCV's pool of threads,
+    without the threads, would wait for them for ever."""
     import cv2
-    cv2.setNumThreads(1)  # the workers are the parallelism
+    if cv2.getNumThreads() != 1:
+        cv2.setNumThreads(1)
 
 
 class FolderBatches:
@@ -385,10 +404,15 @@ class FolderBatches:
         order = range(self.n)
         if self.folder.train:
             order = np.random.default_rng((self.seed, self.epoch, 0)).permutation(self.n).tolist()
+        _single_opencv_thread()
         loader = torch.utils.data.DataLoader(
             self.folder, batch_size=self.batch_size, sampler=[(self.seed, self.epoch, index) for index in order],
-            num_workers=self.workers, worker_init_fn=_start_worker, pin_memory=self.device.type == 'cuda')
-        for images, targets in loader:
+            collate_fn=_collate, num_workers=self.workers,
+            worker_init_fn=_single_opencv_thread, pin_memory=self.device.type == 'cuda')
+        for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            images, targets = batch
             images = images.to(self.device, non_blocking=True)
             yield normalize(images, self.preprocessing), targets.to(self.device, non_blocking=True)
 

@@ -40,7 +40,7 @@ CIFAR = {'depth': 16, 'epochs': 200, 'epoch_step': [60, 120, 160], 'lr': 0.1, 'l
 RECIPES = {
     'CIFAR10': CIFAR, 'CIFAR100': CIFAR, 'SVHN': CIFAR,
     'FashionMNIST': {**CIFAR, 'epochs': 60, 'epoch_step': [20, 40, 50], 'randomcrop_pad': 2},
-    'digits': {**CIFAR, 'epochs': 60, 'epoch_step': [30, 45, 55], 'batch_size': 64, 'randomcrop_pad': 0},
+    'digits': {**CIFAR, 'epochs': 60, 'epoch_step': [30, 45, 55], 'weight_decay': 2e-3, 'batch_size': 32, 'randomcrop_pad': 0},
     'ImageNet': {**CIFAR, 'depth': 18, 'epochs': 100, 'epoch_step': [30, 60, 90], 'lr_decay_ratio': 0.1, 'weight_decay': 1e-4,
                  'batch_size': 256, 'randomcrop_pad': 0},
 }

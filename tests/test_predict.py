@@ -1,0 +1,79 @@
+"""Predict and export: from a run, and from what is exported of it."""
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import data
+from conftest import python
+from diracnet import DiracNet
+from tools import export, predict
+
+
+@pytest.fixture(scope='module')
+def digit_files(tmp_path_factory):
+    """The first 40 test digits as PNG files, named by their class."""
+    folder = tmp_path_factory.mktemp('digits')
+    images, targets = data.load('digits', '.').test
+    for i in range(40):
+        cv2.imwrite(str(folder / f'{i:02}-{targets[i]}.png'), images[i].numpy())
+    return folder
+
+
+def test_classifies_files(digits_run, digit_files, tmp_path, call):
+    result = call(export.main, digits_run, tmp_path / 'new' / 'digits.pth')
+    assert result.status == 0 and '171,754 parameters' in result.out
+    bare = tmp_path / 'bare.pth'
+    torch.save(torch.load(tmp_path / 'new' / 'digits.pth', weights_only=True)['state_dict'], bare)
+    outputs = []
+    for path, options in ((digits_run, ()), (digits_run / 'model.pt7', ()), (tmp_path / 'new' / 'digits.pth', ()),
+                          (bare, ('--dataset', 'digits'))):
+        result = call(predict.main, path, digit_files, '--json', *options)
+        lines = [json.loads(line) for line in result.out.splitlines()]
+        assert len(lines) == 40
+        right = sum(line['image'].endswith(f'-{line["classes"][0]}.png') for line in lines)
+        assert right >= 34  # the network has seen other writers, and tests at about 95 %
+        for line in lines:
+            assert len(line['classes']) == 5 and line['probabilities'] == sorted(line['probabilities'], reverse=True)
+            assert sum(line['probabilities']) <= 1 + 1e-6
+        outputs.append([line['classes'][0] for line in lines])
+    assert all(output == outputs[0] for output in outputs)
+
+
+def test_text_output_and_enlarged_image(digits_run, digit_files, tmp_path):
+    first = sorted(digit_files.iterdir())[0]
+    image = cv2.resize(cv2.imread(str(first)), (80, 80), interpolation=cv2.INTER_NEAREST)
+    cv2.imwrite(str(tmp_path / 'large.png'), image)
+    result = python('-m', 'tools.predict', digits_run, first, tmp_path / 'large.png', '--top', 2)
+    assert result.status == 0, result.err
+    small, large = result.out.splitlines()
+    # an average over areas gives back the pixels that were repeated
+    assert small.split(': ')[1] == large.split(': ')[1]
+    assert small.split(': ')[1].startswith(first.stem[-1] + ' ') and small.count('%') == 2
+
+
+def test_exported_file_rebuilds_the_network(digits_run, tmp_path, call):
+    call(export.main, digits_run, tmp_path / 'out.pth')
+    content = torch.load(tmp_path / 'out.pth', weights_only=True)
+    assert content['network']['depth'] == 16 and content['network']['dataset'] == 'digits'
+    assert content['classes'] == list('0123456789')
+    assert data.Preprocessing.from_dict(content['preprocessing']) == data.PREPROCESSING['digits']
+    net = DiracNet(16, 1, 'digits')
+    net.load_state_dict(content['state_dict'])
+    assert net(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
+
+
+def test_imagenet_form(photographs, tmp_path, call):
+    net = DiracNet(18, 0.125, num_classes=1000)
+    torch.save(net.state_dict(), tmp_path / 'net.pth')
+    cv2.imwrite(str(tmp_path / 'photo.png'), photographs[0][:, :, ::-1])
+    result = call(predict.main, tmp_path / 'net.pth', tmp_path / 'photo.png', '--json')
+    probabilities = json.loads(result.out)['probabilities']
+    # by hand: the shorter side of 427 x 640 to 256, the longer truncated to 383, the center of 224
+    image = cv2.resize(photographs[0], (383, 256), interpolation=cv2.INTER_CUBIC)[16:240, 79:303]
+    inputs = torch.from_numpy((image / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)).float().permute(2, 0, 1)[None]
+    with torch.no_grad():
+        expected = net.eval()(inputs).softmax(1).topk(5).values[0]
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
