@@ -4,12 +4,14 @@
 channels_last on the device that trains. Randomness is a function of where one is: the order of an epoch follows from
 (seed, epoch), the augmentation of a sample from (seed, epoch, its index), so nothing has to be saved to go on exactly.
 
-Small images stay in memory as one uint8 tensor and are augmented a batch at a time; JPEG folders are decoded by OpenCV
-in worker processes, which hand over uint8. Libraries that not every data set needs are imported where they are used.
+Small images stay in memory as one uint8 tensor and are augmented a batch at a time; image files are in images.py.
+Libraries that not every data set needs are imported where they are used.
 """
 import gzip
 import os
-from dataclasses import asdict, dataclass, replace
+import sys
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +19,12 @@ import torch
 
 from diracnet import DATASETS
 from errors import OptionError, UserError
+from images import (FolderBatches, ImageFolder, Ordered, Preprocessing, cache_file, contrast_normalized, list_classes, normalize,
+                    whiten)
 
 DIGITS = tuple('0123456789')
 FASHION = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
 NO_DOWNLOAD_HINT = '(--dataset digits needs no download)'
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What turns an image file into a network's input; travels in checkpoints. mean and std are on 0..255, RGB."""
-    channels: int
-    image_size: int  # pixels, height and width of the network's input
-    resize: int  # shorter side before the center crop; for small images equal to image_size
-    mean: tuple
-    std: tuple
-
-    def as_dict(self):
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, facts):
-        return cls(**{**facts, 'mean': tuple(facts['mean']), 'std': tuple(facts['std'])})
 
 
 # Means and standard deviations over the training sets, every pixel. CIFAR's and ImageNet's are the paper's.
@@ -49,7 +36,8 @@ PREPROCESSING = {
     'SVHN': Preprocessing(3, 32, 32, (111.6, 113.2, 120.6), (50.5, 51.3, 50.2)),
     'ImageNet': Preprocessing(3, 224, 256, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
-FLIPPED = {'FashionMNIST', 'CIFAR10', 'CIFAR100', 'ImageNet'}  # a mirrored digit is another sign
+PREPROCESSING['folder'] = PREPROCESSING['ImageNet']
+FLIPPED = {'FashionMNIST', 'CIFAR10', 'CIFAR100'}  # a mirrored digit is another sign
 
 
 @dataclass(frozen=True)
@@ -61,43 +49,55 @@ class Data:
     classes: tuple
     preprocessing: Preprocessing
 
-    def batches(self, train, *, batch_size, device='cpu', seed=0, pad=0, workers=0):
+    def batches(self, train, *, batch_size, device='cpu', seed=0, pad=0, workers=0, shard=(0, 1)):
         """Batches of the training set, shuffled and augmented (`pad`: pixels of reflection around a random crop), or of
-        the test set, neither. See MemoryBatches and FolderBatches."""
+        the test set, neither. `shard` is (rank, processes). See MemoryBatches and FolderBatches."""
         source = self.train if train else self.test
         if isinstance(source, ImageFolder):
-            return FolderBatches(source, self.preprocessing, batch_size, device=device, seed=seed, workers=workers)
+            return FolderBatches(source, batch_size, device=device, seed=seed, workers=workers, shard=shard)
         return MemoryBatches(*source, self.preprocessing, batch_size, device=device, seed=seed, shuffle=train,
-                             pad=pad if train else 0, flip=train and self.name in FLIPPED)
+                             pad=pad if train else 0, flip=train and self.name in FLIPPED, shard=shard)
 
     def holdout(self, n):
         """This data set with the last n training samples (in order) for a test set, for whoever needs to select."""
         if isinstance(self.train, ImageFolder):
-            raise OptionError(f'--holdout is for small images; {self.name} is a folder of files')
+            raise OptionError(f'--holdout is for small images, and {self.name} is a folder of files')
         images, targets = self.train
         if not 0 < n < len(images):
             raise OptionError(f'--holdout {n}: {self.name} has {len(images)} training samples; hold out fewer, and at least 1')
         return replace(self, train=(images[:-n], targets[:-n]), test=(images[-n:], targets[-n:]))
 
 
-def load(name, root, *, download=True):
-    """Read a data set. `root` is where its files are, or are downloaded to where torchvision knows how.
+    def whitened(self, root):
+        """This data set with ZCA whitening for its preprocessing, fitted to its training images (or read from the cache)."""
+        if isinstance(self.train, ImageFolder):
+            raise OptionError(f'--preprocess zca is for small images, and {self.name} is a folder of files')
+        return replace(self, preprocessing=replace(self.preprocessing, whitening=_cached_whitening(
+            self.train[0], Path(root).expanduser(), self.name)))
+
+
+def load(name, root, *, download=True, image_size=224):
+    """Read a data set. `root` is where its files are, or are downloaded to where torchvision knows how; `image_size` is for
+    folders of image files.
 
     Raises:
         UserError: files that are missing or broken; the message says what to put where.
     """
     root = Path(root).expanduser()
+    preprocessing = PREPROCESSING.get(name)
     if name == 'digits':
         parts, classes = _digits(), DIGITS
     elif name == 'FashionMNIST':
         parts, classes = _fashion_mnist(root, download), FASHION
     elif name in ('CIFAR10', 'CIFAR100', 'SVHN'):
         parts, classes = _torchvision(name, root, download)
-    elif name == 'ImageNet':
-        parts, classes = _folders(root)
+    elif name in ('ImageNet', 'folder'):
+        preprocessing = replace(preprocessing, image_size=image_size, resize=round(image_size * 256 / 224))
+        classes = list_classes(root)
+        parts = [ImageFolder(root, part, classes, preprocessing) for part in ('train', 'val')]
     else:
-        raise UserError(f'unknown data set {name}; there are {", ".join(DATASETS)}')
-    return Data(name, *parts, tuple(classes), PREPROCESSING[name])
+        raise OptionError(f'unknown data set {name}; there are {", ".join(DATASETS)}')
+    return Data(name, *parts, tuple(classes), preprocessing)
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -208,47 +208,34 @@ def _reason(error):
 # --- small images ----------------------------------------------------------------------------------------------------
 
 
-def normalize(images, preprocessing, dtype=torch.float32):
-    """uint8 (N, H, W, C) to normalized floats (N, C, H, W) in channels_last, on the same device."""
-    n, height, width, channels = images.shape
-    # One pass over rows of width * channels: a broadcast along the last dimension is several times as fast as over channels.
-    std = torch.tensor(preprocessing.std, dtype=torch.float64)
-    scale = (1 / std).repeat(width).to(images.device, dtype)
-    shift = (-torch.tensor(preprocessing.mean, dtype=torch.float64) / std).repeat(width).to(images.device, dtype)
-    rows = torch.addcmul(shift, images.reshape(n, height, width * channels).to(dtype), scale)
-    return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
-
-
-class MemoryBatches:
+class MemoryBatches(Ordered):
     """Batches of images that live whole on the device.
 
     Args:
         images: uint8 (N, H, W, C); targets: int64 (N,). Both are moved to `device` once.
         shuffle: a new order every epoch, from (seed, epoch); else the order they have.
         pad: random crop of the original size out of the image padded so far by reflection; flip: random mirroring.
+        shard: (rank, processes); each process has its share of every batch.
 
     Iterating gives (images, targets): normalized (B, C, H, W) and (B,); the last batch may be smaller. `epoch` says which
     epoch the next iteration is.
     """
 
-    def __init__(self, images, targets, preprocessing, batch_size, *, device='cpu', seed=0, shuffle=False, pad=0, flip=False):
+    def __init__(self, images, targets, preprocessing, batch_size, *, device='cpu', seed=0, shuffle=False, pad=0, flip=False,
+                 shard=(0, 1)):
+        super().__init__(len(images), batch_size, seed, shuffle, shard)
         if pad >= min(images.shape[1:3]):
             raise OptionError(f'--randomcrop_pad {pad}: reflection needs images of more than {pad} pixels, '
-                            f'and these have {min(images.shape[1:3])}; choose a smaller one')
+                              f'and these have {min(images.shape[1:3])}; choose a smaller one')
         self.images, self.targets = images.to(device), targets.to(device)
-        self.preprocessing, self.batch_size = preprocessing, batch_size
-        self.seed, self.shuffle, self.pad, self.flip = seed, shuffle, pad, flip
-        self.epoch = 0
-        self.n = len(images)
-
-    def __len__(self):
-        return -(-self.n // self.batch_size)
+        if preprocessing.whitening:  # of the whole image, so before it is cropped
+            self.images = whiten(self.images, preprocessing.whitening)
+        self.preprocessing, self.pad, self.flip = preprocessing, pad, flip
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch, 0)).permutation(self.n) if self.shuffle else np.arange(self.n)
-        order = torch.from_numpy(order).to(self.images.device)
         windows = self._windows() if self.pad or self.flip else None
-        for indices in order.split(self.batch_size):
+        for indices in self.order():
+            indices = torch.from_numpy(indices).to(self.images.device)
             images = self.images[indices] if windows is None else self._cut(indices, *windows)
             yield normalize(images, self.preprocessing), self.targets[indices]
 
@@ -276,158 +263,48 @@ def _reflect(positions, size):
     return torch.where(positions < size, positions, 2 * (size - 1) - positions)
 
 
-# --- image files -----------------------------------------------------------------------------------------------------
+# --- ZCA whitening ---------------------------------------------------------------------------------------------------
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
-
-
-def read_image(path):
-    """An image file as RGB uint8 (H, W, 3), by OpenCV. Raises UserError if it can't be read or is none."""
-    import cv2
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # a broken file is told by the error below; OpenCV's own remarks would stand in its way
-    try:
-        content = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise UserError(f'{path} can not be read ({error.strerror})') from None
-    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if content.size else None
-    if image is None:
-        raise UserError(f'{path} is not an image that OpenCV can read')
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+FILTER_BIAS = 0.1  # added to every eigenvalue, as in the whitened CIFAR that Wide ResNets were first trained on
 
 
-def prepare(image, preprocessing):
-    """RGB uint8 (H, W, 3) to what the network is tested on: uint8 (image_size, image_size, channels).
+def fit_whitening(images):
+    """ZCA after global contrast normalization, fitted to uint8 images (N, H, W, C).
 
-    Shorter side to `resize`, bicubic (area where a small image shrinks, which bicubic would alias), the center cropped.
+    Returns:
+        {'mean': (D,), 'matrix': (D, D)} for `images.whiten`, D = H W C: U diag((eigenvalue + 0.1) ** -1/2) U^T of their covariance.
     """
-    import cv2
-    height, width = image.shape[:2]
-    shorter, size = min(height, width), preprocessing.image_size
-    target = (width * preprocessing.resize // shorter, height * preprocessing.resize // shorter)  # the longer truncated
-    small = preprocessing.resize == size
-    if target != (width, height):
-        image = cv2.resize(image, target, interpolation=cv2.INTER_AREA if small and shorter > size else cv2.INTER_CUBIC)
-    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-    image = image[top:top + size, left:left + size]
-    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] if preprocessing.channels == 1 else image
+    flat = contrast_normalized(images)
+    mean = flat.mean(0)
+    flat -= mean
+    eigenvalues, vectors = torch.linalg.eigh((flat.T @ flat / len(flat)).double())
+    matrix = vectors * (eigenvalues.clamp(min=0) + FILTER_BIAS).rsqrt() @ vectors.T
+    return {'mean': mean, 'matrix': matrix.float()}
 
 
-def random_crop(image, size, random):
-    """Inception's crop: 8 % to 100 % of the area, aspect 3/4 to 4/3 (log-uniform), resized bicubic to (size, size, 3); mirrored
-    half of the time. Where ten tries don't fit, the center with the nearest aspect, as torchvision does."""
-    import cv2
-    height, width = image.shape[:2]
-    for _ in range(10):
-        area = height * width * random.uniform(0.08, 1)
-        aspect = np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            top, left = random.integers(0, height - h + 1), random.integers(0, width - w + 1)
-            break
-    else:
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-        top, left = (height - h) // 2, (width - w) // 2
-    image = cv2.resize(image[top:top + h, left:left + w], (size, size), interpolation=cv2.INTER_CUBIC)
-    return image[:, ::-1] if random.integers(0, 2) else image
+def _cached_whitening(images, root, name):
+    """fit_whitening, kept beside the data under the SHA-256 of the images it was fitted to, with its own."""
+    path = cache_file(root, f'zca-{name}-{sha256(images.numpy().tobytes()).hexdigest()[:16]}.pt')
+    try:
+        cached = torch.load(path, weights_only=True)
+        if cached['sha256'] == _digest(cached):
+            return {key: cached[key] for key in ('mean', 'matrix')}
+    except FileNotFoundError:
+        pass
+    except Exception:  # noqa: BLE001  whatever torch finds wrong with a broken file
+        cached = None
+    if path.exists():
+        print(f'{path} is broken; the whitening is computed again', file=sys.stderr)
+    whitening = fit_whitening(images)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+        torch.save({**whitening, 'sha256': _digest(whitening)}, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        print(f'the whitening could not be kept in {path} ({error.strerror})', file=sys.stderr)
+    return whitening
 
 
-def _folders(root):
-    """train/ and val/ with a folder of images for each class, as ImageNet is kept; classes are the folders of train/."""
-    from torchvision.datasets.folder import find_classes, make_dataset
-    sets = []
-    for part in ('train', 'val'):
-        try:
-            if part == 'train':
-                classes, to_index = find_classes(root / part)
-            samples = make_dataset(str(root / part), to_index, extensions=IMAGE_SUFFIXES)
-        except OSError as error:
-            raise UserError(f'no images in folders under {root / part} ({_reason(error)}): put {part}/CLASS/*.jpg under {root}, or name '
-                            f'another place with --dataroot {NO_DOWNLOAD_HINT}') from None
-        sets.append(ImageFolder(samples, train=part == 'train'))
-    return sets, classes
-
-
-class ImageFolder(torch.utils.data.Dataset):
-    """Image files, decoded and cut to uint8 (size, size, 3). Items are asked for as (seed, epoch, index)."""
-
-    def __init__(self, samples, train):
-        self.samples, self.train = samples, train  # samples: (path, class index)
-        self.preprocessing = PREPROCESSING['ImageNet']
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, where):
-        seed, epoch, index = where
-        path, target = self.samples[index]
-        try:
-            image = read_image(path)
-        except UserError as error:  # exceptions come out of worker processes with a traceback for a message
-            return str(error), target
-        if self.train:
-            image = random_crop(image, self.preprocessing.image_size, np.random.default_rng((seed, epoch, 1, index)))
-        else:
-            image = prepare(image, self.preprocessing)
-        return torch.from_numpy(np.ascontiguousarray(image)), target
-
-
-def _collate(items):
-    """(images, targets), or for a broken file its error message."""
-    images, targets = zip(*items)
-    for image in images:
-        if isinstance(image, str):
-            return image
-    return torch.stack(images), torch.tensor(targets)
-
-
-def _single_opencv_thread(*_):
-    """The workers are the parallelism. Called before they are forked, too: a child that inherits OpenCV's pool of threads,
-    without the threads, would wait for them for ever."""
-    import cv2
-    if cv2.getNumThreads() != 1:
-        cv2.setNumThreads(1)
-
-
-class FolderBatches:
-    """Batches of an ImageFolder, decoded in `workers` processes, normalized on the device. Otherwise as MemoryBatches."""
-
-    def __init__(self, folder, preprocessing, batch_size, *, device='cpu', seed=0, workers=0):
-        self.folder, self.preprocessing, self.batch_size = folder, preprocessing, batch_size
-        self.device, self.seed, self.workers = torch.device(device), seed, workers
-        self.epoch = 0
-        self.n = len(folder)
-
-    def __len__(self):
-        return -(-self.n // self.batch_size)
-
-    def __iter__(self):
-        order = range(self.n)
-        if self.folder.train:
-            order = np.random.default_rng((self.seed, self.epoch, 0)).permutation(self.n).tolist()
-        _single_opencv_thread()
-        loader = torch.utils.data.DataLoader(
-            self.folder, batch_size=self.batch_size, sampler=[(self.seed, self.epoch, index) for index in order],
-            collate_fn=_collate, num_workers=self.workers,
-            worker_init_fn=_single_opencv_thread, pin_memory=self.device.type == 'cuda')
-        for batch in loader:
-            if isinstance(batch, str):
-                raise UserError(batch)
-            images, targets = batch
-            images = images.to(self.device, non_blocking=True)
-            yield normalize(images, self.preprocessing), targets.to(self.device, non_blocking=True)
-
-
-def image_files(paths):
-    """The files that paths name, folders standing for the images in them, sorted. Raises UserError where there are none."""
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob('*') if file.suffix.lower() in IMAGE_SUFFIXES)
-            if not inside:
-                raise UserError(f'{path} is a folder without images ({", ".join(IMAGE_SUFFIXES)})')
-            files.extend(inside)
-        elif not os.access(path, os.R_OK):
-            raise UserError(f'{path} is no file that can be read')
-        else:
-            files.append(path)
-    return files
+def _digest(whitening):
+    return sha256(b''.join(whitening[key].numpy().tobytes() for key in ('mean', 'matrix'))).hexdigest()

@@ -33,6 +33,7 @@ DATASETS = {
     'CIFAR100': ('cifar', 3, 100),
     'SVHN': ('cifar', 3, 10),
     'ImageNet': ('imagenet', 3, 1000),
+    'folder': ('imagenet', 3, None),  # anybody's images: num_classes must be given
 }
 BASE_WIDTHS = {'cifar': (16, 32, 64), 'imagenet': (64, 128, 256, 512)}
 IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # as ResNet counts them; a DiracNet has two for each
@@ -75,6 +76,8 @@ def layout(depth, width, dataset, num_classes=None, in_channels=None):
     form, channels, classes = DATASETS[dataset]
     channels = channels if in_channels is None else in_channels
     classes = classes if num_classes is None else num_classes
+    if classes is None:
+        raise ValueError(f'{dataset} has as many classes as it has folders: give num_classes')
     if form == 'imagenet' and depth not in IMAGENET_BLOCKS:
         raise ValueError(f'depth {depth} is impossible for {dataset}: it is 18 or 34')
     if form == 'cifar' and (depth != int(depth) or depth < 10 or (depth - 4) % 6):

@@ -44,8 +44,9 @@ RECIPES = {
     'ImageNet': {**CIFAR, 'depth': 18, 'epochs': 100, 'epoch_step': [30, 60, 90], 'lr_decay_ratio': 0.1, 'weight_decay': 1e-4,
                  'batch_size': 256, 'randomcrop_pad': 0},
 }
+RECIPES['folder'] = RECIPES['ImageNet']
 GENERAL = {'model': 'diracnet', 'width': 1, 'dataset': 'CIFAR10', 'dataroot': './data', 'imagenetpath': '~/ILSVRC2012',
-           'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1}
+           'image_size': 224, 'preprocess': 'meanstd', 'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1}
 # Where a resumed run may differ from the one that was stopped: nothing of it changes what is computed.
 FREE_ON_RESUME = {'resume', 'save', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'device', 'cuda', 'gpu_id', 'ngpu'}
 
@@ -89,7 +90,10 @@ def build_parser():
     sets.add_argument('--dataroot', help='folder of the data, downloaded to there where possible (default ./data)')
     sets.add_argument('--imagenetpath', help='folder with train/ and val/ of ImageNet, where --dataroot is not given '
                                              '(default ~/ILSVRC2012)')
-    sets.add_argument('--nthread', type=number(int, 0), help='processes that decode JPEGs (default 4; small images need none)')
+    sets.add_argument('--nthread', type=number(int, 0), help='processes that decode image files (default 4; small images need none)')
+    sets.add_argument('--image_size', type=number(int, 32), help='pixels, of image files (default 224)')
+    sets.add_argument('--preprocess', choices=('meanstd', 'zca'), help='of small images: mean and standard deviation (default), or '
+                                                                       'contrast normalization and ZCA whitening')
     sets.add_argument('--randomcrop_pad', type=number(int, 0), help='reflection around a small image before its random crop, in '
                                                                     'pixels (default 4, FashionMNIST 2, digits 0)')
     sets.add_argument('--holdout', type=number(int, 0), metavar='N', help='test on the last N training samples instead of the test '
@@ -235,6 +239,35 @@ class Progress:
         self.bar.close()
 
 
+def load_data(options):
+    source = data.load(options['dataset'], options['dataroot'], image_size=options['image_size'])
+    if options['holdout']:
+        source = source.holdout(options['holdout'])
+    return source.whitened(options['dataroot']) if options['preprocess'] == 'zca' else source
+
+
+class Broken:
+    """Keeps account of image files that could not be used: each is named once, and more than one in a hundred end the run."""
+    SHARE = 0.01
+
+    def __init__(self):
+        self.named = set()
+
+    def report(self, batches):
+        """Of the pass that just ended: how many, and which were not named before. Prints those."""
+        new = {path: message for path, message in batches.broken if path not in self.named}
+        for message in new.values():
+            print(f'broken image: {message}')
+        self.named.update(new)
+        return len(batches.broken), sorted(new)
+
+    def check(self, batches):
+        """Raises UserError where too many were broken in the pass that just ended."""
+        if len(batches.broken) > self.SHARE * batches.n:
+            raise UserError(f'{len(batches.broken)} of {batches.n} image files could not be used, as {batches.broken[0][0]}: mend the data and '
+                            'go on with --resume')
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -280,9 +313,7 @@ def train(options, arguments, resumed, device):
     from torchnet.engine import Engine
     dtype = DTYPES[options['dtype']]
     folder = run_folder(options, resumed)
-    source = data.load(options['dataset'], options['dataroot'])
-    if options['holdout']:
-        source = source.holdout(options['holdout'])
+    source = load_data(options)
     batches = {mode: source.batches(mode, batch_size=options['batch_size'], device=device, seed=options['seed'],
                                     pad=options['randomcrop_pad'], workers=options['nthread']) for mode in (True, False)}
 
@@ -312,7 +343,7 @@ def train(options, arguments, resumed, device):
     print(f'{options["model"]}-{options["depth"]}-{options["width"]:g} on {options["dataset"]}, {batches[True].n} training and '
           f'{batches[False].n} {"held-out training" if options["holdout"] else "test"} images, {device}, in {folder}')
 
-    engine, tally = Engine(), Tally(len(source.classes))
+    engine, tally, broken = Engine(), Tally(len(source.classes)), Broken()
     n_parameters = sum(p.numel() for p in module.parameters())
     clock = {}
 
@@ -359,9 +390,12 @@ def train(options, arguments, resumed, device):
         with torch.inference_mode():
             engine.test(network, batches[False])
         test_loss, test_acc, test_top5, test_time = end_pass()
+        n_broken, newly_broken = zip(*(broken.report(batches[mode]) for mode in (True, False)))
         stats = {**options, 'train_loss': train_loss, 'train_acc': train_acc, 'train_top5': train_top5, 'test_loss': test_loss,
                  'test_acc': test_acc, 'test_top5': test_top5, 'epoch': state['epoch'], 'num_classes': len(source.classes),
                  'n_parameters': n_parameters, 'train_time': train_time, 'test_time': test_time}
+        if any(n_broken):
+            stats.update(train_broken=n_broken[0], test_broken=n_broken[1], broken_images=sum(newly_broken, []))
         with open(folder / 'log.txt', 'a') as file:
             file.write(f'json_stats: {json.dumps(stats)}\n')
         checkpoint.save(folder / checkpoint.FILE_NAME, {
@@ -371,6 +405,8 @@ def train(options, arguments, resumed, device):
         print(f'epoch {state["epoch"]}/{state["maxepoch"]}: train loss {train_loss:.4f}, accuracy {train_acc:.2f} %; test loss '
               f'{test_loss:.4f}, accuracy {test_acc:.2f} %, top-{tally.topk[-1]} {test_top5:.2f} %; {train_time + test_time:.1f} s',
               flush=True)
+        for mode in (True, False):  # with everything saved: such a run goes on once its data are mended
+            broken.check(batches[mode])
 
     engine.hooks.update(on_start=on_start, on_start_epoch=on_start_epoch, on_sample=on_sample, on_forward=on_forward,
                         on_end_epoch=on_end_epoch)
@@ -387,7 +423,9 @@ def parallel(module, inputs, ngpu):
 def evaluate(options, found, device):
     """Test a checkpoint on its data set's test images, and print what its log would say, as one JSON line."""
     module = found.module().to(device, DTYPES[options['dtype']])
-    source = data.load(options['dataset'], options['dataroot'])
+    source = load_data(options)
+    if found.classes and list(source.classes) != list(found.classes):
+        raise UserError(f'{found.path} was trained on other classes than {options["dataroot"]} has')
     batches = source.batches(False, batch_size=options['batch_size'], device=device, workers=options['nthread'])
     tally = Tally(len(source.classes))
     progress = Progress('test', batches.n, tally)
@@ -397,6 +435,9 @@ def evaluate(options, found, device):
             tally.add(F.cross_entropy(logits, targets), logits, targets)
             progress.update(len(targets))
     progress.close()
+    broken = Broken()
+    broken.report(batches)
+    broken.check(batches)
     loss, top1, top5 = tally.values()
     print('json_stats: ' + json.dumps({'checkpoint': str(found.path), 'dataset': options['dataset'], 'test_loss': loss,
                                        'test_acc': top1, 'test_top5': top5, 'n': batches.n}))

@@ -9,6 +9,7 @@ import torch
 import data
 from conftest import python
 from diracnet import DiracNet
+from images import Preprocessing
 from tools import export, predict
 
 
@@ -59,7 +60,7 @@ def test_exported_file_rebuilds_the_network(digits_run, tmp_path, call):
     content = torch.load(tmp_path / 'out.pth', weights_only=True)
     assert content['network']['depth'] == 16 and content['network']['dataset'] == 'digits'
     assert content['classes'] == list('0123456789')
-    assert data.Preprocessing.from_dict(content['preprocessing']) == data.PREPROCESSING['digits']
+    assert Preprocessing.from_dict(content['preprocessing']) == data.PREPROCESSING['digits']
     net = DiracNet(16, 1, 'digits')
     net.load_state_dict(content['state_dict'])
     assert net(torch.zeros(1, 1, 8, 8)).shape == (1, 10)

@@ -12,13 +12,14 @@ import torch
 
 import checkpoint
 import data
+import images
 from errors import OneLineParser, OptionError, UserError, run
 
 
 def preprocessing_of(found, dataset=None):
     """The Preprocessing that a checkpoint was trained with: its own facts, else those of `dataset`."""
     if found.preprocessing:
-        return data.Preprocessing.from_dict(found.preprocessing)
+        return images.Preprocessing.from_dict(found.preprocessing)
     if dataset:
         return data.PREPROCESSING[dataset]
     layout = found.fold().layout
@@ -36,9 +37,9 @@ def predict(found, files, preprocessing, batch_size=64):
     probabilities = []
     with torch.inference_mode():
         for start in range(0, len(files), batch_size):
-            images = np.stack([data.prepare(data.read_image(file), preprocessing) for file in files[start:start + batch_size]])
+            batch = np.stack([images.prepare(images.read_image(file), preprocessing) for file in files[start:start + batch_size]])
             dtype = net.fc.weight.dtype
-            probabilities.append(net(data.normalize(torch.from_numpy(images), preprocessing, dtype)).softmax(1))
+            probabilities.append(net(images.normalize(torch.from_numpy(batch), preprocessing, dtype)).softmax(1))
     return torch.cat(probabilities)
 
 
@@ -53,7 +54,7 @@ def main(arguments=None):
     if args.top < 1:
         raise OptionError(f'--top {args.top} must be at least 1')
     found = checkpoint.load(args.checkpoint)
-    files = data.image_files(args.images)
+    files = images.image_files(args.images)
     probabilities = predict(found, files, preprocessing_of(found, args.dataset))
     classes = found.classes or [str(index) for index in range(probabilities.shape[1])]
     for file, row in zip(files, probabilities):
