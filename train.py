@@ -40,7 +40,8 @@ CIFAR = {'depth': 16, 'epochs': 200, 'epoch_step': [60, 120, 160], 'lr': 0.1, 'l
 RECIPES = {
     'CIFAR10': CIFAR, 'CIFAR100': CIFAR, 'SVHN': CIFAR,
     'FashionMNIST': {**CIFAR, 'epochs': 60, 'epoch_step': [20, 40, 50], 'randomcrop_pad': 2},
-    'digits': {**CIFAR, 'epochs': 60, 'epoch_step': [30, 45, 55], 'weight_decay': 2e-3, 'batch_size': 32, 'randomcrop_pad': 0},
+    'digits': {**CIFAR, 'epochs': 60, 'epoch_step': [30, 45, 55], 'lr': 0.2, 'weight_decay': 5e-3, 'batch_size': 64,
+               'randomcrop_pad': 0},
     'ImageNet': {**CIFAR, 'depth': 18, 'epochs': 100, 'epoch_step': [30, 60, 90], 'lr_decay_ratio': 0.1, 'weight_decay': 1e-4,
                  'batch_size': 256, 'randomcrop_pad': 0},
 }
@@ -102,7 +103,7 @@ def build_parser():
     training.add_argument('--epochs', type=number(int, 1))
     training.add_argument('--epoch_step', type=epoch_list, metavar='[E,...]', help='epochs, counted from 1, at whose beginning '
                                                                                   'the learning rate falls')
-    training.add_argument('--lr', type=number(float, 0), help='learning rate (default 0.1)')
+    training.add_argument('--lr', type=number(float, 0), help='learning rate (default 0.1, digits 0.2)')
     training.add_argument('--lr_decay_ratio', type=number(float, 0, True), help='factor of each fall')
     training.add_argument('--batch_size', '--batchSize', type=number(int, 1))
     training.add_argument('--weight_decay', '--weightDecay', type=number(float, 0), help='on tensors of more than one dimension, and '
