@@ -348,7 +348,7 @@ class Ordered:
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.rank, self.world = shard
         self.epoch = 0
-        self.broken = []  # (path, message) of the broken files of this epoch
+        self.broken = {}  # broken files of this epoch: path to message
 
     def __len__(self):
         return -(-self.n // self.batch_size)
@@ -364,7 +364,7 @@ class FolderBatches(Ordered):
     """Batches of an ImageFolder, decoded in `workers` processes, normalized on the device; shuffled if it is a training one.
 
     Iterating gives (images, targets): normalized (B, C, H, W) floats in channels_last, and int64 (B,). `epoch` says which epoch the
-    next iteration is; `broken` lists the (path, message) of the files that could not be used in it.
+    next iteration is; `broken` has the files that could not be used in it, path to message.
 
     Raises:
         UserError: many broken files in a row.
@@ -379,9 +379,9 @@ class FolderBatches(Ordered):
             worker_init_fn=_single_opencv_thread, pin_memory=self.device.type == 'cuda')
 
     def __iter__(self):
-        self.broken = []
+        self.broken = {}
         for images, targets, problems in self.loader:
-            self.broken.extend(problems)
+            self.broken.update(problems)
             if len(problems) >= ImageFolder.TRIES and self.folder.train:
                 raise UserError(f'{len(problems)} files of {self.folder.root} in one batch are broken, as {problems[0][1]}')
             if images is not None:

@@ -1,6 +1,5 @@
 """A user's mistakes end in one line on stderr and exit status 1 or 2, never in a traceback."""
 import gzip
-import os
 import shutil
 import socket
 
@@ -198,13 +197,6 @@ def test_predict(digits_run, tmp_path, refused):
     torch.save({key: tensor.detach() for key, tensor in params.items()}, tmp_path / 'facts.pth')
     refused(1, '--dataset', predict.main, tmp_path / 'facts.pth', good)
     refused(1, '--dataset', predict.main, tmp_path / 'facts.pth', good, '--dataset', 'digits')
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason='root reads everything')
-def test_unreadable_files(digits_run, tmp_path, refused):
-    shutil.copy(digits_run / 'model.pt7', tmp_path / 'model.pt7')
-    (tmp_path / 'model.pt7').chmod(0)
-    refused(1, 'can not be read', predict.main, tmp_path / 'model.pt7', __file__)
 
 
 def test_export(digits_run, tmp_path, refused):
