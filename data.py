@@ -116,7 +116,50 @@ def _digits():
 
 
 def _torchvision(name, root, download):
-    """CIFAR10, CIFAR100 and SVHN as torchvision reads, checks (MD5) and downloads them."""
+    """CIFAR10, CIFAR100 and SVHN as torchvision reads, checks (MD5) and downloads them: (images, targets) of both parts, classes.
+
+    In a child process, whose memory goes when it has read: torchvision alone, and its copies of the images, take as much as the
+    whole training.
+    """
+    import multiprocessing
+    if 'fork' not in multiprocessing.get_all_start_methods():
+        return _parts(_read_torchvision(name, root, download))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context('fork').Process(target=_send, args=(sender, name, root, download), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        error, shapes, targets, classes = receiver.recv()
+        if error:
+            raise UserError(error)
+        arrays = [np.empty(shape, np.uint8) for shape in shapes]
+        for array in arrays:
+            for part in np.array_split(array, -(-array.nbytes // 2 ** 28)):  # a pipe's message has less than 2 GB
+                receiver.recv_bytes_into(part.data.cast('B'))
+    except EOFError:
+        raise UserError(f'the process that reads {name} under {root} died (out of memory?)') from None
+    child.join()
+    return _parts((arrays, targets, classes))
+
+
+def _parts(found):
+    arrays, targets, classes = found
+    return [(torch.from_numpy(array), torch.tensor(labels)) for array, labels in zip(arrays, targets)], classes
+
+
+def _send(sender, name, root, download):
+    try:
+        arrays, targets, classes = _read_torchvision(name, root, download)
+    except UserError as error:
+        return sender.send((str(error), None, None, None))
+    sender.send((None, [array.shape for array in arrays], targets, classes))
+    for array in arrays:
+        for part in np.array_split(array, -(-array.nbytes // 2 ** 28)):
+            sender.send_bytes(part.data.cast('B'))
+
+
+def _read_torchvision(name, root, download):
+    """uint8 (N, H, W, C) and a list of labels for each part, and the classes."""
     from torchvision import datasets
     reader = getattr(datasets, name)
     splits = [{'split': 'train'}, {'split': 'test'}] if name == 'SVHN' else [{'train': True}, {'train': False}]
@@ -133,12 +176,9 @@ def _torchvision(name, root, download):
                  else f'the folder {reader.base_folder} (of {reader.filename})')
         raise UserError(f'{name} is not whole under {root} and could not be downloaded ({_reason(error)}): '
                         f'put {files} there, or name its place with --dataroot {NO_DOWNLOAD_HINT}') from None
-    parts = []
-    for part in sets:
-        images = part.data.transpose(0, 2, 3, 1) if name == 'SVHN' else part.data  # SVHN comes as (N, C, H, W)
-        targets = part.labels if name == 'SVHN' else part.targets
-        parts.append((torch.from_numpy(np.ascontiguousarray(images)), torch.as_tensor(targets, dtype=torch.int64)))
-    return parts, DIGITS if name == 'SVHN' else sets[0].classes
+    if name == 'SVHN':  # comes as (N, C, H, W)
+        return [np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)) for part in sets], [part.labels.tolist() for part in sets], DIGITS
+    return [np.ascontiguousarray(part.data) for part in sets], [list(part.targets) for part in sets], tuple(sets[0].classes)
 
 
 IDX_FILES = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')

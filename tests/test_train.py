@@ -32,8 +32,8 @@ def test_depth_needs_the_dirac_term(tmp_path):
     """The paper's claim, in miniature: 64 layers without skip connections."""
     accuracy = {}
     for model in ('diracnet', 'plain'):
-        train.main(['--dataset', 'digits', '--model', model, '--depth', '64', '--epochs', '5', '--epoch_step', '[4]',
-                    '--save', str(tmp_path / model)])
+        train.main(['--dataset', 'digits', '--model', model, '--depth', '64', '--epochs', '6', '--epoch_step', '[5]',
+                    '--lr', '0.1', '--weight_decay', '0.0005', '--save', str(tmp_path / model)])
         accuracy[model] = read_log(tmp_path / model)[-1]['test_acc']
     assert accuracy['diracnet'] > 85 and accuracy['plain'] < 40, accuracy
 

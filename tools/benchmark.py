@@ -1,0 +1,283 @@
+"""Measure speed and memory against what one would otherwise write, alternating in one process, medians and spreads.
+
+    python -m tools.benchmark data --out logs/reference/benchmark-data
+
+prints a table, and writes it as OUT.md and with all samples as OUT.json. Ratios are of medians; images per second are per core.
+Run it alone on the machine: everything else that runs shows in the numbers.
+
+    data    the input pipelines against torchvision's per-sample transforms in a DataLoader, and their memory
+"""
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from errors import OneLineParser, OptionError, run
+
+
+def machine():
+    """Facts that every table comes with."""
+    import torch
+    try:
+        with open('/proc/cpuinfo') as file:
+            model = next(line.split(':')[1].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):
+        model = platform.processor()
+    from importlib.metadata import version
+    return {'cpu': model, 'cores': os.cpu_count(), 'torch threads': torch.get_num_threads(), 'python': platform.python_version(),
+            **{name: version(name) for name in ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow')}}
+
+
+def alternate(functions, rounds):
+    """Seconds of each function, called in turns; the first turn, in which caches fill and processes start, doesn't count."""
+    samples = {name: [] for name in functions}
+    for turn in range(rounds + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if turn:
+                samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def spread(samples):
+    """Median with the lower and upper quartile, as text with the unit of the samples."""
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return f'{middle:.4g} ({low:.4g} to {high:.4g})'
+
+
+class Report:
+    """Rows of a Markdown table, and the samples behind them."""
+
+    def __init__(self, title, columns):
+        self.title, self.columns, self.rows, self.samples = title, columns, [], {}
+        self.facts = machine()
+
+    def add(self, *row):
+        self.rows.append([str(cell) for cell in row])
+        print('  '.join(self.rows[-1]), flush=True)
+
+    def markdown(self):
+        lines = [f'# {self.title}', '', ', '.join(f'{name} {value}' for name, value in self.facts.items()) + '.', '',
+                 '| ' + ' | '.join(self.columns) + ' |', '|' + ' --- |' * len(self.columns)]
+        return '\n'.join([*lines, *('| ' + ' | '.join(row) + ' |' for row in self.rows)]) + '\n'
+
+    def write(self, out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix('.md').write_text(self.markdown())
+        out.with_suffix('.json').write_text(json.dumps({'facts': self.facts, 'columns': self.columns, 'rows': self.rows,
+                                                        'samples': self.samples}, indent=1) + '\n')
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def photographs(folder, n):
+    """n JPEGs of 500 x 375 pixels and quality 90, cut from scikit-learn's two photographs, in train/ and val/ of one class."""
+    import cv2
+    import numpy as np
+    from sklearn.datasets import load_sample_images
+    images, random = load_sample_images().images, np.random.default_rng(0)
+    for part in ('train', 'val'):
+        (folder / part / 'all').mkdir(parents=True)
+        for i in range(n):
+            top, left = random.integers(0, 427 - 375 + 1), random.integers(0, 640 - 500 + 1)
+            cv2.imwrite(str(folder / part / 'all' / f'{i:04}.jpg'), images[i % 2][top:top + 375, left:left + 500, ::-1],
+                        [cv2.IMWRITE_JPEG_QUALITY, 90])
+
+
+def consume(batches):
+    for _ in batches:
+        pass
+
+
+def compare(report, name, ours, theirs, n, cores, goal, rounds):
+    """Whole passes over n images, ours and theirs in turns."""
+    samples = alternate({'ours': ours, 'torchvision': theirs}, rounds)
+    rates = {key: [n / seconds / cores[key] for seconds in values] for key, values in samples.items()}
+    report.samples[name] = rates
+    ratio = statistics.median(rates['ours']) / statistics.median(rates['torchvision'])
+    report.add(name, spread(rates['ours']), spread(rates['torchvision']), f'{ratio:.1f}', f'at least {goal}')
+
+
+# A fresh process that ends by printing what memory it holds, in MB. In the one that reads CIFAR-10, torchvision is told the
+# checksums of the made files where it is imported: in the child of that process which reads them.
+CHILD = """
+import json, sys
+sys.path.insert(0, '.')
+import torch
+def resident():
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) for line in file if line.startswith('VmRSS')) / 1024
+"""
+CIFAR_CHILD = CHILD + """
+import data
+read = data._read_torchvision
+def read_made(name, root, download):
+    from torchvision.datasets import CIFAR10
+    sums = json.loads(sys.argv[2])
+    for part in (CIFAR10.train_list, CIFAR10.test_list):
+        part[:] = [[name, sums[name]] for name, _ in part]
+    CIFAR10.meta['md5'] = sums['batches.meta']
+    return read(name, root, download)
+data._read_torchvision = read_made
+source = data.load('CIFAR10', sys.argv[1])
+batches = source.batches(True, batch_size=128, pad=4)
+"""
+LOADING = CIFAR_CHILD + """
+for _ in range(2):
+    batches.epoch += 1
+    for inputs, targets in batches: pass
+print(json.dumps(resident()))
+"""
+TRAINING = CIFAR_CHILD + """
+import train
+from torchnet.engine import Engine
+from diracnet import Network, define_diracnet
+module = Network(*define_diracnet(16, 1, 'CIFAR10'))
+optimizer = train.make_optimizer(module, {'lr': 0.1, 'weight_decay': 5e-4})
+for step, (inputs, targets) in enumerate(batches):
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(module(inputs), targets).backward()
+    optimizer.step()
+    if step == 30: break
+print(json.dumps(resident()))
+"""
+FOLDER = CHILD + """
+import glob, data
+source = data.load('folder', sys.argv[1])
+batches = source.batches(True, batch_size=64, workers=2)
+def together():
+    pids = ['self', *(worker.pid for worker in batches.loader._iterator._workers)]
+    kilobytes = 0
+    for pid in pids:
+        with open(f'/proc/{pid}/smaps_rollup') as file:
+            kilobytes += sum(int(line.split()[1]) for line in file if line.startswith('Pss:'))
+    return kilobytes / 1024
+sizes = []
+for epoch in range(12):
+    batches.epoch = epoch
+    for inputs, targets in batches: pass
+    sizes.append(together())
+print(json.dumps(sizes))
+"""
+
+
+def child(code, *arguments):
+    """The JSON that a fresh Python process prints last."""
+    result = subprocess.run([sys.executable, '-c', code, *map(str, arguments)], capture_output=True, text=True, check=True,
+                            cwd=Path(__file__).resolve().parent.parent)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def cifar_files(root):
+    """Six files in CIFAR-10's format and size, of random pixels; returns their MD5 sums by name."""
+    import hashlib
+    import pickle
+
+    import numpy as np
+    folder, random, sums = root / 'cifar-10-batches-py', np.random.default_rng(0), {}
+    folder.mkdir(parents=True)
+    batch = [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']
+    for name in [*batch, 'batches.meta']:
+        content = {'label_names': [f'class{i}' for i in range(10)]} if name == 'batches.meta' else {
+            'data': random.integers(0, 256, (10_000, 3072)).astype(np.uint8), 'labels': random.integers(0, 10, 10_000).tolist()}
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    return sums
+
+
+def bench_data(report, args):
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    import data
+
+    random = np.random.default_rng(0)
+    facts = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
+
+    # small images
+    n = 12_800
+    pixels = random.integers(0, 256, (n, 32, 32, 3)).astype(np.uint8)
+    targets = torch.zeros(n, dtype=torch.int64)
+    per_sample = transforms.Compose([transforms.Pad(4, padding_mode='reflect'), transforms.RandomHorizontalFlip(), transforms.RandomCrop(32),
+                                     transforms.ToTensor(), transforms.Normalize(**facts)])
+
+    class PerSample(torch.utils.data.Dataset):
+        def __len__(self):
+            return n
+
+        def __getitem__(self, index):
+            return per_sample(Image.fromarray(pixels[index])), 0
+
+    source = data.Data('CIFAR10', (torch.from_numpy(pixels), targets), None, (), data.PREPROCESSING['CIFAR10'])
+    ours = source.batches(True, batch_size=128, pad=4)
+    theirs = torch.utils.data.DataLoader(PerSample(), batch_size=128, shuffle=True, num_workers=2, persistent_workers=True)
+    threads = torch.get_num_threads()
+    # The reference keeps two cores busy with its workers; ours runs on one thread, and counts as one core.
+    torch.set_num_threads(1)
+    compare(report, 'small images, training: 32 x 32 x 3, batch 128', lambda: consume(ours), lambda: consume(theirs), n,
+            {'ours': 1, 'torchvision': 2}, 25, args.rounds)
+    del theirs
+
+    # JPEGs, with two worker processes each
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        photographs(folder, args.images)
+        source = data.load('folder', folder)
+        pipelines = {
+            'train': transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+                                         transforms.Normalize(**facts)]),
+            'val': transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(),
+                                       transforms.Normalize(**facts)])}
+        for part, label, goal in (('train', 'JPEG training: 500 x 375 to 224, batch 64', 2), ('val', 'JPEG evaluation: 500 x 375 to 224, batch 64', 1.3)):
+            ours = source.batches(part == 'train', batch_size=64, workers=2)
+            theirs = torch.utils.data.DataLoader(ImageFolder(folder / part, pipelines[part]), batch_size=64, shuffle=part == 'train',
+                                                 num_workers=2, persistent_workers=True)
+            compare(report, label, lambda: consume(ours), lambda: consume(theirs), args.images, {'ours': 2, 'torchvision': 2}, goal,
+                    args.rounds)
+        del ours, theirs
+        torch.set_num_threads(threads)
+
+        sizes = child(FOLDER, folder)
+        report.samples['memory of the folder loader'] = sizes
+        report.add('memory of the folder loader with 2 workers, MB: after epochs 2 and 12', f'{sizes[1]:.0f}, {sizes[-1]:.0f}', '',
+                   f'{sizes[-1] - sizes[1]:+.0f} MB', 'no growth')
+        sums = cifar_files(folder / 'cifar')
+        bare = child(CHILD + 'print(json.dumps(resident()))')
+        for label, code in (('CIFAR-10, two epochs of batches', LOADING), ('CIFAR-10, DiracNet-16-1 in training, batch 128', TRAINING)):
+            samples = [child(code, folder / 'cifar', json.dumps(sums)) - bare for _ in range(3)]
+            report.samples[label] = samples
+            report.add(f'{label}: MB above an interpreter with torch ({bare:.0f} MB)', f'{statistics.median(samples):.0f}', '', '', 'under 250')
+
+
+BENCHMARKS = {'data': (bench_data, 'Input pipelines', ['images per second and core', 'ours', "torchvision's", 'ratio', 'goal'])}
+
+
+def main(arguments=None):
+    parser = OneLineParser(prog='-m tools.benchmark', description=__doc__)
+    parser.add_argument('what', choices=BENCHMARKS)
+    parser.add_argument('--rounds', type=int, default=7, help='turns of each measurement (default 7)')
+    parser.add_argument('--images', type=int, default=256, help='JPEGs for each part (default 256)')
+    parser.add_argument('--out', type=Path, metavar='OUT', help='write OUT.md and OUT.json')
+    args = parser.parse_args(arguments)
+    if args.rounds < 3 or args.images < 1:
+        raise OptionError('--rounds must be at least 3, and --images at least 1')
+    function, title, columns = BENCHMARKS[args.what]
+    report = Report(title, columns)
+    function(report, args)
+    print(report.markdown())
+    if args.out:
+        report.write(args.out)
+
+
+if __name__ == '__main__':
+    run(main, 'tools.benchmark')
