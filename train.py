@@ -19,6 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
+import images
 from diracnet import DATASETS, Network
 from errors import OneLineParser, OptionError, UserError, run
 from resnet import MODELS
@@ -316,6 +318,8 @@ def train(options, arguments, resumed, device):
     dtype = DTYPES[options['dtype']]
     folder = run_folder(options, resumed)
     source = load_data(options)
+    if resumed:
+        check_classes(source, resumed, options)
     batches = {mode: source.batches(mode, batch_size=options['batch_size'], device=device, seed=options['seed'],
                                     pad=options['randomcrop_pad'], workers=options['nthread']) for mode in (True, False)}
 
@@ -416,6 +420,12 @@ def train(options, arguments, resumed, device):
     print(f'done: {folder}')
 
 
+def check_classes(source, found, options):
+    if found.classes and list(source.classes) != list(found.classes):
+        raise UserError(f'{found.path} was trained on other classes ({", ".join(found.classes[:3])}, ...) than are under '
+                        f'{options["dataroot"]} ({", ".join(source.classes[:3])}, ...)')
+
+
 def parallel(module, inputs, ngpu):
     if ngpu == 1:
         return module(inputs)
@@ -426,8 +436,9 @@ def evaluate(options, found, device):
     """Test a checkpoint on its data set's test images, and print what its log would say, as one JSON line."""
     module = found.module().to(device, DTYPES[options['dtype']])
     source = load_data(options)
-    if found.classes and list(source.classes) != list(found.classes):
-        raise UserError(f'{found.path} was trained on other classes than {options["dataroot"]} has')
+    check_classes(source, found, options)
+    if found.preprocessing:  # of its own training set, where it was whitened
+        source = replace(source, preprocessing=images.Preprocessing.from_dict(found.preprocessing))
     batches = source.batches(False, batch_size=options['batch_size'], device=device, workers=options['nthread'])
     tally = Tally(len(source.classes))
     progress = Progress('test', batches.n, tally)
@@ -442,7 +453,7 @@ def evaluate(options, found, device):
     broken.check(batches)
     loss, top1, top5 = tally.values()
     print('json_stats: ' + json.dumps({'checkpoint': str(found.path), 'dataset': options['dataset'], 'test_loss': loss,
-                                       'test_acc': top1, 'test_top5': top5, 'n': batches.n}))
+                                       'test_acc': top1, 'test_top5': top5, 'holdout': options['holdout'], 'n': batches.n}))
 
 
 def main(arguments=None):

@@ -371,6 +371,14 @@ def test_folder_of_anybodys_images(many_files, tmp_path, call):
     assert result.status == 0 and f'"test_acc": {last["test_acc"]}' in result.out
 
 
+def test_other_classes_are_noticed(many_files, tmp_path, refused):
+    train.main([str(word) for word in run_folder(many_files, tmp_path / 'run', '--epochs', 1)])
+    for part in ('train', 'val'):
+        (many_files / part / 'b').rename(many_files / part / 'c')
+    refused(1, ['other classes', 'a, b', 'a, c'], train.main, '--evaluate', tmp_path / 'run')
+    refused(1, ['other classes', 'a, b', 'a, c'], train.main, '--resume', tmp_path / 'run', '--epochs', 3)
+
+
 def age(root):
     """Let the folders' last change be an hour ago, as is usual."""
     for folder, _, _ in os.walk(root):
