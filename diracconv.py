@@ -33,11 +33,41 @@ def dirac_weight(weight, alpha, beta, groups=1):
     scale = beta / torch.where(norm > 0, norm, 1)
     effective = weight * scale.view(-1, *[1] * (weight.ndim - 1))
     # Only the diagonal of the central tap receives alpha: adding there saves building and reading a delta tensor.
-    centre = tuple(size // 2 for size in weight.shape[2:])
-    taps = effective[(slice(None), slice(None), *centre)].unflatten(0, (groups, -1))  # (groups, out / groups, in / groups)
-    diagonal = taps.diagonal(dim1=1, dim2=2)  # (groups, n)
+    diagonal = _diagonal(effective, groups)
     diagonal.add_(alpha.unflatten(0, (groups, -1))[:, :diagonal.shape[1]])
     return effective
+
+
+@torch.no_grad()
+def split_weight(weight, groups=1):
+    """The (weight, alpha, beta) of a Dirac convolution that computes what an ordinary `weight` does.
+
+    alpha is the part of the identity that is in it, the diagonal of the central tap; the rest is the weight, and beta the
+    norm of its filters. `dirac_weight` of the three gives the argument back, up to rounding.
+    """
+    weight = weight.detach().clone()
+    alpha = torch.zeros(weight.shape[0], device=weight.device, dtype=weight.dtype)
+    diagonal = _diagonal(weight, groups)  # (groups, n)
+    alpha.unflatten(0, (groups, -1))[:, :diagonal.shape[1]] = diagonal
+    diagonal.zero_()
+    return weight, alpha, torch.linalg.vector_norm(weight.flatten(1), dim=1)
+
+
+def _diagonal(weight, groups):
+    """View of the taps where the delta is one, (groups, min(out, in) / groups)."""
+    centre = tuple(size // 2 for size in weight.shape[2:])
+    taps = weight[(slice(None), slice(None), *centre)]  # (out, in / groups)
+    return taps.unflatten(0, (groups, -1)).diagonal(dim1=1, dim2=2)
+
+
+def plain_conv(kind, conv, weight):
+    """A torch.nn.Conv1d, 2d or 3d (`kind`) with the arguments, bias and mode of `conv`, and a weight of its own."""
+    plain = kind(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
+                 conv.bias is not None, conv.padding_mode, device='meta', dtype=weight.dtype)
+    plain.weight = nn.Parameter(weight.detach())
+    if conv.bias is not None:
+        plain.bias = nn.Parameter(conv.bias.detach().clone())
+    return plain.train(conv.training)
 
 
 class _DiracConv:
@@ -73,15 +103,9 @@ class _DiracConv:
     @torch.no_grad()
     def fold(self):
         """The plain convolution of the same arguments, device, dtype and mode that computes the same."""
-        plain = self.plain_class(
-            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation, self.groups,
-            self.bias is not None, self.padding_mode, device='meta', dtype=self.weight.dtype)
         # Folding happens once and is read for ever: double precision costs nothing here.
         weight = dirac_weight(self.weight.double(), self.alpha.double(), self.beta.double(), self.groups)
-        plain.weight = nn.Parameter(weight.to(self.weight.dtype))
-        if self.bias is not None:
-            plain.bias = nn.Parameter(self.bias.detach().clone())
-        return plain.train(self.training)
+        return plain_conv(self.plain_class, self, weight.to(self.weight.dtype))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         # The original's modules keep the identity as a buffer. Ours is implied, so a stored one must agree with it.
@@ -125,3 +149,33 @@ class DiracConv3d(_DiracConv, nn.Conv3d):
     Input (N, in, D, H, W), output (N, out, D', H', W'). Parameters as of DiracConv1d.
     """
     plain_class = nn.Conv3d
+
+
+class DiracParametrization(nn.Module):
+    """The Dirac weight as a parametrization of `torch.nn.utils.parametrize`, for any convolution:
+
+        register_parametrization(conv, 'weight', DiracParametrization(conv))
+        remove_parametrizations(conv, 'weight')     # leaves the folded weight
+
+    The convolution goes on computing what it does (`split_weight`); with `fresh`, alpha and beta start at 1.0 and 0.1 instead.
+    """
+
+    def __init__(self, conv, fresh=False):
+        super().__init__()
+        self.groups, self.fresh = conv.groups, fresh
+        self.alpha = nn.Parameter(torch.full_like(conv.weight.detach().flatten(1)[:, 0], ALPHA))
+        self.beta = nn.Parameter(torch.full_like(self.alpha.detach(), BETA))
+
+    def forward(self, weight):
+        return dirac_weight(weight, self.alpha, self.beta, self.groups)
+
+    @torch.no_grad()
+    def right_inverse(self, weight):
+        """Called where a weight is given: at registration, and when one is assigned."""
+        if self.fresh:
+            self.fresh = False
+            return weight
+        weight, alpha, beta = split_weight(weight, self.groups)
+        self.alpha.copy_(alpha)
+        self.beta.copy_(beta)
+        return weight
