@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from diracnet import DATASETS, DiracNet, Network, fold, layout_of
-from errors import UserError
+from errors import OptionError, UserError
 from resnet import MODELS
 
 FILE_NAME = 'model.pt7'
@@ -36,6 +36,24 @@ class Checkpoint:
     options: dict = field(default_factory=dict)
     epoch: int = 0
     optimizer: dict = None
+
+    @property
+    def is_run(self):
+        """Whether train.py wrote it, so that its run can go on as if it had not been stopped."""
+        return bool(self.optimizer and self.options)
+
+    def network_options(self, given):
+        """model, depth, width and dataset of its network, which those of `given` must not contradict (OptionError).
+
+        A bare state dict fits every data set of its form, channels and classes: there `given` may choose.
+        """
+        network = dict(self.network)
+        if not self.preprocessing and DATASETS[given.get('dataset', 'CIFAR10')] == DATASETS[network['dataset']]:
+            network['dataset'] = given.get('dataset', network['dataset'])
+        for name in ('model', 'depth', 'width', 'dataset'):
+            if given.get(name, network[name]) != network[name]:
+                raise OptionError(f'--{name} is {given[name]}, but {self.path} is of {network[name]}')
+        return {name: network[name] for name in ('model', 'depth', 'width', 'dataset')}
 
     def module(self):
         """The network as a module in evaluation mode; folded ones as DiracNet. Raises UserError for tensors that don't fit."""
@@ -118,7 +136,7 @@ def _infer(params):
     except ValueError:
         return None
     fitting = [name for name, facts in DATASETS.items() if facts == (layout.form, layout.in_channels, layout.num_classes)]
-    dataset = fitting[0] if len(fitting) == 1 else 'ImageNet' if layout.form == 'imagenet' else 'CIFAR10'
+    dataset = fitting[0] if fitting else 'ImageNet' if layout.form == 'imagenet' else 'CIFAR10'
     model = 'diracnet' if any(key.endswith('.alpha') for key in params) else 'plain'
     return {'model': model, 'depth': layout.depth, 'width': layout.width, 'dataset': dataset,
             'num_classes': layout.num_classes, 'in_channels': layout.in_channels}

@@ -139,6 +139,10 @@ def complete(given, stored=None):
 
 def choose_device(options):
     """The torch device that --device, --cuda, --gpu_id and --ngpu ask for. Raises OptionError if it isn't there."""
+    if options['dataset'] in ('ImageNet', 'folder'):
+        # Large tensors in huge pages (Linux; torch reads it at its first allocation, which is below): else the page faults of a batch of
+        # 224 x 224 images take several times as long as its normalization. Small images gain nothing, and memory would grow.
+        os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
     there = torch.cuda.device_count()
     name = options.get('device') or ('cuda' if options.get('cuda') or options.get('gpu_id') or there else 'cpu')
     if options.get('gpu_id') is not None and name == 'cuda':
@@ -279,8 +283,8 @@ def run_folder(options, resumed):
     """The run's folder, not made yet. An existing run is never overwritten."""
     default = (f'logs/{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}-'
                f'{datetime.now():%Y%m%d-%H%M%S}')
-    folder = Path(options.get('save') or (resumed.path.parent if resumed else default)).expanduser()
-    if not (resumed and folder.exists() and folder.samefile(resumed.path.parent)):
+    folder = Path(options.get('save') or (resumed.path.parent if resumed and resumed.is_run else default)).expanduser()
+    if not (resumed and resumed.is_run and folder.exists() and folder.samefile(resumed.path.parent)):
         for name in ('log.txt', checkpoint.FILE_NAME):
             if (folder / name).exists():
                 raise OptionError(f'{folder} holds a run already; --resume {folder} goes on with it, another --save makes a new one')
@@ -334,7 +338,7 @@ def train(options, arguments, resumed, device):
         checkpoint.load_params(module, resumed.params, resumed.path)
     module.to(device, dtype)
     optimizer = make_optimizer(module, options)
-    if resumed:
+    if resumed and resumed.optimizer:
         optimizer.load_state_dict(resumed.optimizer)
     table = parameter_table(module, options['weight_decay'])
     print('\n'.join(table))
@@ -343,7 +347,7 @@ def train(options, arguments, resumed, device):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'--save {folder} can not be made ({error.strerror})') from None
-    log = read_log(resumed.path.parent, resumed.epoch) if resumed else []
+    log = read_log(resumed.path.parent, resumed.epoch) if resumed and resumed.is_run else []
     record_command(folder, arguments, device)
     (folder / 'log.txt').write_text(''.join(line + '\n' for line in log))
     print(f'{options["model"]}-{options["depth"]}-{options["width"]:g} on {options["dataset"]}, {batches[True].n} training and '
@@ -456,6 +460,24 @@ def evaluate(options, found, device):
                                        'test_acc': top1, 'test_top5': top5, 'holdout': options['holdout'], 'n': batches.n}))
 
 
+def start_from(found, given, arguments):
+    """Train on from the tensors of a file that is no run of this program: with its epoch, if it has one, and a new optimizer."""
+    if found.folded or found.network is None:
+        raise UserError(f'{found.path} is {"folded: it can be tested (--evaluate)" if found.folded else "no network that is known here"}, '
+                        'but not trained on')
+    found.optimizer = None
+    options = complete({**found.network_options(given), **given})
+    options['width'] = whole(options['width'])
+    if found.epoch >= options['epochs']:
+        raise OptionError(f'{found.path} has {found.epoch} epochs already; a larger --epochs extends the training')
+    print(f'{found.path} is no run of train.py: training goes on from its tensors at epoch {found.epoch}, with a new optimizer')
+    train(options, arguments, found, choose_device(options))
+
+
+def whole(number):
+    return int(number) if number == int(number) else number
+
+
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     given = {name: value for name, value in vars(build_parser().parse_args(arguments)).items() if value is not None}
@@ -463,21 +485,16 @@ def main(arguments=None):
         found = checkpoint.load(given.pop('evaluate'))
         if found.network is None:
             raise UserError(f'{found.path} holds no network that is known here')
-        # A bare state dict fits every data set of its form, channels and classes: there the command line may choose.
-        if not found.preprocessing and DATASETS[given.get('dataset', 'CIFAR10')] == DATASETS[found.network['dataset']]:
-            found.network['dataset'] = given.get('dataset', found.network['dataset'])
-        for name in ('model', 'depth', 'width', 'dataset'):
-            if given.get(name, found.network[name]) != found.network[name]:
-                raise OptionError(f'--{name} is {given[name]}, but {found.path} is of {found.network[name]}')
+        found.network.update(found.network_options(given))
         stored = {name: value for name, value in found.options.items() if name not in BOUND_TO_MACHINE}
         options = complete(given, {**GENERAL, **RECIPES[found.network['dataset']], **found.network, **stored, **given})
         return evaluate(options, found, choose_device(options))
     resumed = checkpoint.load(given['resume']) if 'resume' in given else None
-    if resumed and (resumed.optimizer is None or not resumed.options):
-        raise UserError(f'{resumed.path} can be tested (--evaluate) but not resumed: it has no optimizer or no options')
+    if resumed and not resumed.is_run:
+        return start_from(resumed, given, arguments)
     options = complete(given, resumed and {name: value for name, value in resumed.options.items()
                                          if name not in (*BOUND_TO_MACHINE, 'resume', 'save')})
-    options['width'] = int(options['width']) if options['width'] == int(options['width']) else options['width']
+    options['width'] = whole(options['width'])
     if resumed and resumed.epoch >= options['epochs']:
         raise OptionError(f'{resumed.path} has all its {resumed.epoch} epochs; a larger --epochs extends the run')
     train(options, arguments, resumed, choose_device(options))
