@@ -270,7 +270,7 @@ class MemoryBatches(Ordered):
         self.images, self.targets = images.to(device), targets.to(device)
         if preprocessing.whitening:  # of the whole image, so before it is cropped
             self.images = whiten(self.images, preprocessing.whitening)
-        self.preprocessing, self.pad, self.flip = preprocessing, pad, flip
+        self.preprocessing, self.pad, self.flip, self.scratch = preprocessing, pad, flip, None
 
     def __iter__(self):
         windows = self._windows() if self.pad or self.flip else None
@@ -288,13 +288,21 @@ class MemoryBatches(Ordered):
 
     def _cut(self, indices, offsets, flips):
         """Crop, reflect and mirror in one gather: every pixel of the result is looked up in the flat list of all pixels."""
-        _, height, width, channels = self.images.shape
+        n, height, width, channels = self.images.shape
         rows = torch.arange(height, device=indices.device) + offsets[indices, :1] - self.pad  # (B, H)
         columns = torch.arange(width, device=indices.device) + offsets[indices, 1:] - self.pad  # (B, W)
         columns = torch.where(flips[indices, None] > 0, columns.flip(1), columns)
-        rows, columns = _reflect(rows, height), _reflect(columns, width)
-        pixels = (indices[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]  # (B, H, W)
-        return self.images.view(-1, channels).index_select(0, pixels.view(-1)).view(-1, height, width, channels)
+        rows = (indices[:, None] * height + _reflect(rows, height)) * width
+        columns = _reflect(columns, width)
+        # The two large intermediates keep their memory from batch to batch: fresh memory costs more than the gather.
+        if self.scratch is None or len(self.scratch[0]) < len(indices):
+            small = torch.int32 if n * height * width < 2 ** 31 else torch.int64
+            self.scratch = (torch.empty(len(indices), height, width, dtype=small, device=indices.device),
+                            self.images.new_empty(len(indices), height, width, channels))
+        pixels, cut = (buffer[:len(indices)] for buffer in self.scratch)
+        torch.add(rows.to(pixels.dtype)[:, :, None], columns.to(pixels.dtype)[:, None, :], out=pixels)
+        torch.index_select(self.images.view(-1, channels), 0, pixels.view(-1), out=cut.view(-1, channels))
+        return cut if not cut.is_floating_point() else cut.clone()  # floats are handed on as they are
 
 
 def _reflect(positions, size):

@@ -56,7 +56,7 @@ def normalize(images, preprocessing, dtype=torch.float32):
     # On a CPU in pieces that stay in its cache; on a GPU at once.
     piece = n if images.is_cuda else max(1, 2 ** 19 // rows[0].numel())
     for target, part in zip(normalized.split(piece), rows.split(piece)):
-        torch.addcmul(shift, part.to(dtype), scale, out=target)
+        torch.addcmul(shift, target.copy_(part), scale, out=target)
     return normalized.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -103,7 +103,7 @@ def decode(content, path, reduce=1):
                 image = _over_white(image) if image.ndim == 3 and image.shape[2] == 4 else cv2.imdecode(content, cv2.IMREAD_COLOR)
     if image is None:
         raise UserError(f'{path} is not an image that OpenCV can read, or not whole; replace it or remove it')
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
 def _whole(content, jpeg):
