@@ -67,7 +67,6 @@ class Data:
             raise OptionError(f'--holdout {n}: {self.name} has {len(images)} training samples; hold out fewer, and at least 1')
         return replace(self, train=(images[:-n], targets[:-n]), test=(images[-n:], targets[-n:]))
 
-
     def whitened(self, root):
         """This data set with ZCA whitening for its preprocessing, fitted to its training images (or read from the cache)."""
         if isinstance(self.train, ImageFolder):
@@ -174,11 +173,23 @@ def _read_torchvision(name, root, download):
     except (OSError, RuntimeError, EOFError) as error:
         files = (', '.join(row[1] for row in list(reader.split_list.values())[:2]) if name == 'SVHN'
                  else f'the folder {reader.base_folder} (of {reader.filename})')
-        raise UserError(f'{name} is not whole under {root} and could not be downloaded ({_reason(error)}): '
-                        f'put {files} there, or name its place with --dataroot {NO_DOWNLOAD_HINT}') from None
+        broken = _broken_file(reader, root)
+        raise UserError(f'{f"{broken} is broken (its MD5 sum is wrong)" if broken else f"{name} is not whole under {root}"} and could not be '
+                        f'downloaded ({_reason(error)}): put {files} there, or name its place with --dataroot {NO_DOWNLOAD_HINT}') from None
     if name == 'SVHN':  # comes as (N, C, H, W)
         return [np.ascontiguousarray(part.data.transpose(0, 2, 3, 1)) for part in sets], [part.labels.tolist() for part in sets], DIGITS
     return [np.ascontiguousarray(part.data) for part in sets], [list(part.targets) for part in sets], tuple(sets[0].classes)
+
+
+def _broken_file(reader, root):
+    """The first file of a data set of torchvision's that is there, but not as it should be."""
+    from torchvision.datasets.utils import check_integrity
+    if hasattr(reader, 'split_list'):
+        files = [(root / file_name, md5) for _, file_name, md5 in reader.split_list.values()]
+    else:
+        files = [(root / reader.base_folder / file_name, md5) for file_name, md5 in
+                 [*reader.train_list, *reader.test_list, (reader.meta['filename'], reader.meta['md5'])]]
+    return next((path for path, md5 in files if path.exists() and not check_integrity(path, md5)), None)
 
 
 IDX_FILES = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')

@@ -80,7 +80,15 @@ def test_broken_cifar(cifar, tmp_path, refused):
     root = cifar('CIFAR10')
     path = root / 'cifar-10-batches-py' / 'data_batch_3'
     path.write_bytes(path.read_bytes()[:-100])
-    refused(1, ['CIFAR10', 'not whole', root], train.main, '--dataroot', root, '--save', tmp_path / 'run')
+    refused(1, [path, 'MD5', 'put the folder'], train.main, '--dataroot', root, '--save', tmp_path / 'run')
+    path.unlink()
+    refused(1, ['CIFAR10 is not whole', root], train.main, '--dataroot', root, '--save', tmp_path / 'run')
+
+
+def test_broken_svhn(svhn, tmp_path, refused):
+    path = svhn / 'test_32x32.mat'
+    path.write_bytes(b'MATLAB 5.0')
+    refused(1, [path, 'MD5'], train.main, '--dataset', 'SVHN', '--dataroot', svhn, '--save', tmp_path / 'run')
 
 
 def test_broken_fashion_mnist(fashion_mnist, tmp_path, refused):
