@@ -285,6 +285,9 @@ def fold(params):
     for name in names:
         wide = {key[len(name):]: tensor.double() for key, tensor in params.items() if key.startswith(name)
                 and re.fullmatch(r'conv|alpha|beta|bn\.\w+', key[len(name):])}
+        missing = [key for key in ('conv', 'bn.running_mean', 'bn.running_var', 'bn.weight', 'bn.bias') if key not in wide]
+        if missing:
+            raise ValueError(f'not the parameters of a DiracNet: {name}{missing[0]} is missing')
         weight = wide['conv']
         if 'alpha' in wide:
             weight = dirac_weight(weight, wide['alpha'], wide['beta'])

@@ -432,7 +432,7 @@ class TestFolding(unittest.TestCase):
     def test_refuses_other_networks(self):
         _, params = define_diracnet(10, 1, 'digits')
         for change in (lambda p: p.pop('conv'), lambda p: p.pop('group1.block0.conv'),
-                       lambda p: p.update({'group2.block0.conv': torch.zeros(64, 31, 3, 3)}), lambda p: p.clear()):
+                       lambda p: p.update({'group2.block0.conv': torch.zeros(64, 31, 3, 3)}), lambda p: p.pop('group0.block1.bn.bias'), lambda p: p.clear()):
             broken = dict(params)
             change(broken)
             with self.assertRaisesRegex(ValueError, 'not the parameters of a DiracNet'):

@@ -17,7 +17,7 @@ from resnet import define_plain
 
 def test_digits_with_all_defaults(tmp_path):
     process = start('train.py', '--dataset', 'digits', '--save', tmp_path / 'run')
-    process.stdout.close()
+    process.stdout.read()
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0, errors
