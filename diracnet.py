@@ -352,8 +352,7 @@ def _published(name):
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', file_name)
     if os.path.exists(path):
         with open(path, 'rb') as file:
-            digest = hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') \
-                else hashlib.sha256(file.read()).hexdigest()
+            digest = hashlib.sha256(file.read()).hexdigest()
         if not digest.startswith(prefix):  # torch.hub takes what is there unseen
             raise RuntimeError(f'{path} is not the file of {url}: its SHA-256 begins with {digest[:8]} instead of {prefix}; remove it')
     else:

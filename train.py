@@ -340,8 +340,7 @@ def train(options, arguments, resumed, device):
     optimizer = make_optimizer(module, options)
     if resumed and resumed.optimizer:
         optimizer.load_state_dict(resumed.optimizer)
-    table = parameter_table(module, options['weight_decay'])
-    print('\n'.join(table))
+    print('\n'.join(parameter_table(module, options['weight_decay'])))
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

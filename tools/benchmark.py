@@ -137,7 +137,6 @@ print(json.dumps(resident()))
 """
 STEPS = """
 import train
-from torchnet.engine import Engine
 from diracnet import Network, define_diracnet
 module = Network(*define_diracnet(16, 1, 'CIFAR10'))
 optimizer = train.make_optimizer(module, {'lr': 0.1, 'weight_decay': 5e-4})
