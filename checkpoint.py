@@ -4,6 +4,7 @@ A run's `model.pt7` is a dict of
     params         flat dict of the network's tensors, running statistics included
     epoch          finished epochs
     optimizer      state dict of the optimizer
+    scaler         state of the loss scaling (empty unless --dtype half)
     options        every option of the run
     network        model, depth, width, dataset, num_classes, in_channels: the arguments that define it
     classes        names of the classes
@@ -36,6 +37,7 @@ class Checkpoint:
     options: dict = field(default_factory=dict)
     epoch: int = 0
     optimizer: dict = None
+    scaler: dict = field(default_factory=dict)
 
     @property
     def is_run(self):
@@ -113,7 +115,7 @@ def load(path):
 def _understand(path, content):
     if not isinstance(content, dict):
         raise UserError(f'{path} is no checkpoint: it holds a {type(content).__name__}')
-    facts = {name: content[name] for name in ('network', 'classes', 'preprocessing', 'options', 'epoch', 'optimizer')
+    facts = {name: content[name] for name in ('network', 'classes', 'preprocessing', 'options', 'epoch', 'optimizer', 'scaler')
              if content.get(name) is not None}
     tensors = content
     for name in ('params', 'state_dict'):

@@ -28,14 +28,34 @@ def dirac_weight(weight, alpha, beta, groups=1):
         (out, in / groups, *kernel): row i of the delta, as `torch.nn.init.dirac_` builds it, times alpha[i], plus
         beta[i] times the filter i divided by its l2 norm. Where out > in (per group), the rows beyond have no
         delta. A filter of zeros stays zeros, and its gradient is that of a filter of norm 1.
+
+    Weights of one shape are best computed together: concatenated, they are the groups of one weight.
     """
-    norm = torch.linalg.vector_norm(weight.flatten(1), dim=1)  # (out,)
-    scale = beta / torch.where(norm > 0, norm, 1)
-    effective = weight * scale.view(-1, *[1] * (weight.ndim - 1))
-    # Only the diagonal of the central tap receives alpha: adding there saves building and reading a delta tensor.
-    diagonal = _diagonal(effective, groups)
-    diagonal.add_(alpha.unflatten(0, (groups, -1))[:, :diagonal.shape[1]])
-    return effective
+    out, inside = weight.shape[:2]
+    # Rows of taps, in the order in which they lie in memory, so that nothing is copied.
+    channels_last = weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    ordered = weight.movedim(1, -1) if channels_last else weight
+    flat = ordered.flatten(1)  # (out, taps)
+    norm = torch.linalg.vector_norm(flat, dim=1)  # (out,)
+    effective = flat * (beta / torch.where(norm > 0, norm, 1))[:, None]
+    # Only the diagonal of the central tap receives alpha: that saves building and reading a delta tensor. (index_put_, since
+    # autograd would copy all of the gradient for an addition to a view.)
+    n = min(out // groups, inside)
+    rows = torch.arange(out, device=weight.device).view(groups, -1)[:, :n].reshape(-1)
+    columns = torch.arange(n, device=weight.device).repeat(groups)
+    centre, kernel = _centre(weight.shape[2:])
+    taps = centre * inside + columns if channels_last else columns * kernel + centre
+    effective.index_put_((rows, taps), alpha.view(groups, -1)[:, :n].reshape(-1), accumulate=True)
+    effective = effective.view(ordered.shape)
+    return effective.movedim(-1, 1) if channels_last else effective
+
+
+def _centre(sizes):
+    """Index of the central tap in a flat kernel, and the number of its taps."""
+    centre, kernel = 0, 1
+    for size in sizes:
+        centre, kernel = centre * size + size // 2, kernel * size
+    return centre, kernel
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -126,42 +125,99 @@ def flatten(tree, prefix=''):
     return flat
 
 
-def batch_norm(x, params, name, mode):
-    return F.batch_norm(x, params[name + '.running_mean'], params[name + '.running_var'], params[name + '.weight'],
-                        params[name + '.bias'], training=mode, momentum=BN_MOMENTUM, eps=BN_EPS)
+def activation(x, bn, mode, pool=()):
+    """What lies between two convolutions: batch norm, max-pooling where `pool` has its arguments, ReLU.
+
+    x: (N, C, H, W); bn: (weight, bias, running_mean, running_var), (C,) each; mode: True for batch statistics. As ReLU and
+    max-pooling commute, the pooling comes first, and so does the paper's order, in which a block begins with the ReLU.
+    """
+    weight, bias, mean, var = bn
+    x = F.batch_norm(x, mean, var, weight, bias, training=mode, momentum=BN_MOMENTUM, eps=BN_EPS)
+    if pool:
+        x = F.max_pool2d(x, *pool)
+    # In place: neither batch norm nor pooling looks at its output again. (A compiler fuses it anyhow.)
+    return F.relu(x, inplace=not torch.compiler.is_compiling())
 
 
-def conv_weight(params, name):
-    """The weight a block convolves with: Dirac where there are scales, else (as in plain networks) as it is."""
-    weight = params[name + '.conv']
-    if name + '.alpha' in params:
-        weight = dirac_weight(weight, params[name + '.alpha'], params[name + '.beta'])
-    return weight
+def block(x, bn, weight, mode, pool=()):
+    """`activation` and the 3x3 convolution behind it, weight (out, C, 3, 3): (N, C, H, W) to (N, out, H', W')."""
+    return F.conv2d(activation(x, bn, mode, pool), weight, padding=1)
 
 
-def chain(layout, inputs, params, mode):
+class _Recomputed(torch.autograd.Function):
+    """`block` in training, keeping its arguments alone: the backward pass computes the activation, not the convolution, again."""
+
+    @staticmethod
+    def forward(ctx, x, bn_weight, bn_bias, running_mean, running_var, weight, pool):
+        ctx.save_for_backward(x, bn_weight, bn_bias, weight)
+        ctx.pool = pool
+        return block(x, (bn_weight, bn_bias, running_mean, running_var), weight, True, pool)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        *given, weight = ctx.saved_tensors
+        x, bn_weight, bn_bias = (tensor.detach().requires_grad_() for tensor in given)
+        with torch.enable_grad():
+            inputs = activation(x, (bn_weight, bn_bias, None, None), True, ctx.pool)  # running statistics have been updated before
+        inner = inputs.detach().to(grad.dtype)  # under autocast the convolution was in a shorter type than its inputs
+        short = weight.to(grad.dtype)
+        grad_inputs = torch.nn.grad.conv2d_input(inner.shape, short, grad, padding=1)
+        grad_weight = torch.nn.grad.conv2d_weight(inner, weight.shape, grad, padding=1).to(weight.dtype)
+        del inner
+        grads = torch.autograd.grad(inputs, (x, bn_weight, bn_bias), grad_inputs.to(inputs.dtype))
+        return *grads, None, None, grad_weight, None
+
+
+def recomputed_block(x, bn, weight, mode, pool=()):
+    """`block` for half of the memory: what the convolution reads is not kept for the backward pass, but computed again there."""
+    if mode and torch.is_grad_enabled():
+        return _Recomputed.apply(x, *bn, weight, pool)
+    return block(x, bn, weight, mode, pool)
+
+
+def conv_weights(layout, params):
+    """The weight that each block convolves with, by the block's name: Dirac where there are scales, else (as in plain networks)
+    as it is. The Dirac weights of all blocks of one shape are computed at once."""
+    names = [name for group in layout.groups for name, _, _ in group]
+    if names[0] + '.alpha' not in params:
+        return {name: params[name + '.conv'] for name in names}
+    by_shape = {}
+    for name in names:
+        by_shape.setdefault(params[name + '.conv'].shape, []).append(name)
+    weights = {}
+    for shape, names in by_shape.items():
+        together = (torch.cat([params[f'{name}.{part}'] for name in names]) for part in ('conv', 'alpha', 'beta'))
+        weights.update(zip(names, dirac_weight(*together, groups=len(names)).split(shape[0])))
+    return weights
+
+
+def chain(layout, inputs, params, mode, block=block):
     """The function of a DiracNet (and of the plain chain), as partial(chain, layout): f(inputs, params, mode).
 
     Args:
         inputs: (N, in_channels, H, W), normalized images.
         params: flat dict as `define_diracnet` makes it.
         mode: True for batch statistics, with the running ones updated in place; False for the running ones.
+        block: `block`, or another function that computes the same, as `recomputed_block` or torch.compile(block).
 
     Returns:
         logits, (N, num_classes).
     """
+    def bn(name):
+        return tuple(params[f'{name}.{part}'] for part in ('weight', 'bias', 'running_mean', 'running_var'))
+    weights = conv_weights(layout, params)
     if layout.form == 'imagenet':
-        x = F.conv2d(inputs, params['conv'], stride=2, padding=3)  # (N, w0, H / 2, W / 2)
-        x = F.max_pool2d(batch_norm(x, params, 'bn', mode), 3, 2, 1)  # (N, w0, H / 4, W / 4)
+        x, pool = F.conv2d(inputs, params['conv'], stride=2, padding=3), (3, 2, 1)  # (N, w0, H / 2, W / 2)
     else:
-        # The ReLU that follows the CIFAR form's first batch norm is the one that begins the first block: ReLU is idempotent.
-        x = batch_norm(F.conv2d(inputs, params['conv'], padding=1), params, 'bn', mode)  # (N, w0, H, W)
-    for g, group in enumerate(layout.groups):
-        if g > 0:
-            x = F.max_pool2d(x, 2)  # height and width halve
-        for name, _, _ in group:
-            x = batch_norm(F.conv2d(F.relu(x), conv_weight(params, name), padding=1), params, name + '.bn', mode)
-    x = F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1)  # (N, w_last)
+        x, pool = F.conv2d(inputs, params['conv'], padding=1), ()  # (N, w0, H, W)
+    last = 'bn'
+    for group in layout.groups:
+        for name, _, _ in group:  # paper: a block is ReLU, convolution, batch norm; here cut behind the convolutions
+            x = block(x, bn(last), weights[name], mode, pool)
+            last, pool = name + '.bn', ()
+        pool = (2,)  # height and width halve
+    x = F.adaptive_avg_pool2d(activation(x, bn(last), mode), 1).flatten(1)  # (N, w_last)
     return F.linear(x, params['fc.weight'], params['fc.bias'])
 
 
@@ -209,9 +265,10 @@ class Network(nn.Module):
     def __init__(self, f, params):
         super().__init__()
         self.f = f
-        self.keys = tuple(params)
+        places = {}
         for key, tensor in params.items():
             *path, name = key.split('.')  # PyTorch accepts no name with a dot: nested modules give the same keys
+            places.setdefault(tuple(path), []).append((key, name))
             module = self
             for part in path:
                 if part not in module._modules:
@@ -221,10 +278,18 @@ class Network(nn.Module):
                 module.register_parameter(name, nn.Parameter(tensor.detach()))
             else:
                 module.register_buffer(name, tensor)
+        self.places = tuple(places.items())
 
     def params(self):
         """The flat dict, of the module's own tensors."""
-        return {key: attrgetter(key)(self) for key in self.keys}
+        found = {}
+        for path, names in self.places:  # each submodule is looked up once: this runs at every step
+            module = self
+            for part in path:
+                module = module._modules[part]
+            for key, name in names:
+                found[key] = getattr(module, name)
+        return found
 
     def forward(self, inputs):
         return self.f(inputs, self.params(), self.training)

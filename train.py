@@ -21,6 +21,7 @@ import sys
 import time
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,12 +29,15 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
+import diracnet
 import images
 from diracnet import DATASETS, Network
 from errors import OneLineParser, OptionError, UserError, run
 from resnet import MODELS
 
-DTYPES = {'float': torch.float32, 'double': torch.float64}
+# Type of the parameters, and of the convolutions where it is another (autocast).
+DTYPES = {'float': (torch.float32, None), 'double': (torch.float64, None), 'bfloat16': (torch.float32, torch.bfloat16),
+          'half': (torch.float32, torch.float16)}
 
 # What an option is where the command line doesn't say. CIFAR's and ImageNet's values are the paper's; those of digits were chosen
 # on a hold-out of its training samples (logs/reference/digits-holdout.txt); FashionMNIST's are CIFAR's in a shorter schedule, without
@@ -50,7 +54,8 @@ RECIPES = {
 }
 RECIPES['folder'] = RECIPES['ImageNet']
 GENERAL = {'model': 'diracnet', 'width': 1, 'dataset': 'CIFAR10', 'dataroot': './data', 'imagenetpath': '~/ILSVRC2012',
-           'image_size': 224, 'preprocess': 'meanstd', 'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1}
+           'image_size': 224, 'preprocess': 'meanstd', 'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1,
+           'recompute': False, 'compile': False}
 # Where a resumed run may differ from the one that was stopped: nothing of it changes what is computed.
 FREE_ON_RESUME = {'resume', 'save', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'device', 'cuda', 'gpu_id', 'ngpu'}
 
@@ -88,7 +93,8 @@ def build_parser():
     network.add_argument('--model', choices=MODELS, help='diracnet (default), or plain: the same chain without the Dirac term')
     network.add_argument('--depth', type=number(int, 1), help='6n + 4, ImageNet 18 or 34 (default 16, ImageNet 18)')
     network.add_argument('--width', type=number(float, 0, True), help='factor of the channels (default 1)')
-    network.add_argument('--dtype', choices=DTYPES, help='floating point type of everything (default float)')
+    network.add_argument('--dtype', choices=DTYPES, help='floating point type: float (default), double, or mixed '
+                                                             'with bfloat16 or half (CUDA)')
     sets = parser.add_argument_group('data')
     sets.add_argument('--dataset', choices=DATASETS, help='default CIFAR10; digits needs no download')
     sets.add_argument('--dataroot', help='folder of the data, downloaded to there where possible (default ./data)')
@@ -112,6 +118,10 @@ def build_parser():
     training.add_argument('--weight_decay', '--weightDecay', type=number(float, 0), help='on tensors of more than one dimension, and '
                                                                                        'on no others')
     training.add_argument('--seed', type=number(int, 0), help='of initialization, order and augmentation (default 1)')
+    training.add_argument('--recompute', action='store_true', default=None, help='half the memory for about 10 %% more time: '
+                                                                                  'activations are computed again')
+    training.add_argument('--compile', action='store_true', default=None, help='torch.compile the block (needs a C++ compiler; '
+                                                                               'takes a minute or more)')
     runs = parser.add_argument_group('runs')
     runs.add_argument('--save', metavar='DIR', help='folder of the run, made here (default logs/DATASET-MODEL-DEPTH-WIDTH-TIME)')
     runs.add_argument('--resume', metavar='RUN', help="go on with a stopped run, by its folder or model.pt7; its options hold")
@@ -157,9 +167,31 @@ def choose_device(options):
     for flag in ('cuda', 'gpu_id'):
         if options.get(flag) is not None and device.type != 'cuda':
             raise OptionError(f'--{flag} contradicts --device {name}; give one of them')
+    if options['dtype'] == 'half' and device.type != 'cuda':
+        raise OptionError(f'--dtype half is for CUDA, and the device is {name}; bfloat16 works there, too')
+    if options['recompute'] and options['compile']:
+        raise OptionError('--recompute and --compile exclude each other: a compiled block decides itself what to compute again')
+    if device.type == 'cuda':
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision('high')  # TF32
+        torch.backends.cudnn.allow_tf32 = True
+    else:
+        keep_freed_memory()
     if options['ngpu'] > (there if device.type == 'cuda' else 1):
         raise OptionError(f'--ngpu {options["ngpu"]}: this machine has {there} CUDA devices to share a batch')
     return device
+
+
+def keep_freed_memory():
+    """Tell Linux's malloc to keep what is freed: else each step gives its activations back to the system, and page faults for the
+    next step's take a tenth of the time."""
+    if sys.platform == 'linux':
+        import ctypes
+        mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)  # other C libraries have none
+        if mallopt:
+            trim_threshold, mmap_threshold = -1, -3  # M_ constants of malloc.h
+            for option, size in ((mmap_threshold, 2 ** 25), (mmap_threshold, 2 ** 30), (trim_threshold, 2 ** 31 - 1)):
+                mallopt(option, size)  # a size that is too large for an older glibc changes nothing
 
 
 # --- network and optimizer -------------------------------------------------------------------------------------------
@@ -182,7 +214,32 @@ def parameter_table(module, weight_decay):
 def make_optimizer(module, options):
     groups = [{'params': [p for p in module.parameters() if decayed(p)], 'weight_decay': options['weight_decay']},
               {'params': [p for p in module.parameters() if not decayed(p)], 'weight_decay': 0.0}]
-    return torch.optim.SGD(groups, lr=options['lr'], momentum=0.9)
+    return torch.optim.SGD(groups, lr=options['lr'], momentum=0.9, fused=True)
+
+
+class Scaled:
+    """An optimizer's step as torchnet's engine calls it, with the scaling of a loss in half precision (else none)."""
+
+    def __init__(self, optimizer, scaler):
+        self.optimizer, self.scaler = optimizer, scaler
+        self.zero_grad = optimizer.zero_grad
+
+    def step(self, closure):
+        closure()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def choose_block(options):
+    """The function of a block, for `diracnet.chain`."""
+    if options['recompute']:
+        return diracnet.recomputed_block
+    if options['compile']:
+        # Block by block: a network compiles in the time of one block of each shape, however deep it is.
+        import torch._dynamo  # not imported with torch: it takes its time
+        torch._dynamo.config.recompile_limit = 1000  # shapes of blocks, batches and modes
+        return torch.compile(diracnet.block, dynamic=False)
+    return diracnet.block
 
 
 def learning_rate(options, epoch):
@@ -319,7 +376,7 @@ def read_log(folder, epoch):
 
 def train(options, arguments, resumed, device):
     from torchnet.engine import Engine
-    dtype = DTYPES[options['dtype']]
+    dtype, short = DTYPES[options['dtype']]
     folder = run_folder(options, resumed)
     source = load_data(options)
     if resumed:
@@ -331,15 +388,18 @@ def train(options, arguments, resumed, device):
     definition = {'depth': options['depth'], 'width': options['width'], 'dataset': options['dataset'],
                   'num_classes': len(source.classes), 'in_channels': source.preprocessing.channels}
     try:
-        module = Network(*MODELS[options['model']](**definition))
+        f, params = MODELS[options['model']](**definition)
     except ValueError as error:
         raise OptionError(str(error)) from None
+    module = Network(partial(f, block=choose_block(options)), params)
     if resumed:
         checkpoint.load_params(module, resumed.params, resumed.path)
-    module.to(device, dtype)
+    module.to(device, dtype, memory_format=torch.channels_last)
     optimizer = make_optimizer(module, options)
+    scaler = torch.amp.GradScaler(device.type, enabled=short is torch.float16)
     if resumed and resumed.optimizer:
         optimizer.load_state_dict(resumed.optimizer)
+        scaler.load_state_dict(resumed.scaler)
     print('\n'.join(parameter_table(module, options['weight_decay'])))
 
     try:
@@ -358,8 +418,10 @@ def train(options, arguments, resumed, device):
 
     def network(sample):
         inputs, targets = sample
-        logits = parallel(module, inputs.to(dtype), options['ngpu'])
-        return F.cross_entropy(logits, targets), logits
+        with autocast(device, short):
+            logits = parallel(module, inputs.to(dtype), options['ngpu'])
+        clock['loss'] = F.cross_entropy(logits.to(dtype), targets)
+        return scaler.scale(clock['loss']), logits
 
     def on_start(state):
         if state['train']:
@@ -387,7 +449,7 @@ def train(options, arguments, resumed, device):
         return (*values, time.perf_counter() - clock['start'])
 
     def on_forward(state):
-        tally.add(state['loss'], state['output'], state['sample'][1])
+        tally.add(clock['loss'], state['output'], state['sample'][1])
         clock['progress'].update(clock['n'])
 
     def on_end_epoch(state):
@@ -408,8 +470,8 @@ def train(options, arguments, resumed, device):
         with open(folder / 'log.txt', 'a') as file:
             file.write(f'json_stats: {json.dumps(stats)}\n')
         checkpoint.save(folder / checkpoint.FILE_NAME, {
-            'params': {key: tensor.detach().cpu() for key, tensor in module.params().items()}, 'epoch': state['epoch'],
-            'optimizer': optimizer.state_dict(), 'options': options, 'network': {'model': options['model'], **definition},
+            'params': {key: tensor.detach().cpu().contiguous() for key, tensor in module.params().items()}, 'epoch': state['epoch'],
+            'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'options': options, 'network': {'model': options['model'], **definition},
             'classes': list(source.classes), 'preprocessing': source.preprocessing.as_dict()})
         print(f'epoch {state["epoch"]}/{state["maxepoch"]}: train loss {train_loss:.4f}, accuracy {train_acc:.2f} %; test loss '
               f'{test_loss:.4f}, accuracy {test_acc:.2f} %, top-{tally.topk[-1]} {test_top5:.2f} %; {train_time + test_time:.1f} s',
@@ -419,7 +481,7 @@ def train(options, arguments, resumed, device):
 
     engine.hooks.update(on_start=on_start, on_start_epoch=on_start_epoch, on_sample=on_sample, on_forward=on_forward,
                         on_end_epoch=on_end_epoch)
-    engine.train(network, batches[True], options['epochs'], optimizer)
+    engine.train(network, batches[True], options['epochs'], Scaled(optimizer, scaler))
     print(f'done: {folder}')
 
 
@@ -427,6 +489,10 @@ def check_classes(source, found, options):
     if found.classes and list(source.classes) != list(found.classes):
         raise UserError(f'{found.path} was trained on other classes ({", ".join(found.classes[:3])}, ...) than are under '
                         f'{options["dataroot"]} ({", ".join(source.classes[:3])}, ...)')
+
+
+def autocast(device, short):
+    return torch.autocast(device.type, short, enabled=short is not None)
 
 
 def parallel(module, inputs, ngpu):
@@ -437,7 +503,8 @@ def parallel(module, inputs, ngpu):
 
 def evaluate(options, found, device):
     """Test a checkpoint on its data set's test images, and print what its log would say, as one JSON line."""
-    module = found.module().to(device, DTYPES[options['dtype']])
+    dtype, short = DTYPES[options['dtype']]
+    module = found.module().to(device, dtype, memory_format=torch.channels_last)
     source = load_data(options)
     check_classes(source, found, options)
     if found.preprocessing:  # of its own training set, where it was whitened
@@ -445,9 +512,9 @@ def evaluate(options, found, device):
     batches = source.batches(False, batch_size=options['batch_size'], device=device, workers=options['nthread'])
     tally = Tally(len(source.classes))
     progress = Progress('test', batches.n, tally)
-    with torch.inference_mode():
+    with torch.inference_mode(), autocast(device, short):
         for inputs, targets in batches:
-            logits = module(inputs.to(DTYPES[options['dtype']]))
+            logits = module(inputs.to(dtype)).to(dtype)
             tally.add(F.cross_entropy(logits, targets), logits, targets)
             progress.update(len(targets))
     progress.close()

@@ -5,7 +5,12 @@
 prints a table, and writes it as OUT.md and with all samples as OUT.json. Ratios are of medians; images per second are per core.
 Run it alone on the machine: everything else that runs shows in the numbers.
 
-    data    the input pipelines against torchvision's per-sample transforms in a DataLoader, and their memory
+    data        the input pipelines against torchvision's per-sample transforms in a DataLoader, and their memory
+    train       steps and epochs against the textbook's network, plain weights and convolutions alone; peak memory
+    inference   folded networks against unfolded ones and torchvision's ResNets, in PyTorch and ONNX Runtime
+    depth       time and memory of a step over the depth of the network; OUT.png
+    start       from the command to the first training step
+    compile     what --compile takes, and what it gives
 """
 import json
 import os
@@ -269,7 +274,164 @@ def bench_data(report, args):
                        'under 250' if code is LOADING else '')
 
 
-BENCHMARKS = {'data': (bench_data, 'Input pipelines', ['images per second and core', 'ours', "torchvision's", 'ratio', 'goal'])}
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def training_step(f, params, inputs, targets, short=None):
+    """A step as train.py does it, for a model as f, params."""
+    import torch
+    import torch.nn.functional as F
+
+    import train
+    from diracnet import Network
+    module = Network(f, params).to(memory_format=torch.channels_last)
+    optimizer = train.make_optimizer(module, {'lr': 1e-3, 'weight_decay': 5e-4})
+    inputs = inputs.contiguous(memory_format=torch.channels_last)
+
+    def step(inputs=inputs, targets=targets):
+        optimizer.zero_grad()
+        with train.autocast(inputs.device, short):
+            logits = module(inputs)
+        F.cross_entropy(logits.float(), targets).backward()
+        optimizer.step()
+    return step
+
+
+def textbook_step(network, inputs, targets):
+    import torch.nn.functional as F
+
+    from tools import references
+    f, params = references.define_textbook(*network)
+    optimizer = references.textbook_optimizer(params)
+
+    def step(inputs=inputs, targets=targets):
+        optimizer.zero_grad()
+        F.cross_entropy(f(inputs, params, True), targets).backward()
+        optimizer.step()
+    return step
+
+
+def random_batch(network, batch):
+    import torch
+    size, channels = (8, 1) if network[2] == 'digits' else (32, 3)
+    torch.manual_seed(0)
+    return torch.randn(batch, channels, size, size), torch.arange(batch) % 10
+
+
+def ratios(report, label, samples, ours, goals):
+    """A row for each of what was measured in turns with `ours`, milliseconds, and ours over it."""
+    report.samples[label] = samples
+    milliseconds = {name: [1000 * seconds for seconds in values] for name, values in samples.items()}
+    report.add(label, ours, spread(milliseconds[ours]), '', '')
+    for name in samples:
+        if name != ours:
+            ratio = statistics.median(samples[ours]) / statistics.median(samples[name])
+            report.add('', name, spread(milliseconds[name]), f'{ratio:.3f}', f'at most {goals[name]}' if name in goals else '')
+
+
+def bench_train(report, args):
+    from functools import partial
+
+    import diracnet
+    import train
+    from resnet import define_plain
+    from tools import references
+    train.keep_freed_memory()
+    for network, batch, rounds, goals in (
+            ((34, 1, 'CIFAR10'), 128, 3 * args.rounds, {'textbook': 0.65, 'plain': 1.03, 'floor': 1.25}),
+            ((34, 2, 'CIFAR10'), 128, args.rounds, {'textbook': 0.85, 'plain': 1.02}),
+            ((100, 1, 'digits'), 64, 10 * args.rounds, {'textbook': 0.62, 'plain': 1.08})):
+        inputs, targets = random_batch(network, batch)
+        steps = {'DiracNet': training_step(*diracnet.define_diracnet(*network), inputs, targets),
+                 'textbook': textbook_step(network, inputs, targets),
+                 'plain': training_step(*define_plain(*network), inputs, targets),
+                 'floor': references.floor(diracnet.layout(*network), inputs)}
+        ratios(report, f'step of DiracNet-{network[0]}-{network[1]}, {network[2]}, batch {batch}, ms', alternate(steps, rounds),
+               'DiracNet', goals)
+
+    network = (34, 2, 'CIFAR10')
+    inputs, targets = random_batch(network, 128)
+    f, params = diracnet.define_diracnet(*network)
+    steps = {'--recompute': training_step(partial(f, block=diracnet.recomputed_block), params, inputs, targets),
+             'DiracNet': training_step(*diracnet.define_diracnet(*network), inputs, targets)}
+    ratios(report, 'the same with --recompute, DiracNet-34-2, ms', alternate(steps, args.rounds), '--recompute', {'DiracNet': 1.25})
+    bench_epoch(report, args)
+    peaks = {name: [child(PEAK, name) for _ in range(3)] for name in ('textbook', 'DiracNet', '--recompute')}
+    report.samples['peak memory'] = peaks
+    least = statistics.median(peaks['textbook'])
+    for name, goal in (('DiracNet', 1.0), ('--recompute', 0.6)):
+        report.add('peak memory of a step of DiracNet-34-2, batch 128, MB', name, spread(peaks[name]),
+                   f'{statistics.median(peaks[name]) / least:.3f} of textbook ({least:.0f})', f'at most {goal}')
+
+
+# Peak of what a few steps need, above what the process has before there is a network.
+PEAK = CHILD + """
+from functools import partial
+import diracnet, train
+from tools import benchmark
+network = (34, 2, 'CIFAR10')
+batch = benchmark.random_batch(network, 128)
+import torch.optim.sgd, torch._dynamo
+if sys.argv[1] != 'textbook':
+    train.keep_freed_memory()
+torch.nn.functional.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))
+before = resident()
+with open('/proc/self/clear_refs', 'w') as file:
+    file.write('5')
+if sys.argv[1] == 'textbook':
+    step = benchmark.textbook_step(network, *batch)
+else:
+    f, params = diracnet.define_diracnet(*network)
+    step = benchmark.training_step(partial(f, block=diracnet.recomputed_block if sys.argv[1] == '--recompute' else diracnet.block), params, *batch)
+for _ in range(3):
+    step()
+with open('/proc/self/status') as file:
+    peak = next(int(line.split()[1]) for line in file if line.startswith('VmHWM')) / 1024
+print(json.dumps(peak - before))
+"""
+
+
+def bench_epoch(report, args):
+    """A whole epoch over 10,000 CIFAR-format images: with our batches, and as one would otherwise write it."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torchvision import transforms
+
+    import data
+    import diracnet
+    network = (16, 1, 'CIFAR10')
+    n = 10_000
+    random = np.random.default_rng(0)
+    pixels, targets = random.integers(0, 256, (n, 32, 32, 3)).astype(np.uint8), torch.arange(n) % 10
+    facts = {'mean': (0.491, 0.482, 0.447), 'std': (0.247, 0.243, 0.262)}
+    per_sample = transforms.Compose([transforms.Pad(4, padding_mode='reflect'), transforms.RandomHorizontalFlip(), transforms.RandomCrop(32),
+                                     transforms.ToTensor(), transforms.Normalize(**facts)])
+
+    class PerSample(torch.utils.data.Dataset):
+        def __len__(self):
+            return n
+
+        def __getitem__(self, index):
+            return per_sample(Image.fromarray(pixels[index])), int(targets[index])
+    theirs = torch.utils.data.DataLoader(PerSample(), batch_size=128, shuffle=True, num_workers=2, persistent_workers=True)
+    source = data.Data('CIFAR10', (torch.from_numpy(pixels), targets), None, (), data.PREPROCESSING['CIFAR10'])
+    ours = source.batches(True, batch_size=128, pad=4)
+    inputs, labels = random_batch(network, 128)
+    steps = {'DiracNet': (training_step(*diracnet.define_diracnet(*network), inputs, labels), ours),
+             'textbook, per-sample loader': (textbook_step(network, inputs, labels), theirs)}
+
+    def epoch(step, batches):
+        for inputs, targets in batches:
+            step(inputs, targets)
+    samples = alternate({name: (lambda pair=pair: epoch(*pair)) for name, pair in steps.items()}, args.rounds)
+    ratios(report, f'epoch over {n:,} images of 32 x 32, DiracNet-16-1, batch 128, ms', samples, 'DiracNet',
+           {'textbook, per-sample loader': 0.5})
+
+
+SPEED = ['what', 'which', 'median (quartiles)', 'ratio', 'goal']
+BENCHMARKS = {'data': (bench_data, 'Input pipelines', ['images per second and core', 'ours', "torchvision's", 'ratio', 'goal']),
+              'train': (bench_train, 'Training', SPEED)}
 
 
 def main(arguments=None):
