@@ -36,8 +36,7 @@ def dirac_weight(weight, alpha, beta, groups=1):
     channels_last = weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
     ordered = weight.movedim(1, -1) if channels_last else weight
     flat = ordered.flatten(1)  # (out, taps)
-    norm = torch.linalg.vector_norm(flat, dim=1)  # (out,)
-    effective = flat * (beta / torch.where(norm > 0, norm, 1))[:, None]
+    effective = _normalized(flat, beta) if torch.jit.is_tracing() else _Normalized.apply(flat, beta)
     # Only the diagonal of the central tap receives alpha: that saves building and reading a delta tensor. (index_put_, since
     # autograd would copy all of the gradient for an addition to a view.)
     n = min(out // groups, inside)
@@ -48,6 +47,38 @@ def dirac_weight(weight, alpha, beta, groups=1):
     effective.index_put_((rows, taps), alpha.view(groups, -1)[:, :n].reshape(-1), accumulate=True)
     effective = effective.view(ordered.shape)
     return effective.movedim(-1, 1) if channels_last else effective
+
+
+def _norms(rows):
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    return torch.where(norms > 0, norms, 1)
+
+
+def _normalized(rows, scale):
+    """Each row of (out, taps) divided by its l2 norm and times its scale, (out,). Rows of zeros stay."""
+    return rows * (scale / _norms(rows))[:, None]
+
+
+class _Normalized(torch.autograd.Function):
+    """`_normalized`, with a backward pass in half as many passes over the weight as autograd's. (A trace can't be saved with it.)"""
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows, scale):
+        return _normalized(rows, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, scale = ctx.saved_tensors
+        norms = _norms(rows)
+        grad_scale = torch.linalg.vecdot(grad, rows) / norms
+        factor = scale / norms
+        grad_rows = (grad * factor[:, None]).addcmul_(rows, (grad_scale * factor / norms)[:, None], value=-1)
+        return grad_rows, grad_scale
 
 
 def _centre(sizes):

@@ -10,10 +10,12 @@
 Zagoruyko and Komodakis, DiracNets: Training Very Deep Neural Networks Without Skip-Connections, arXiv 1706.00388.
 Depends on torch alone.
 """
+import ctypes
 import hashlib
 import http.client
 import os
 import re
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
@@ -156,6 +158,8 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        if ctx.pool:
+            _release_freed_memory()
         *given, weight = ctx.saved_tensors
         x, bn_weight, bn_bias = (tensor.detach().requires_grad_() for tensor in given)
         with torch.enable_grad():
@@ -167,6 +171,13 @@ class _Recomputed(torch.autograd.Function):
         del inner
         grads = torch.autograd.grad(inputs, (x, bn_weight, bn_bias), grad_inputs.to(inputs.dtype))
         return *grads, None, None, grad_weight, None
+
+
+def _release_freed_memory():
+    """Linux: give back what malloc holds free. Where activations become larger, none of the holes that small ones left can be used."""
+    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None  # other C libraries have none
+    if trim:
+        trim(0)
 
 
 def recomputed_block(x, bn, weight, mode, pool=()):
@@ -398,9 +409,9 @@ class DiracNet(nn.Module):
             if g > 0:
                 features[f'max_pool{g}'] = nn.MaxPool2d(2)
             features[f'group{g}'] = nn.Sequential(OrderedDict(
-                (name.split('.')[1], nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=nn.Conv2d(inside, out, 3, padding=1))))
+                (name.split('.')[1], nn.Sequential(OrderedDict(relu=nn.ReLU(inplace=True), conv=nn.Conv2d(inside, out, 3, padding=1))))
                 for name, inside, out in group))
-        features['last_relu'] = nn.ReLU()
+        features['last_relu'] = nn.ReLU(inplace=True)
         features['avg_pool'] = nn.AdaptiveAvgPool2d(1)
         self.features = nn.Sequential(features)
         self.fc = nn.Linear(layout.widths[-1], layout.num_classes)

@@ -8,6 +8,7 @@ import math
 import pickle
 import unittest
 import warnings
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, dirac_weight
-from diracnet import DiracNet, Network, define_diracnet, diracnet18, diracnet34, fold, layout_of
+from diracnet import DiracNet, Network, define_diracnet, diracnet18, diracnet34, fold, layout_of, recomputed_block
 from resnet import define_plain
+from tools.references import define_textbook
 
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 LAYERS = {1: DiracConv1d, 2: DiracConv2d, 3: DiracConv3d}
@@ -311,6 +313,55 @@ class TestDefinitions(unittest.TestCase):
                 x = torch.randn(2, params['conv'].shape[1], size, size, dtype=torch.double)
                 expected = self.reference(x, params, depth, dataset == 'ImageNet', define is define_diracnet)
                 self.assertLess(relative_error(f(x, params, False), expected), 1e-12)
+
+    def test_gradients_agree_with_the_textbook(self):
+        """Logits and gradients in float32, in both memory formats, within 1e-5 of the network as the formula reads."""
+        for device in DEVICES:
+            for depth, width, dataset, size in [(16, 1, 'digits', 8), (22, 0.5, 'CIFAR10', 16), (18, 0.125, 'ImageNet', 64)]:
+                f, params = define_diracnet(depth, width, dataset)
+                params = {key: tensor.detach().to(device).requires_grad_(tensor.requires_grad) for key, tensor in randomized(params).items()}
+                textbook, other = define_textbook(depth, width, dataset)
+                with torch.no_grad():
+                    other = {key: (params[key].clone() if key in params else tensor.to(device)).requires_grad_(tensor.requires_grad)
+                             for key, tensor in other.items()}
+                x = torch.randn(8, params['conv'].shape[1], size, size, device=device)
+                targets = torch.arange(8, device=device)
+                expected = textbook(x, other, True)
+                F.cross_entropy(expected, targets).backward()
+                for memory_format in (torch.contiguous_format, torch.channels_last):
+                    with self.subTest(depth=depth, dataset=dataset, memory_format=memory_format):
+                        net = Network(f, {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in params.items()})
+                        net.to(memory_format=memory_format)
+                        logits = net(x.contiguous(memory_format=memory_format))
+                        self.assertLess(relative_error(logits, expected), 1e-5)
+                        F.cross_entropy(logits, targets).backward()
+                        gradients = torch.cat([tensor.grad.flatten() for tensor in net.params().values() if tensor.requires_grad])
+                        theirs = torch.cat([other[key].grad.flatten() for key, tensor in net.params().items() if tensor.requires_grad])
+                        self.assertLess(relative_error(gradients, theirs), 1e-5)
+
+    def test_recomputing(self):
+        """Half of what is kept for the backward pass; the same logits, gradients and running statistics."""
+        for device in DEVICES:
+            for depth, width, dataset, size in [(16, 1, 'digits', 8), (18, 0.125, 'ImageNet', 64)]:
+                f, params = define_diracnet(depth, width, dataset)
+                x = torch.randn(8, params['conv'].shape[1], size, size, device=device)
+                found = []
+                for function in (f, partial(f, block=recomputed_block)):
+                    net = Network(function, {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in
+                                             randomized(params).items()}).to(device)
+                    kept = {}
+
+                    def keep(tensor):
+                        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                        return tensor
+                    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                        logits = net(x)
+                    F.cross_entropy(logits, torch.arange(8, device=device)).backward()
+                    found.append([logits, *(t.grad if t.requires_grad else t for t in net.params().values()), sum(kept.values())])
+                weights = sum(tensor.nbytes for tensor in params.values())
+                self.assertLess(found[1].pop() - 2 * weights, 0.6 * (found[0].pop() - 2 * weights))
+                for actual, expected in zip(found[1], found[0]):
+                    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
     def test_training_mode_updates_running_statistics(self):
         f, params = define_diracnet(10, 1, 'CIFAR10')

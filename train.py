@@ -11,6 +11,7 @@ trains DiracNet-16-1 on scikit-learn's 8 x 8 digits, nothing to download. See RE
     python train.py --evaluate logs/RUN         # test a checkpoint
 """
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -175,7 +176,7 @@ def choose_device(options):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision('high')  # TF32
         torch.backends.cudnn.allow_tf32 = True
-    else:
+    elif not options['recompute']:  # where memory is short, malloc had better return it
         keep_freed_memory()
     if options['ngpu'] > (there if device.type == 'cuda' else 1):
         raise OptionError(f'--ngpu {options["ngpu"]}: this machine has {there} CUDA devices to share a batch')
@@ -183,15 +184,13 @@ def choose_device(options):
 
 
 def keep_freed_memory():
-    """Tell Linux's malloc to keep what is freed: else each step gives its activations back to the system, and page faults for the
-    next step's take a tenth of the time."""
-    if sys.platform == 'linux':
-        import ctypes
-        mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)  # other C libraries have none
-        if mallopt:
-            trim_threshold, mmap_threshold = -1, -3  # M_ constants of malloc.h
-            for option, size in ((mmap_threshold, 2 ** 25), (mmap_threshold, 2 ** 30), (trim_threshold, 2 ** 31 - 1)):
-                mallopt(option, size)  # a size that is too large for an older glibc changes nothing
+    """Linux: have malloc keep what is freed. Else each step gives its activations back to the system, and page faults for the next
+    step's take a tenth of the time."""
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None  # other C libraries have none
+    if mallopt:
+        trim_threshold, mmap_threshold = -1, -3  # M_ constants of malloc.h
+        for option, size in ((mmap_threshold, 2 ** 25), (mmap_threshold, 2 ** 30), (trim_threshold, 2 ** 31 - 1)):
+            mallopt(option, size)  # a size that is too large for an older glibc changes nothing
 
 
 # --- network and optimizer -------------------------------------------------------------------------------------------

@@ -73,6 +73,19 @@ def digits_run(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def digit_files(tmp_path_factory):
+    """The first 40 test digits as PNG files, named by their class."""
+    import cv2
+
+    import data
+    folder = tmp_path_factory.mktemp('digits')
+    images, targets = data.load('digits', '.').test
+    for i in range(40):
+        cv2.imwrite(str(folder / f'{i:02}-{targets[i]}.png'), images[i].numpy())
+    return folder
+
+
+@pytest.fixture(scope='session')
 def photographs():
     """scikit-learn's two photographs, RGB uint8 (427, 640, 3)."""
     from sklearn.datasets import load_sample_images

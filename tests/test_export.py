@@ -2,7 +2,6 @@
 import json
 import sys
 
-import cv2
 import numpy as np
 import pytest
 import torch
@@ -32,15 +31,6 @@ def exported(onnx, digits_run, tmp_path_factory):
     result = python('-m', 'tools.export', digits_run, *paths.values())
     assert result.status == 0 and result.err == '', result  # nothing of the exporters' chatter either
     return paths, result.out
-
-
-@pytest.fixture(scope='module')
-def digit_files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('digits')
-    pixels, targets = data.load('digits', '.').test
-    for i in range(20):
-        cv2.imwrite(str(folder / f'{i:02}-{targets[i]}.png'), pixels[i].numpy())
-    return folder
 
 
 def rows(out):
@@ -114,7 +104,7 @@ def test_predict(exported, digits_run, digit_files, call):
         assert result.status == 0, result
         outputs.append([json.loads(line) for line in result.out.splitlines()])
     run, float_onnx, int8 = outputs
-    assert len(run) == 20
+    assert len(run) == 40
     for ours, theirs in zip(run, float_onnx):
         assert ours['image'] == theirs['image'] and ours['classes'][0] == theirs['classes'][0]
         np.testing.assert_allclose(ours['probabilities'], theirs['probabilities'], atol=1e-5)

@@ -3,7 +3,6 @@ import json
 
 import cv2
 import numpy as np
-import pytest
 import torch
 
 import data
@@ -11,16 +10,6 @@ from conftest import python
 from diracnet import DiracNet
 from images import Preprocessing
 from tools import export, predict
-
-
-@pytest.fixture(scope='module')
-def digit_files(tmp_path_factory):
-    """The first 40 test digits as PNG files, named by their class."""
-    folder = tmp_path_factory.mktemp('digits')
-    images, targets = data.load('digits', '.').test
-    for i in range(40):
-        cv2.imwrite(str(folder / f'{i:02}-{targets[i]}.png'), images[i].numpy())
-    return folder
 
 
 def test_classifies_files(digits_run, digit_files, tmp_path, call):

@@ -3,9 +3,11 @@ import json
 import shlex
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
+import torch._dynamo
 
 import checkpoint
 import train
@@ -118,6 +120,61 @@ def test_resume_is_bitwise_the_undisturbed_run(tmp_path):
     assert same(whole, cut)
     assert without_times(whole) == without_times(cut)
     assert len(json.loads((cut / 'run.json').read_text())) == 2
+
+
+@pytest.mark.parametrize('options', [['--dtype', 'bfloat16'], ['--dtype', 'double'], ['--recompute']])
+def test_other_arithmetic_learns_and_resumes(tmp_path, options):
+    command = ['--dataset', 'digits', '--epoch_step', '[3]', '--lr', '0.1']
+    train.main([*command, *options, '--epochs', '4', '--save', str(tmp_path / 'whole')])
+    train.main([*command, *options, '--epochs', '2', '--save', str(tmp_path / 'cut')])
+    train.main(['--resume', str(tmp_path / 'cut'), '--epochs', '4'])
+    assert same(tmp_path / 'whole', tmp_path / 'cut')
+    assert read_log(tmp_path / 'whole')[-1]['test_acc'] > 85
+    kind = torch.double if 'double' in options else torch.float
+    assert {tensor.dtype for tensor in checkpoint.load(tmp_path / 'whole').params.values()} == {kind}
+
+
+def test_compiled_block(tmp_path, monkeypatch):
+    """With the C++ compiler: the network's numbers, and one compilation for each shape of a block, however deep the network."""
+    counts = []
+    for depth in (16, 28):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        f, params = define_diracnet(depth, 0.5, 'digits')
+        block = train.choose_block({'recompute': False, 'compile': True})
+        inputs = torch.randn(32, 1, 8, 8)
+        grads = []
+        for function in (f, partial(f, block=block)):
+            net = Network(function, {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in params.items()})
+            net(inputs).square().mean().backward()
+            grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        assert (grads[1] - grads[0]).abs().max() < 1e-5 * grads[0].abs().max()
+        counts.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    assert counts == [5, 5]  # a first block, and the others, of three groups; the first group's have one shape
+
+
+def test_loss_scaling(tmp_path):
+    """Half precision's scaled losses: as without scaling, but for steps with gradients that are not finite, which are left out."""
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        module = Network(*define_diracnet(16, 1, 'digits'))
+        scaler = torch.amp.GradScaler('cpu', init_scale=1024, enabled=enabled)
+        optimizer = train.Scaled(train.make_optimizer(module, {'lr': 0.1, 'weight_decay': 5e-4}), scaler)
+        for step in range(3):
+            inputs = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(step))
+
+            def closure():
+                loss = scaler.scale(module(inputs).square().mean())
+                loss.backward()
+                if enabled and step == 2:
+                    module.fc.bias.grad.fill_(float('inf'))
+            optimizer.zero_grad()
+            if enabled or step < 2:
+                optimizer.step(closure)
+        found.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert scaler.get_scale() == 512
+    assert (found[1] - found[0]).abs().max() < 1e-6 * found[0].abs().max()
 
 
 def test_resume_into_another_folder_and_further(digits_run, tmp_path):

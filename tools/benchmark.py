@@ -24,6 +24,8 @@ from pathlib import Path
 
 from errors import OneLineParser, OptionError, run
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def machine():
     """Facts that every table comes with."""
@@ -181,7 +183,7 @@ print(json.dumps(sizes))
 def child(code, *arguments):
     """The JSON that a fresh Python process prints last."""
     result = subprocess.run([sys.executable, '-c', code, *map(str, arguments)], capture_output=True, text=True, check=True,
-                            cwd=Path(__file__).resolve().parent.parent,
+                            cwd=ROOT,
                             env={name: value for name, value in os.environ.items() if name != 'THP_MEM_ALLOC_ENABLE'})
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -276,162 +278,148 @@ def bench_data(report, args):
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-
-def training_step(f, params, inputs, targets, short=None):
-    """A step as train.py does it, for a model as f, params."""
-    import torch
-    import torch.nn.functional as F
-
-    import train
-    from diracnet import Network
-    module = Network(f, params).to(memory_format=torch.channels_last)
-    optimizer = train.make_optimizer(module, {'lr': 1e-3, 'weight_decay': 5e-4})
-    inputs = inputs.contiguous(memory_format=torch.channels_last)
-
-    def step(inputs=inputs, targets=targets):
-        optimizer.zero_grad()
-        with train.autocast(inputs.device, short):
-            logits = module(inputs)
-        F.cross_entropy(logits.float(), targets).backward()
-        optimizer.step()
-    return step
+# What is compared runs in a process of its own each, in turns: so that each has the memory allocator that it would have, which for ours is
+# part of what train.py does, and so that its peak memory can be told.
+SERVE = 'import sys; from tools import contestants; contestants.serve(sys.argv[1])'
 
 
-def textbook_step(network, inputs, targets):
-    import torch.nn.functional as F
+class Contestant:
+    """A process that does a step (or what else `kind` says) whenever it is called; see tools.contestants."""
 
-    from tools import references
-    f, params = references.define_textbook(*network)
-    optimizer = references.textbook_optimizer(params)
+    def __init__(self, kind, network, batch=128):
+        self.process = subprocess.Popen([sys.executable, '-c', SERVE, json.dumps([kind, network, batch])], text=True, cwd=ROOT,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.ask('ready')
 
-    def step(inputs=inputs, targets=targets):
-        optimizer.zero_grad()
-        F.cross_entropy(f(inputs, params, True), targets).backward()
-        optimizer.step()
-    return step
+    def ask(self, what):
+        self.process.stdin.write(what + '\n')
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def __call__(self):
+        return self.ask('step')
+
+    def close(self):
+        """Ends the process; returns its peak memory, MB above what it had before there was a network."""
+        peak = self.ask('peak')
+        self.process.stdin.close()
+        self.process.wait()
+        return peak
 
 
-def random_batch(network, batch):
-    import torch
-    size, channels = (8, 1) if network[2] == 'digits' else (32, 3)
-    torch.manual_seed(0)
-    return torch.randn(batch, channels, size, size), torch.arange(batch) % 10
-
-
-def ratios(report, label, samples, ours, goals):
-    """A row for each of what was measured in turns with `ours`, milliseconds, and ours over it."""
+def compete(report, label, kinds, network, batch, rounds, goals, memory=()):
+    """Times of the kinds in turns, one row each: milliseconds, and the first kind's over it. Returns peak memory of each."""
+    contestants = {kind: Contestant(kind, network, batch) for kind in kinds}
+    samples = alternate(contestants, rounds)
     report.samples[label] = samples
-    milliseconds = {name: [1000 * seconds for seconds in values] for name, values in samples.items()}
-    report.add(label, ours, spread(milliseconds[ours]), '', '')
-    for name in samples:
-        if name != ours:
-            ratio = statistics.median(samples[ours]) / statistics.median(samples[name])
-            report.add('', name, spread(milliseconds[name]), f'{ratio:.3f}', f'at most {goals[name]}' if name in goals else '')
+    ours = kinds[0]
+    for kind in kinds:
+        ratio = statistics.median(samples[ours]) / statistics.median(samples[kind])
+        report.add(label if kind == ours else '', kind, spread([1000 * seconds for seconds in samples[kind]]),
+                   '' if kind == ours else f'{ratio:.3f}', f'at most {goals[kind]}' if kind in goals else '')
+    return {kind: contestant.close() for kind, contestant in contestants.items()}
 
 
 def bench_train(report, args):
-    from functools import partial
-
-    import diracnet
-    import train
-    from resnet import define_plain
-    from tools import references
-    train.keep_freed_memory()
-    for network, batch, rounds, goals in (
-            ((34, 1, 'CIFAR10'), 128, 3 * args.rounds, {'textbook': 0.65, 'plain': 1.03, 'floor': 1.25}),
-            ((34, 2, 'CIFAR10'), 128, args.rounds, {'textbook': 0.85, 'plain': 1.02}),
-            ((100, 1, 'digits'), 64, 10 * args.rounds, {'textbook': 0.62, 'plain': 1.08})):
-        inputs, targets = random_batch(network, batch)
-        steps = {'DiracNet': training_step(*diracnet.define_diracnet(*network), inputs, targets),
-                 'textbook': textbook_step(network, inputs, targets),
-                 'plain': training_step(*define_plain(*network), inputs, targets),
-                 'floor': references.floor(diracnet.layout(*network), inputs)}
-        ratios(report, f'step of DiracNet-{network[0]}-{network[1]}, {network[2]}, batch {batch}, ms', alternate(steps, rounds),
-               'DiracNet', goals)
-
-    network = (34, 2, 'CIFAR10')
-    inputs, targets = random_batch(network, 128)
-    f, params = diracnet.define_diracnet(*network)
-    steps = {'--recompute': training_step(partial(f, block=diracnet.recomputed_block), params, inputs, targets),
-             'DiracNet': training_step(*diracnet.define_diracnet(*network), inputs, targets)}
-    ratios(report, 'the same with --recompute, DiracNet-34-2, ms', alternate(steps, args.rounds), '--recompute', {'DiracNet': 1.25})
-    bench_epoch(report, args)
-    peaks = {name: [child(PEAK, name) for _ in range(3)] for name in ('textbook', 'DiracNet', '--recompute')}
+    compete(report, 'step of DiracNet-34-1, CIFAR-10, batch 128, ms', ('DiracNet', 'textbook', 'plain', 'floor'), (34, 1, 'CIFAR10'), 128,
+            3 * args.rounds, {'textbook': 0.65, 'plain': 1.03, 'floor': 1.25})
+    compete(report, 'step of DiracNet-34-2, CIFAR-10, batch 128, ms', ('DiracNet', 'textbook', 'plain', 'floor'), (34, 2, 'CIFAR10'), 128,
+            args.rounds, {'textbook': 0.85, 'plain': 1.02})
+    compete(report, 'step of DiracNet-100-1, digits, batch 64, ms', ('DiracNet', 'textbook', 'plain', 'floor'), (100, 1, 'digits'), 64,
+            10 * args.rounds, {'textbook': 0.62, 'plain': 1.08})
+    compete(report, 'epoch over 10,000 images of 32 x 32 with the loader, DiracNet-16-1, batch 128, ms', ('DiracNet epoch', 'textbook epoch'),
+            (16, 1, 'CIFAR10'), 128, args.rounds, {'textbook epoch': 0.5})
+    peaks = compete(report, 'step of DiracNet-34-2, CIFAR-10, batch 128, ms', ('--recompute', 'DiracNet', 'textbook', '--dtype bfloat16'),
+                    (34, 2, 'CIFAR10'), 128, args.rounds, {'DiracNet': 1.25})
     report.samples['peak memory'] = peaks
-    least = statistics.median(peaks['textbook'])
-    for name, goal in (('DiracNet', 1.0), ('--recompute', 0.6)):
-        report.add('peak memory of a step of DiracNet-34-2, batch 128, MB', name, spread(peaks[name]),
-                   f'{statistics.median(peaks[name]) / least:.3f} of textbook ({least:.0f})', f'at most {goal}')
+    for kind, goal in (('DiracNet', 1.0), ('--recompute', 0.6), ('textbook', None)):
+        report.add('its peak memory, MB', kind, f'{peaks[kind]:.0f}', f'{peaks[kind] / peaks["textbook"]:.3f} x textbook',
+                   f'at most {goal}' if goal else '')
 
 
-# Peak of what a few steps need, above what the process has before there is a network.
-PEAK = CHILD + """
-from functools import partial
-import diracnet, train
-from tools import benchmark
-network = (34, 2, 'CIFAR10')
-batch = benchmark.random_batch(network, 128)
-import torch.optim.sgd, torch._dynamo
-if sys.argv[1] != 'textbook':
-    train.keep_freed_memory()
-torch.nn.functional.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))
-before = resident()
-with open('/proc/self/clear_refs', 'w') as file:
-    file.write('5')
-if sys.argv[1] == 'textbook':
-    step = benchmark.textbook_step(network, *batch)
-else:
-    f, params = diracnet.define_diracnet(*network)
-    step = benchmark.training_step(partial(f, block=diracnet.recomputed_block if sys.argv[1] == '--recompute' else diracnet.block), params, *batch)
-for _ in range(3):
-    step()
-with open('/proc/self/status') as file:
-    peak = next(int(line.split()[1]) for line in file if line.startswith('VmHWM')) / 1024
-print(json.dumps(peak - before))
+def bench_compile(report, args):
+    for network, batch in (((34, 1, 'CIFAR10'), 128), ((100, 1, 'digits'), 64)):
+        name = f'DiracNet-{network[0]}-{network[1]}, {network[2]}, batch {batch}'
+        compiled = Contestant('--compile', network, batch)
+        start = time.perf_counter()
+        compiled()
+        report.add(f'first step of {name}, s', '--compile', f'{time.perf_counter() - start:.1f}', '', '')
+        compiled.close()
+        compete(report, f'step of {name}, ms', ('--compile', 'DiracNet'), network, batch, 3 * args.rounds, {})
+
+
+def bench_depth(report, args):
+    import numpy as np
+    depths = (16, 34, 64, 100, 202)
+    contestants = {depth: Contestant('DiracNet', (depth, 1, 'digits'), 64) for depth in depths}
+    samples = alternate(contestants, 5 * args.rounds)
+    peaks = {depth: contestant.close() for depth, contestant in contestants.items()}
+    report.samples.update(seconds=samples, megabytes=peaks)
+    times = {depth: 1000 * statistics.median(samples[depth]) for depth in depths}
+    for depth in depths:
+        report.add(f'DiracNet-{depth}-1, digits, batch 64', 'ms per step', spread([1000 * value for value in samples[depth]]), '', '')
+        report.add('', 'peak memory, MB', f'{peaks[depth]:.0f}', '', '')
+    fits = {}
+    for name, values in (('ms per step', times), ('peak memory, MB', peaks)):
+        slope, offset = fits[name] = np.polyfit(depths, list(values.values()), 1)
+        explained = np.corrcoef(depths, list(values.values()))[0, 1] ** 2
+        report.add(f'{name}: line through them', f'{slope:.3f} a layer, and {offset:.1f}', f'R^2 {explained:.4f}', '', 'linear')
+    if args.out:
+        import matplotlib
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout='constrained')
+        for axis, (name, values) in zip(axes, (('ms per step', times), ('peak memory, MB', peaks))):
+            axis.plot(depths, np.polyval(fits[name], depths), color='0.6', label='least squares')
+            axis.plot(depths, list(values.values()), 'ko', label='measured')
+            axis.set(xlabel='depth', ylabel=name, xlim=(0, None), ylim=(0, None))
+            axis.legend(frameon=False)
+        figure.suptitle('A training step of DiracNet-DEPTH-1 on 8 x 8 digits, batch 64')
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.out.with_suffix('.png'), dpi=150)
+
+
+def bench_inference(report, args):
+    for depth, goals in ((18, {'textbook': 0.7, 'unfolded': 0.7, 'resnet': 1.0}), (34, {'resnet': 0.95})):
+        for batch in (1, 16):
+            for runtime in ('', ' onnx'):
+                kinds = [f'folded{runtime}', *([] if runtime else ['unfolded', 'textbook eval']), f'resnet{runtime}']
+                compete(report, f'inference of {depth} layers at 224 x 224, batch {batch}{"," if runtime else ""}{runtime}, ms', kinds,
+                        (depth, 1, 'ImageNet'), batch, args.rounds * (8 if batch == 1 else 2),
+                        {kind: goals[kind.split()[0]] for kind in kinds[1:] if kind.split()[0] in goals})
+
+
+def bench_start(report, args):
+    """Programs from their command, and digits to its first step."""
+    def program(*arguments):
+        return lambda: subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    samples = alternate({'import torch': program('-c', 'import torch'), 'train.py --help': program('train.py', '--help'),
+                         'digits, first step': program('-c', FIRST_STEP)}, 2 * args.rounds)
+    report.samples['start'] = samples
+    for name, goal in (('import torch', None), ('train.py --help', 1.5), ('digits, first step', 2.5)):
+        ratio = statistics.median(samples[name]) / statistics.median(samples['import torch'])
+        report.add('seconds from the command', name, spread(samples[name]), f'{ratio:.2f} x import torch' if goal else '',
+                   f'at most {goal}' if goal else '')
+
+
+# train.py --dataset digits, ended by the optimizer's first step.
+FIRST_STEP = """
+import os, sys, tempfile
+import train
+def step(self, closure):
+    closure()
+    self.optimizer.step()
+    os._exit(0)
+train.Scaled.step = step
+train.main(['--dataset', 'digits', '--save', tempfile.mkdtemp() + '/run'])
 """
 
 
-def bench_epoch(report, args):
-    """A whole epoch over 10,000 CIFAR-format images: with our batches, and as one would otherwise write it."""
-    import numpy as np
-    import torch
-    from PIL import Image
-    from torchvision import transforms
-
-    import data
-    import diracnet
-    network = (16, 1, 'CIFAR10')
-    n = 10_000
-    random = np.random.default_rng(0)
-    pixels, targets = random.integers(0, 256, (n, 32, 32, 3)).astype(np.uint8), torch.arange(n) % 10
-    facts = {'mean': (0.491, 0.482, 0.447), 'std': (0.247, 0.243, 0.262)}
-    per_sample = transforms.Compose([transforms.Pad(4, padding_mode='reflect'), transforms.RandomHorizontalFlip(), transforms.RandomCrop(32),
-                                     transforms.ToTensor(), transforms.Normalize(**facts)])
-
-    class PerSample(torch.utils.data.Dataset):
-        def __len__(self):
-            return n
-
-        def __getitem__(self, index):
-            return per_sample(Image.fromarray(pixels[index])), int(targets[index])
-    theirs = torch.utils.data.DataLoader(PerSample(), batch_size=128, shuffle=True, num_workers=2, persistent_workers=True)
-    source = data.Data('CIFAR10', (torch.from_numpy(pixels), targets), None, (), data.PREPROCESSING['CIFAR10'])
-    ours = source.batches(True, batch_size=128, pad=4)
-    inputs, labels = random_batch(network, 128)
-    steps = {'DiracNet': (training_step(*diracnet.define_diracnet(*network), inputs, labels), ours),
-             'textbook, per-sample loader': (textbook_step(network, inputs, labels), theirs)}
-
-    def epoch(step, batches):
-        for inputs, targets in batches:
-            step(inputs, targets)
-    samples = alternate({name: (lambda pair=pair: epoch(*pair)) for name, pair in steps.items()}, args.rounds)
-    ratios(report, f'epoch over {n:,} images of 32 x 32, DiracNet-16-1, batch 128, ms', samples, 'DiracNet',
-           {'textbook, per-sample loader': 0.5})
-
-
-SPEED = ['what', 'which', 'median (quartiles)', 'ratio', 'goal']
+SPEED = ['what', 'which', 'median (quartiles)', 'first over this', 'goal']
 BENCHMARKS = {'data': (bench_data, 'Input pipelines', ['images per second and core', 'ours', "torchvision's", 'ratio', 'goal']),
-              'train': (bench_train, 'Training', SPEED)}
+              'train': (bench_train, 'Training', SPEED), 'compile': (bench_compile, 'torch.compile', SPEED),
+              'inference': (bench_inference, 'Inference', SPEED), 'depth': (bench_depth, 'Cost over depth', SPEED),
+              'start': (bench_start, 'Start', SPEED)}
 
 
 def main(arguments=None):
