@@ -391,9 +391,9 @@ def train(options, arguments, resumed, device):
     except ValueError as error:
         raise OptionError(str(error)) from None
     module = Network(partial(f, block=choose_block(options)), params)
+    module.to(device, dtype, memory_format=torch.channels_last)
     if resumed:
         checkpoint.load_params(module, resumed.params, resumed.path)
-    module.to(device, dtype, memory_format=torch.channels_last)
     optimizer = make_optimizer(module, options)
     scaler = torch.amp.GradScaler(device.type, enabled=short is torch.float16)
     if resumed and resumed.optimizer:
