@@ -174,7 +174,7 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _release_freed_memory():
-    """Linux: give back what malloc holds free. Where activations become larger, none of the holes that small ones left can be used."""
+    """Linux: give back what malloc holds free. Where activations become larger, the holes that smaller ones left are of no use."""
     trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None  # other C libraries have none
     if trim:
         trim(0)

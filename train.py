@@ -176,7 +176,7 @@ def choose_device(options):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision('high')  # TF32
         torch.backends.cudnn.allow_tf32 = True
-    elif not options['recompute']:  # where memory is short, malloc had better return it
+    else:
         keep_freed_memory()
     if options['ngpu'] > (there if device.type == 'cuda' else 1):
         raise OptionError(f'--ngpu {options["ngpu"]}: this machine has {there} CUDA devices to share a batch')

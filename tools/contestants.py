@@ -48,8 +48,7 @@ def build(kind, network, inputs, targets):
     if word == 'textbook':
         step = textbook_step(*references.define_textbook(*network))
     else:
-        if kind != '--recompute':
-            train.keep_freed_memory()
+        train.keep_freed_memory()
         f, params = (define_plain if word == 'plain' else diracnet.define_diracnet)(*network)
         block = train.choose_block({'recompute': kind == '--recompute', 'compile': kind == '--compile'})
         step = training_step(partial(f, block=block), params, torch.bfloat16 if kind == '--dtype bfloat16' else None)
