@@ -158,9 +158,9 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        if ctx.pool:
-            _release_freed_memory()
         *given, weight = ctx.saved_tensors
+        if ctx.pool and not given[0].is_cuda and given[0].nbytes >= 2 ** 24:
+            _release_freed_memory()
         x, bn_weight, bn_bias = (tensor.detach().requires_grad_() for tensor in given)
         with torch.enable_grad():
             inputs = activation(x, (bn_weight, bn_bias, None, None), True, ctx.pool)  # running statistics have been updated before

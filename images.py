@@ -288,7 +288,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
     In training another sample, the next that is whole, takes the place of a broken one. In testing it is left out: image is None.
     """
-    TRIES = 20  # broken files in a row; after so many it's not the files
+    TRIES = 20  # broken files in a row, or in one batch; after so many it's not the files
 
     def __init__(self, root, part, classes, preprocessing):
         self.root, self.train = Path(root) / part, part == 'train'
@@ -386,7 +386,7 @@ class FolderBatches(Ordered):
     next iteration is; `broken` has the files that could not be used in it, path to message.
 
     Raises:
-        UserError: many broken files in a row.
+        UserError: many broken files in one batch.
     """
     PREFETCH = 2
 

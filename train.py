@@ -57,7 +57,8 @@ RECIPES['folder'] = RECIPES['ImageNet']
 GENERAL = {'model': 'diracnet', 'width': 1, 'dataset': 'CIFAR10', 'dataroot': './data', 'imagenetpath': '~/ILSVRC2012',
            'image_size': 224, 'preprocess': 'meanstd', 'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1,
            'recompute': False, 'compile': False}
-# Where a resumed run may differ from the one that was stopped: nothing of it changes what is computed.
+# Where a resumed run may differ from the one that was stopped. (Another device, or number of them, computes the same but for rounding
+# and the share of a batch whose statistics are taken.)
 FREE_ON_RESUME = {'resume', 'save', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'device', 'cuda', 'gpu_id', 'ngpu'}
 
 BOUND_TO_MACHINE = ('device', 'cuda', 'gpu_id', 'ngpu')  # not taken over from a checkpoint
@@ -119,10 +120,10 @@ def build_parser():
     training.add_argument('--weight_decay', '--weightDecay', type=number(float, 0), help='on tensors of more than one dimension, and '
                                                                                        'on no others')
     training.add_argument('--seed', type=number(int, 0), help='of initialization, order and augmentation (default 1)')
-    training.add_argument('--recompute', action='store_true', default=None, help='half the memory for about 10 %% more time: '
+    training.add_argument('--recompute', action='store_true', default=None, help='about half of the memory, for more time: '
                                                                                   'activations are computed again')
     training.add_argument('--compile', action='store_true', default=None, help='torch.compile the block (needs a C++ compiler; '
-                                                                               'takes a minute or more)')
+                                                                               'takes about half a minute)')
     runs = parser.add_argument_group('runs')
     runs.add_argument('--save', metavar='DIR', help='folder of the run, made here (default logs/DATASET-MODEL-DEPTH-WIDTH-TIME)')
     runs.add_argument('--resume', metavar='RUN', help="go on with a stopped run, by its folder or model.pt7; its options hold")
@@ -176,7 +177,7 @@ def choose_device(options):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision('high')  # TF32
         torch.backends.cudnn.allow_tf32 = True
-    else:
+    elif not options['recompute']:  # where memory is short, malloc had better return it
         keep_freed_memory()
     if options['ngpu'] > (there if device.type == 'cuda' else 1):
         raise OptionError(f'--ngpu {options["ngpu"]}: this machine has {there} CUDA devices to share a batch')

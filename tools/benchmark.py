@@ -1,4 +1,4 @@
-"""Measure speed and memory against what one would otherwise write, alternating in one process, medians and spreads.
+"""Measure speed and memory against what one would otherwise write, in turns, medians and spreads.
 
     python -m tools.benchmark data --out logs/reference/benchmark-data
 
@@ -41,12 +41,15 @@ def machine():
 
 
 def alternate(functions, rounds):
-    """Seconds of each function, called in turns; the first turn, in which caches fill and processes start, doesn't count."""
-    samples = {name: [] for name in functions}
+    """Seconds of each function, called in turns, whose order rotates; the first turn, in which caches fill and processes start, doesn't
+    count. Before each there is a pause, as threads of the one before go on waiting busily for a while."""
+    samples, names = {name: [] for name in functions}, list(functions)
     for turn in range(rounds + 1):
-        for name, function in functions.items():
+        names.append(names.pop(0))
+        for name in names:
+            time.sleep(0.05)
             start = time.perf_counter()
-            function()
+            functions[name]()
             if turn:
                 samples[name].append(time.perf_counter() - start)
     return samples
@@ -56,6 +59,12 @@ def spread(samples):
     """Median with the lower and upper quartile, as text with the unit of the samples."""
     low, middle, high = statistics.quantiles(samples, n=4)
     return f'{middle:.4g} ({low:.4g} to {high:.4g})'
+
+
+SPEED = ['what', 'which', 'median (quartiles)', 'first over this', 'goal']
+LEGEND = ('textbook: the network as the formula reads, layer by layer, in the default memory layout, SGD over single tensors; plain: ours with ordinary '
+          'weights; floor: the convolutions alone, forward and backward; resnet: torchvision\'s, batch norms folded. "First over this" is the first '
+          "row's median over this row's.")
 
 
 class Report:
@@ -71,6 +80,7 @@ class Report:
 
     def markdown(self):
         lines = [f'# {self.title}', '', ', '.join(f'{name} {value}' for name, value in self.facts.items()) + '.', '',
+                 *([LEGEND, ''] if self.columns is SPEED else []),
                  '| ' + ' | '.join(self.columns) + ' |', '|' + ' --- |' * len(self.columns)]
         return '\n'.join([*lines, *('| ' + ' | '.join(row) + ' |' for row in self.rows)]) + '\n'
 
@@ -415,7 +425,6 @@ train.main(['--dataset', 'digits', '--save', tempfile.mkdtemp() + '/run'])
 """
 
 
-SPEED = ['what', 'which', 'median (quartiles)', 'first over this', 'goal']
 BENCHMARKS = {'data': (bench_data, 'Input pipelines', ['images per second and core', 'ours', "torchvision's", 'ratio', 'goal']),
               'train': (bench_train, 'Training', SPEED), 'compile': (bench_compile, 'torch.compile', SPEED),
               'inference': (bench_inference, 'Inference', SPEED), 'depth': (bench_depth, 'Cost over depth', SPEED),

@@ -48,7 +48,8 @@ def build(kind, network, inputs, targets):
     if word == 'textbook':
         step = textbook_step(*references.define_textbook(*network))
     else:
-        train.keep_freed_memory()
+        if kind != '--recompute':
+            train.keep_freed_memory()
         f, params = (define_plain if word == 'plain' else diracnet.define_diracnet)(*network)
         block = train.choose_block({'recompute': kind == '--recompute', 'compile': kind == '--compile'})
         step = training_step(partial(f, block=block), params, torch.bfloat16 if kind == '--dtype bfloat16' else None)
