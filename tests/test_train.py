@@ -1,6 +1,7 @@
 """Training: what it reaches, what it writes, how it goes on."""
 import json
 import shlex
+import shutil
 import signal
 import time
 from functools import partial
@@ -134,7 +135,8 @@ def test_other_arithmetic_learns_and_resumes(tmp_path, options):
     assert {tensor.dtype for tensor in checkpoint.load(tmp_path / 'whole').params.values()} == {kind}
 
 
-def test_compiled_block(tmp_path, monkeypatch):
+@pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='torch.compile needs a C++ compiler')
+def test_compiled_block():
     """With the C++ compiler: the network's numbers, and one compilation for each shape of a block, however deep the network."""
     counts = []
     for depth in (16, 28):
@@ -153,7 +155,7 @@ def test_compiled_block(tmp_path, monkeypatch):
     assert counts == [5, 5]  # a first block, and the others, of three groups; the first group's have one shape
 
 
-def test_loss_scaling(tmp_path):
+def test_loss_scaling():
     """Half precision's scaled losses: as without scaling, but for steps with gradients that are not finite, which are left out."""
     found = []
     for enabled in (False, True):
