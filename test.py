@@ -314,30 +314,38 @@ class TestDefinitions(unittest.TestCase):
                 expected = self.reference(x, params, depth, dataset == 'ImageNet', define is define_diracnet)
                 self.assertLess(relative_error(f(x, params, False), expected), 1e-12)
 
-    def test_gradients_agree_with_the_textbook(self):
-        """Logits and gradients in float32, in both memory formats, within 1e-5 of the network as the formula reads."""
+    def textbook_errors(self, depth, width, dataset, size, memory_format, dtype, device):
+        """Relative errors of logits and gradients, in training, against the network as the formula reads."""
+        f, params = define_diracnet(depth, width, dataset)
+        textbook, other = define_textbook(depth, width, dataset)
+        params = {key: tensor.detach().to(device, dtype).requires_grad_(tensor.requires_grad) for key, tensor in randomized(params).items()}
+        other = {key: params.get(key, tensor).detach().to(device, dtype, copy=True).requires_grad_(tensor.requires_grad)
+                 for key, tensor in other.items()}
+        net = Network(f, params).to(memory_format=memory_format)
+        x = torch.randn(8, params['conv'].shape[1], size, size, device=device, dtype=dtype)
+        targets = torch.arange(8, device=device)
+        logits, expected = net(x.contiguous(memory_format=memory_format)), textbook(x, other, True)
+        for loss in (F.cross_entropy(logits, targets), F.cross_entropy(expected, targets)):
+            loss.backward()
+        learned = [key for key, tensor in net.params().items() if tensor.requires_grad]
+        gradients, theirs = (torch.cat([tensors[key].grad.flatten() for key in learned]) for tensors in (net.params(), other))
+        return relative_error(logits, expected), relative_error(gradients, theirs)
+
+    def test_agrees_with_the_textbook(self):
         for device in DEVICES:
             for depth, width, dataset, size in [(16, 1, 'digits', 8), (22, 0.5, 'CIFAR10', 16), (18, 0.125, 'ImageNet', 64)]:
-                f, params = define_diracnet(depth, width, dataset)
-                params = {key: tensor.detach().to(device).requires_grad_(tensor.requires_grad) for key, tensor in randomized(params).items()}
-                textbook, other = define_textbook(depth, width, dataset)
-                with torch.no_grad():
-                    other = {key: (params[key].clone() if key in params else tensor.to(device)).requires_grad_(tensor.requires_grad)
-                             for key, tensor in other.items()}
-                x = torch.randn(8, params['conv'].shape[1], size, size, device=device)
-                targets = torch.arange(8, device=device)
-                expected = textbook(x, other, True)
-                F.cross_entropy(expected, targets).backward()
                 for memory_format in (torch.contiguous_format, torch.channels_last):
-                    with self.subTest(depth=depth, dataset=dataset, memory_format=memory_format):
-                        net = Network(f, {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in params.items()})
-                        net.to(memory_format=memory_format)
-                        logits = net(x.contiguous(memory_format=memory_format))
-                        self.assertLess(relative_error(logits, expected), 1e-5)
-                        F.cross_entropy(logits, targets).backward()
-                        gradients = torch.cat([tensor.grad.flatten() for tensor in net.params().values() if tensor.requires_grad])
-                        theirs = torch.cat([other[key].grad.flatten() for key, tensor in net.params().items() if tensor.requires_grad])
-                        self.assertLess(relative_error(gradients, theirs), 1e-5)
+                    with self.subTest(depth=depth, dataset=dataset, memory_format=memory_format, device=device):
+                        case = (depth, width, dataset, size, memory_format)
+                        self.assertLess(max(self.textbook_errors(*case, torch.double, device)), 1e-10)
+                        # In float32 a unit within rounding of zero may be on for the one and off for the other, which no tolerance
+                        # for rounding covers: so a few networks, and the median.
+                        errors = []
+                        for seed in range(5):
+                            torch.manual_seed(seed)
+                            errors.append(self.textbook_errors(*case, torch.float, device))
+                        for kind in zip(*errors):
+                            self.assertLess(sorted(kind)[2], 1e-5)
 
     def test_recomputing(self):
         """Half of what is kept for the backward pass; the same logits, gradients and running statistics."""

@@ -144,13 +144,15 @@ def test_compiled_block():
         torch._dynamo.utils.counters.clear()
         f, params = define_diracnet(depth, 0.5, 'digits')
         block = train.choose_block({'recompute': False, 'compile': True})
-        inputs = torch.randn(32, 1, 8, 8)
+        # In double precision: in a shorter one, a unit within rounding of zero may be on for the one and off for the other.
+        params = {key: tensor.detach().double().requires_grad_(tensor.requires_grad) for key, tensor in params.items()}
+        inputs = torch.randn(32, 1, 8, 8, dtype=torch.double)
         grads = []
         for function in (f, partial(f, block=block)):
             net = Network(function, {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in params.items()})
             net(inputs).square().mean().backward()
             grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
-        assert (grads[1] - grads[0]).abs().max() < 1e-5 * grads[0].abs().max()
+        assert (grads[1] - grads[0]).abs().max() < 1e-10 * grads[0].abs().max()
         counts.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
     assert counts == [5, 5]  # a first block, and the others, of three groups; the first group's have one shape
 
