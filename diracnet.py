@@ -10,12 +10,10 @@
 Zagoruyko and Komodakis, DiracNets: Training Very Deep Neural Networks Without Skip-Connections, arXiv 1706.00388.
 Depends on torch alone.
 """
-import ctypes
 import hashlib
 import http.client
 import os
 import re
-import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +24,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from diracconv import ALPHA, BETA, dirac_weight
+from malloc import release_freed_memory
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 
@@ -160,7 +159,7 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx, grad):
         *given, weight = ctx.saved_tensors
         if ctx.pool and not given[0].is_cuda and given[0].nbytes >= 2 ** 24:
-            _release_freed_memory()
+            release_freed_memory()  # activations become larger here, and the holes that smaller ones left are of no use
         x, bn_weight, bn_bias = (tensor.detach().requires_grad_() for tensor in given)
         with torch.enable_grad():
             inputs = activation(x, (bn_weight, bn_bias, None, None), True, ctx.pool)  # running statistics have been updated before
@@ -171,13 +170,6 @@ class _Recomputed(torch.autograd.Function):
         del inner
         grads = torch.autograd.grad(inputs, (x, bn_weight, bn_bias), grad_inputs.to(inputs.dtype))
         return *grads, None, None, grad_weight, None
-
-
-def _release_freed_memory():
-    """Linux: give back what malloc holds free. Where activations become larger, the holes that smaller ones left are of no use."""
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None  # other C libraries have none
-    if trim:
-        trim(0)
 
 
 def recomputed_block(x, bn, weight, mode, pool=()):

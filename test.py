@@ -19,7 +19,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, dirac_weight
 from diracnet import DiracNet, Network, define_diracnet, diracnet18, diracnet34, fold, layout_of, recomputed_block
 from resnet import define_plain
-from tools.references import define_textbook
+from tools.references import textbook, with_deltas
 
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 LAYERS = {1: DiracConv1d, 2: DiracConv2d, 3: DiracConv3d}
@@ -278,30 +278,6 @@ class TestDefinitions(unittest.TestCase):
                 expected = {'alpha': 1, 'beta': 0.1, 'bias': 0, 'running_mean': 0, 'running_var': 1}[name]
                 self.assertTrue(torch.allclose(tensor, torch.tensor(float(expected))), key)
 
-    def reference(self, x, params, depth, imagenet, dirac=True):
-        """The network as the paper writes it, with nn modules, in evaluation mode."""
-        def bn(x, name):
-            module = nn.BatchNorm2d(x.shape[1]).double().eval()
-            module.load_state_dict({key: params[f'{name}.{key}'] for key in ('weight', 'bias', 'running_mean', 'running_var')},
-                                   strict=False)
-            return module(x)
-        x = F.conv2d(x, params['conv'], stride=2 if imagenet else 1, padding=3 if imagenet else 1)
-        x = F.max_pool2d(bn(x, 'bn'), 3, 2, 1) if imagenet else F.relu(bn(x, 'bn'))
-        blocks = {18: [4, 4, 4, 4], 34: [6, 8, 12, 6]}[depth] if imagenet else [(depth - 4) // 3] * 3
-        for g, count in enumerate(blocks):
-            for b in range(count):
-                name = f'group{g}.block{b}'
-                weight = params[name + '.conv']
-                if dirac:
-                    column = (-1, 1, 1, 1)
-                    delta = nn.init.dirac_(torch.empty_like(weight))
-                    weight = params[name + '.alpha'].view(column) * delta \
-                        + params[name + '.beta'].view(column) * F.normalize(weight.flatten(1)).view_as(weight)
-                x = bn(F.conv2d(F.relu(x), weight, padding=1), name + '.bn')
-            if g < len(blocks) - 1:
-                x = F.max_pool2d(x, 2)
-        return F.linear(F.relu(x).mean((2, 3)), params['fc.weight'], params['fc.bias'])
-
     def test_computes_what_the_paper_writes(self):
         for define, depth, width, dataset, size in [
                 (define_diracnet, 10, 1, 'CIFAR10', 32), (define_diracnet, 22, 0.5, 'digits', 8),
@@ -311,16 +287,13 @@ class TestDefinitions(unittest.TestCase):
                 f, params = define(depth, width, dataset)
                 params = {key: tensor.detach().double() for key, tensor in randomized(params).items()}
                 x = torch.randn(2, params['conv'].shape[1], size, size, dtype=torch.double)
-                expected = self.reference(x, params, depth, dataset == 'ImageNet', define is define_diracnet)
-                self.assertLess(relative_error(f(x, params, False), expected), 1e-12)
+                self.assertLess(relative_error(f(x, params, False), textbook(x, with_deltas(params), False)), 1e-12)
 
     def textbook_errors(self, depth, width, dataset, size, memory_format, dtype, device):
         """Relative errors of logits and gradients, in training, against the network as the formula reads."""
         f, params = define_diracnet(depth, width, dataset)
-        textbook, other = define_textbook(depth, width, dataset)
         params = {key: tensor.detach().to(device, dtype).requires_grad_(tensor.requires_grad) for key, tensor in randomized(params).items()}
-        other = {key: params.get(key, tensor).detach().to(device, dtype, copy=True).requires_grad_(tensor.requires_grad)
-                 for key, tensor in other.items()}
+        other = with_deltas({key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in params.items()})
         net = Network(f, params).to(memory_format=memory_format)
         x = torch.randn(8, params['conv'].shape[1], size, size, device=device, dtype=dtype)
         targets = torch.arange(8, device=device)

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from diracnet import define_diracnet
 from tools import benchmark, contestants, references
 
 
@@ -19,11 +20,10 @@ def test_contestants_learn_the_same():
     """Ours and the textbook's step, with the same parameters and optimizer settings, stay together."""
     network = (10, 1, 'digits')
     inputs, targets = contestants.random_batch(network, 16)
-    f, params = references.define_textbook(*network)
-    ours = {key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in params.items() if not key.endswith('delta')}
-    theirs = contestants.textbook_step(f, params)
-    from diracnet import define_diracnet
-    step = contestants.training_step(define_diracnet(*network)[0], ours)  # its module shares the memory of `ours`, but for convolutions
+    f, ours = define_diracnet(*network)
+    params = references.with_deltas({key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in ours.items()})
+    theirs = contestants.textbook_step(params)
+    step = contestants.training_step(f, ours)  # its module shares the memory of `ours`, but for convolutions
     for _ in range(3):
         theirs(inputs, targets)
         step(inputs, targets)

@@ -14,6 +14,7 @@ import checkpoint
 import train
 from conftest import ROOT, python, read_log, start
 from diracnet import Network, define_diracnet, fold
+from options import build_parser, complete
 from resnet import define_plain
 
 
@@ -209,7 +210,7 @@ def test_weight_decay_is_for_tensors_of_more_than_one_dimension():
 
 
 def test_learning_rate_falls_at_the_beginning_of_the_epochs():
-    options = train.complete({'dataset': 'CIFAR10'})
+    options = complete({'dataset': 'CIFAR10'})
     rates = [train.learning_rate(options, epoch) for epoch in range(1, 201)]
     assert rates[0] == rates[58] == 0.1
     for epoch, rate in ((60, 0.02), (119, 0.02), (120, 0.004), (159, 0.004), (160, 0.0008), (200, 0.0008)):
@@ -270,7 +271,7 @@ def test_imagenet_command_line(image_folder, tmp_path):
     line = ('python train.py --dataroot ~/ILSVRC2012/ --dataset ImageNet --depth 18 --save ./logs/diracnet_$RANDOM$RANDOM '
             '--batchSize 256 --epoch_step [30,60,90] --epochs 100 --weightDecay 0.0001 --lr_decay_ratio 0.1')
     assert line in ' '.join((ROOT / 'README.md').read_text().replace('\\\n', ' ').split())
-    options = train.build_parser().parse_args(shlex.split(line)[2:])
+    options = build_parser(None).parse_args(shlex.split(line)[2:])
     assert (options.batch_size, options.epoch_step, options.epochs, options.weight_decay) == (256, [30, 60, 90], 100, 1e-4)
     arguments = shlex.split(line)[2:]
     for flag, value in (('--dataroot', image_folder), ('--save', tmp_path / 'run'), ('--batchSize', 4), ('--epochs', 1)):
@@ -288,9 +289,9 @@ def test_flags_of_the_original():
                  '--epochs': '200', '--weight_decay': '0.0005', '--weightDecay': '0.0005', '--epoch_step': '[60,120,160]',
                  '--lr_decay_ratio': '0.2', '--resume': 'run', '--randomcrop_pad': '4', '--save': 'run', '--ngpu': '1', '--gpu_id': '0'}
     for flag, value in spellings.items():
-        options = vars(train.build_parser().parse_args([flag, value]))
+        options = vars(build_parser(None).parse_args([flag, value]))
         assert [v for v in options.values() if v is not None] != [], flag
-    assert train.build_parser().parse_args(['--cuda']).cuda
+    assert build_parser(None).parse_args(['--cuda']).cuda
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')

@@ -216,35 +216,19 @@ def cifar_files(root):
 
 
 def bench_data(report, args):
-    import numpy as np
     import torch
-    from PIL import Image
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
     import data
+    from tools import contestants
 
     os.environ['THP_MEM_ALLOC_ENABLE'] = '1'  # as train.py has it for image files, here for ours and theirs
-    random = np.random.default_rng(0)
     facts = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
     # small images
     n = 12_800
-    pixels = random.integers(0, 256, (n, 32, 32, 3)).astype(np.uint8)
-    targets = torch.zeros(n, dtype=torch.int64)
-    per_sample = transforms.Compose([transforms.Pad(4, padding_mode='reflect'), transforms.RandomHorizontalFlip(), transforms.RandomCrop(32),
-                                     transforms.ToTensor(), transforms.Normalize(**facts)])
-
-    class PerSample(torch.utils.data.Dataset):
-        def __len__(self):
-            return n
-
-        def __getitem__(self, index):
-            return per_sample(Image.fromarray(pixels[index])), 0
-
-    source = data.Data('CIFAR10', (torch.from_numpy(pixels), targets), None, (), data.PREPROCESSING['CIFAR10'])
-    ours = source.batches(True, batch_size=128, pad=4)
-    theirs = torch.utils.data.DataLoader(PerSample(), batch_size=128, shuffle=True, num_workers=2, persistent_workers=True)
+    ours, theirs = contestants.our_batches(n), contestants.per_sample_batches(n)
     threads = torch.get_num_threads()
     # The reference keeps two cores busy with its workers; ours runs on one thread, and counts as one core.
     torch.set_num_threads(1)

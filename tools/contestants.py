@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import diracnet
 import train
+from malloc import keep_freed_memory
 from resnet import define_plain
 from tools import references
 
@@ -46,16 +47,16 @@ def build(kind, network, inputs, targets):
     if word == 'floor':
         return references.floor(diracnet.layout(*network), inputs)
     if word == 'textbook':
-        step = textbook_step(*references.define_textbook(*network))
+        step = textbook_step(references.with_deltas(diracnet.define_diracnet(*network)[1]))
     else:
         if kind != '--recompute':
-            train.keep_freed_memory()
+            keep_freed_memory()
         f, params = (define_plain if word == 'plain' else diracnet.define_diracnet)(*network)
         block = train.choose_block({'recompute': kind == '--recompute', 'compile': kind == '--compile'})
         step = training_step(partial(f, block=block), params, torch.bfloat16 if kind == '--dtype bfloat16' else None)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     if kind.endswith('epoch'):
-        return partial(epoch, step, per_sample_batches() if word == 'textbook' else our_batches())
+        return partial(epoch, step, (per_sample_batches if word == 'textbook' else our_batches)(10_000))
     return partial(step, inputs, targets)
 
 
@@ -73,12 +74,12 @@ def training_step(f, params, short=None):
     return step
 
 
-def textbook_step(f, params):
+def textbook_step(params):
     optimizer = references.textbook_optimizer(params)
 
     def step(inputs, targets):
         optimizer.zero_grad()
-        F.cross_entropy(f(inputs, params, True), targets).backward()
+        F.cross_entropy(references.textbook(inputs, params, True), targets).backward()
         optimizer.step()
     return step
 
@@ -88,27 +89,27 @@ def epoch(step, batches):
         step(inputs, targets)
 
 
-def images_of_cifar(n=10_000):
+def images_of_cifar(n):
     return torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8), torch.arange(n) % 10
 
 
-def our_batches():
+def our_batches(n):
     import data
-    return data.Data('CIFAR10', images_of_cifar(), None, (), data.PREPROCESSING['CIFAR10']).batches(True, batch_size=128, pad=4)
+    return data.Data('CIFAR10', images_of_cifar(n), None, (), data.PREPROCESSING['CIFAR10']).batches(True, batch_size=128, pad=4)
 
 
-def per_sample_batches():
+def per_sample_batches(n):
     """As one would otherwise write it: torchvision's transforms of single PIL images, in two worker processes."""
     from PIL import Image
     from torchvision import transforms
-    pixels, targets = images_of_cifar()
+    pixels, targets = images_of_cifar(n)
     transform = transforms.Compose([
         transforms.Pad(4, padding_mode='reflect'), transforms.RandomHorizontalFlip(), transforms.RandomCrop(32), transforms.ToTensor(),
         transforms.Normalize((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))])
 
     class PerSample(torch.utils.data.Dataset):
         def __len__(self):
-            return len(pixels)
+            return n
 
         def __getitem__(self, index):
             return transform(Image.fromarray(pixels[index].numpy())), int(targets[index])
@@ -119,8 +120,8 @@ def inference(kind, network, inputs):
     """folded, unfolded (ours, before folding), textbook eval, or resnet (torchvision's, batch norms folded); with onnx in ONNX Runtime."""
     word = kind.split()[0]
     if word == 'textbook':
-        f, params = references.define_textbook(*network)
-        return partial(without_gradients, lambda x: f(x, params, False), inputs)
+        params = references.with_deltas(diracnet.define_diracnet(*network)[1])
+        return partial(without_gradients, lambda x: references.textbook(x, params, False), inputs)
     if word == 'resnet':
         import torchvision
         from torch.fx.experimental.optimization import fuse

@@ -1,38 +1,33 @@
 """What the speed of the code is measured against, and its numbers are checked with: the network as the formula reads, and convolutions alone."""
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 
-import diracnet
 
-
-def textbook(layout, inputs, params, mode):
-    """f of a DiracNet, layer by layer as the paper has it; nothing in place, the delta a tensor."""
+def textbook(inputs, params, mode):
+    """f of a DiracNet, layer by layer as the paper has it; nothing in place, the delta a tensor. Without alphas, of the plain chain."""
     def bn(x, name):
         return F.batch_norm(x, params[name + '.running_mean'], params[name + '.running_var'], params[name + '.weight'],
                             params[name + '.bias'], training=mode, momentum=0.1, eps=1e-5)
-    if layout.form == 'imagenet':
+    if params['conv'].shape[-1] == 7:  # ImageNet's
         x = F.max_pool2d(bn(F.conv2d(inputs, params['conv'], stride=2, padding=3), 'bn'), 3, 2, 1)
     else:
         x = F.relu(bn(F.conv2d(inputs, params['conv'], padding=1), 'bn'))
-    for g, group in enumerate(layout.groups):
-        if g > 0:
+    for name in [key.removesuffix('.conv') for key in params if key.endswith('.conv')]:
+        if name.endswith('.block0') and name != 'group0.block0':
             x = F.max_pool2d(x, 2)
-        for name, _, _ in group:
-            weight, alpha, beta = (params[f'{name}.{part}'] for part in ('conv', 'alpha', 'beta'))
-            normalized = F.normalize(weight.flatten(1)).view_as(weight)
-            dirac = alpha.view(-1, 1, 1, 1) * params[name + '.delta'] + beta.view(-1, 1, 1, 1) * normalized
-            x = bn(F.conv2d(F.relu(x), dirac, padding=1), name + '.bn')
+        weight = params[name + '.conv']
+        if name + '.alpha' in params:
+            alpha, beta = (params[f'{name}.{part}'].view(-1, 1, 1, 1) for part in ('alpha', 'beta'))
+            weight = alpha * params[name + '.delta'] + beta * F.normalize(weight.flatten(1)).view_as(weight)
+        x = bn(F.conv2d(F.relu(x), weight, padding=1), name + '.bn')
     return F.linear(F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1), params['fc.weight'], params['fc.bias'])
 
 
-def define_textbook(*args, **kwargs):
-    """define_diracnet with `textbook` for its f; params has the deltas, too."""
-    f, params = diracnet.define_diracnet(*args, **kwargs)
-    for name in [key.removesuffix('.alpha') for key in params if key.endswith('.alpha')]:
-        params[name + '.delta'] = torch.nn.init.dirac_(torch.empty_like(params[name + '.conv'].detach()))
-    return partial(textbook, *f.args), params
+def with_deltas(params):
+    """A network's params and, for `textbook`, the deltas of its Dirac weights."""
+    deltas = {key.replace('.alpha', '.delta'): torch.nn.init.dirac_(torch.empty_like(params[key.replace('.alpha', '.conv')].detach()))
+              for key in params if key.endswith('.alpha')}
+    return {**params, **deltas}
 
 
 def textbook_optimizer(params, lr=1e-3, weight_decay=5e-4):

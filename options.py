@@ -1,0 +1,155 @@
+"""The options of train.py: its flags, what they are where they are not given, and the device that they ask for."""
+import argparse
+import json
+import math
+import os
+
+import torch
+
+from diracnet import DATASETS
+from errors import OneLineParser, OptionError
+from malloc import keep_freed_memory
+from resnet import MODELS
+
+# Type of the parameters, and of the convolutions where it is another (autocast).
+DTYPES = {'float': (torch.float32, None), 'double': (torch.float64, None), 'bfloat16': (torch.float32, torch.bfloat16),
+          'half': (torch.float32, torch.float16)}
+
+# What an option is where the command line doesn't say. CIFAR's and ImageNet's values are the paper's; those of digits were chosen
+# on a hold-out of its training samples (logs/reference/digits-holdout.txt); FashionMNIST's are CIFAR's in a shorter schedule, without crops.
+CIFAR = {'depth': 16, 'epochs': 200, 'epoch_step': [60, 120, 160], 'lr': 0.1, 'lr_decay_ratio': 0.2, 'weight_decay': 5e-4,
+         'batch_size': 128, 'randomcrop_pad': 4}
+RECIPES = {
+    'CIFAR10': CIFAR, 'CIFAR100': CIFAR, 'SVHN': CIFAR,
+    'FashionMNIST': {**CIFAR, 'epochs': 60, 'epoch_step': [20, 40, 50], 'randomcrop_pad': 0},
+    'digits': {**CIFAR, 'epochs': 60, 'epoch_step': [30, 45, 55], 'lr': 0.2, 'weight_decay': 5e-3, 'batch_size': 64,
+               'randomcrop_pad': 0},
+    'ImageNet': {**CIFAR, 'depth': 18, 'epochs': 100, 'epoch_step': [30, 60, 90], 'lr_decay_ratio': 0.1, 'weight_decay': 1e-4,
+                 'batch_size': 256, 'randomcrop_pad': 0},
+}
+RECIPES['folder'] = RECIPES['ImageNet']
+GENERAL = {'model': 'diracnet', 'width': 1, 'dataset': 'CIFAR10', 'dataroot': './data', 'imagenetpath': '~/ILSVRC2012',
+           'image_size': 224, 'preprocess': 'meanstd', 'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1,
+           'recompute': False, 'compile': False}
+# Where a resumed run may differ from the one that was stopped. (Another device, or number of them, computes the same but for rounding
+# and the share of a batch whose statistics are taken.)
+FREE_ON_RESUME = {'resume', 'save', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'device', 'cuda', 'gpu_id', 'ngpu'}
+
+BOUND_TO_MACHINE = ('device', 'cuda', 'gpu_id', 'ngpu')  # not taken over from a checkpoint
+
+
+def number(kind, least, exclusive=False):
+    """An argparse type: int or float, finite, not below `least`."""
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value) or value < least or (exclusive and value == least):
+            raise argparse.ArgumentTypeError(f'{text} must be {"more than" if exclusive else "at least"} {least}')
+        return value
+    parse.__name__ = {int: 'whole number', float: 'number'}[kind]
+    return parse
+
+
+def epoch_list(text):
+    try:
+        steps = json.loads(text)
+    except ValueError:
+        steps = None
+    if not isinstance(steps, list) or not all(type(step) is int and step > 0 for step in steps) or steps != sorted(steps):
+        raise argparse.ArgumentTypeError(f'{text} must be a JSON list of rising epochs, as [60,120,160]')
+    return steps
+
+
+def build_parser(description):
+    # Defaults stay None here: what was given is told apart from what a data set's recipe or a resumed run fills in.
+    parser = OneLineParser(prog='train.py', description=description)
+    network = parser.add_argument_group('network')
+    network.add_argument('--model', choices=MODELS, help='diracnet (default), or plain: the same chain without the Dirac term')
+    network.add_argument('--depth', type=number(int, 1), help='6n + 4, ImageNet 18 or 34 (default 16, ImageNet 18)')
+    network.add_argument('--width', type=number(float, 0, True), help='factor of the channels (default 1)')
+    network.add_argument('--dtype', choices=DTYPES, help='floating point type: float (default), double, or mixed '
+                                                             'with bfloat16 or half (CUDA)')
+    sets = parser.add_argument_group('data')
+    sets.add_argument('--dataset', choices=DATASETS, help='default CIFAR10; digits needs no download')
+    sets.add_argument('--dataroot', help='folder of the data, downloaded to there where possible (default ./data)')
+    sets.add_argument('--imagenetpath', help='folder with train/ and val/ of ImageNet, where --dataroot is not given '
+                                             '(default ~/ILSVRC2012)')
+    sets.add_argument('--nthread', type=number(int, 0), help='processes that decode image files (default 4; small images need none)')
+    sets.add_argument('--image_size', type=number(int, 64), help='pixels, of image files (default 224)')
+    sets.add_argument('--preprocess', choices=('meanstd', 'zca'), help='of small images: mean and standard deviation (default), or '
+                                                                       'contrast normalization and ZCA whitening')
+    sets.add_argument('--randomcrop_pad', type=number(int, 0), help='reflection around a small image before its random crop, in '
+                                                                    'pixels (default 4; FashionMNIST and digits 0)')
+    sets.add_argument('--holdout', type=number(int, 0), metavar='N', help='test on the last N training samples instead of the test '
+                                                                          'set, and train on the others (to select by)')
+    training = parser.add_argument_group('training')
+    training.add_argument('--epochs', type=number(int, 1))
+    training.add_argument('--epoch_step', type=epoch_list, metavar='[E,...]', help='epochs, counted from 1, at whose beginning '
+                                                                                  'the learning rate falls')
+    training.add_argument('--lr', type=number(float, 0), help='learning rate (default 0.1, digits 0.2)')
+    training.add_argument('--lr_decay_ratio', type=number(float, 0, True), help='factor of each fall')
+    training.add_argument('--batch_size', '--batchSize', type=number(int, 1))
+    training.add_argument('--weight_decay', '--weightDecay', type=number(float, 0), help='on tensors of more than one dimension, and '
+                                                                                       'on no others')
+    training.add_argument('--seed', type=number(int, 0), help='of initialization, order and augmentation (default 1)')
+    training.add_argument('--recompute', action='store_true', default=None, help='about half of the memory, for more time: '
+                                                                                  'activations are computed again')
+    training.add_argument('--compile', action='store_true', default=None, help='torch.compile the block (needs a C++ compiler; '
+                                                                               'takes about half a minute)')
+    runs = parser.add_argument_group('runs')
+    runs.add_argument('--save', metavar='DIR', help='folder of the run, made here (default logs/DATASET-MODEL-DEPTH-WIDTH-TIME)')
+    runs.add_argument('--resume', metavar='RUN', help="go on with a stopped run, by its folder or model.pt7; its options hold")
+    runs.add_argument('--evaluate', metavar='CHECKPOINT', help="test a run's folder, model.pt7 or state dict, and exit")
+    devices = parser.add_argument_group('device')
+    devices.add_argument('--device', help='cpu, cuda, cuda:1, ... (default cuda if there is one, else cpu)')
+    devices.add_argument('--cuda', action='store_true', default=None, help='the same as --device cuda')
+    devices.add_argument('--gpu_id', help='the CUDA device to use, by its number')
+    devices.add_argument('--ngpu', type=number(int, 1), help='GPUs to share each batch (default 1)')
+    return parser
+
+
+def complete(given, stored=None):
+    """All options: those given, over those of the run that is resumed, over the data set's recipe."""
+    options = {**GENERAL, **RECIPES[given.get('dataset') or (stored or GENERAL)['dataset']], **(stored or {})}
+    for name, value in given.items():
+        if stored is not None and name not in FREE_ON_RESUME and stored.get(name, value) != value:
+            raise OptionError(f'--{name} is {json.dumps(value)}, but the run to resume has {json.dumps(stored[name])}; leave the option '
+                              'out to go on with it, or start a new run')
+        options[name] = value
+    if options['dataset'] == 'ImageNet' and 'dataroot' not in given and (stored is None or 'imagenetpath' in given):
+        options['dataroot'] = options['imagenetpath']
+    return options
+
+
+def choose_device(options):
+    """The torch device that --device, --cuda, --gpu_id and --ngpu ask for. Raises OptionError if it isn't there."""
+    if options['dataset'] in ('ImageNet', 'folder'):
+        # Large tensors in huge pages (Linux; torch reads it at its first allocation, which is below): else the page faults of a batch of
+        # 224 x 224 images take several times as long as its normalization. Small images gain nothing, and memory would grow.
+        os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
+    there = torch.cuda.device_count()
+    name = options.get('device') or ('cuda' if options.get('cuda') or options.get('gpu_id') or there else 'cpu')
+    if options.get('gpu_id') is not None and name == 'cuda':
+        name = f'cuda:{options["gpu_id"]}'
+    try:
+        device = torch.device(name)
+        if device.type == 'cuda' and (device.index or 0) >= there:
+            raise OptionError(f'{name} is not on this machine, which has {there} CUDA devices; --device cpu works everywhere')
+        torch.empty(1, device=device).add_(1)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise OptionError(f'--device {name} is no device that can be used here; --device cpu works everywhere') from None
+    for flag in ('cuda', 'gpu_id'):
+        if options.get(flag) is not None and device.type != 'cuda':
+            raise OptionError(f'--{flag} contradicts --device {name}; give one of them')
+    if options['dtype'] == 'half' and device.type != 'cuda':
+        raise OptionError(f'--dtype half is for CUDA, and the device is {name}; bfloat16 works there, too')
+    if options['recompute'] and options['compile']:
+        raise OptionError('--recompute and --compile exclude each other: a compiled block decides itself what to compute again')
+    if device.type == 'cuda':
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision('high')  # TF32
+        torch.backends.cudnn.allow_tf32 = True
+    elif not options['recompute']:  # where memory is short, malloc had better return it
+        keep_freed_memory()
+    if options['ngpu'] > (there if device.type == 'cuda' else 1):
+        raise OptionError(f'--ngpu {options["ngpu"]}: this machine has {there} CUDA devices to share a batch')
+    return device
