@@ -9,12 +9,19 @@ A run's `model.pt7` is a dict of
     network        model, depth, width, dataset, num_classes, in_channels: the arguments that define it
     classes        names of the classes
     preprocessing  what turns an image file into its input (data.Preprocessing)
+    progress       how far the epoch after those is, and what was measured in it; None between epochs
+    log            the lines of log.txt so far
+
+The one before it is kept as `previous.pt7`, and used where the newest is broken.
 """
+import io
 import os
 import pickle
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 import torch
 
@@ -22,7 +29,11 @@ from diracnet import DATASETS, DiracNet, Network, fold, layout_of
 from errors import OptionError, UserError
 from resnet import MODELS
 
-FILE_NAME = 'model.pt7'
+FILE_NAME, PREVIOUS = 'model.pt7', 'previous.pt7'
+
+
+class BrokenFile(UserError):
+    """A file that is not what was written."""
 
 
 @dataclass
@@ -38,6 +49,13 @@ class Checkpoint:
     epoch: int = 0
     optimizer: dict = None
     scaler: dict = field(default_factory=dict)
+    progress: dict = None
+    log: list = None
+
+    @property
+    def place(self):
+        """Where in its training it was saved, in words."""
+        return f'step {self.progress["step"]} of epoch {self.epoch + 1}' if self.progress else f'epoch {self.epoch}'
 
     @property
     def is_run(self):
@@ -52,10 +70,25 @@ class Checkpoint:
         network = dict(self.network)
         if not self.preprocessing and DATASETS[given.get('dataset', 'CIFAR10')] == DATASETS[network['dataset']]:
             network['dataset'] = given.get('dataset', network['dataset'])
-        for name in ('model', 'depth', 'width', 'dataset'):
+        names = ('model', 'depth', 'width', 'dataset')
+        for name in names:
             if given.get(name, network[name]) != network[name]:
-                raise OptionError(f'--{name} is {given[name]}, but {self.path} is of {network[name]}')
-        return {name: network[name] for name in ('model', 'depth', 'width', 'dataset')}
+                raise OptionError(f'--{name} is {given[name]}, but {self.path} is of {network[name]}'
+                                  + self._misfits({**network, **{name: given[name] for name in names if name in given}}))
+        return {name: network[name] for name in names}
+
+    def _misfits(self, network):
+        """What tells this file's tensors from those of another network: the first keys, their shapes, the flags that fit."""
+        form, in_channels, num_classes = DATASETS[network['dataset']]
+        if network['dataset'] != self.network['dataset']:
+            network.update(in_channels=in_channels, num_classes=num_classes or network['num_classes'])
+        try:
+            expected = MODELS[network.pop('model')](**network)[1]
+            expected = fold(expected) if self.folded else expected
+        except ValueError:  # there is no such network at all
+            return f'; {flags(self.network)} fits'
+        differing = differences(self.params, expected)
+        return (': ' + '; '.join(differing[:3]) if differing else '') + f'; {flags(self.network)} fits'
 
     def module(self):
         """The network as a module in evaluation mode; folded ones as DiracNet. Raises UserError for tensors that don't fit."""
@@ -77,19 +110,33 @@ class Checkpoint:
             raise UserError(f'{self.path} can not be folded: {error}') from None
 
 
+def differences(theirs, ours):
+    """Lines of key and both shapes, for each key at which two dicts of tensors don't fit."""
+    shapes = [{key: tuple(tensor.shape) for key, tensor in params.items()} for params in (theirs, ours)]
+    return [f'{key} is {" there and ".join(str(part.get(key, "missing")) for part in shapes)} in the network'
+            for key in dict.fromkeys([*ours, *theirs]) if shapes[0].get(key) != shapes[1].get(key)]
+
+
+def flags(network):
+    """The options that define a network."""
+    return ' '.join(f'--{name} {network[name]:g}' if name == 'width' else f'--{name} {network[name]}'
+                    for name in ('model', 'depth', 'width', 'dataset'))
+
+
 def load_params(module, params, path):
-    """Load params into a module. Raises UserError that names the first key that doesn't fit, and both shapes."""
-    own = module.state_dict()
-    for key in [*own, *params]:
-        ours, theirs = own.get(key), params.get(key)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
-            shapes = [tuple(tensor.shape) if tensor is not None else 'missing' for tensor in (theirs, ours)]
-            raise UserError(f'{path} is of another architecture: {key} is {shapes[0]} there and {shapes[1]} in the network')
+    """Load params into a module. Raises UserError that names the first keys that don't fit, both shapes, and what would fit."""
+    differing = differences(params, module.state_dict())
+    if differing:
+        fitting = _infer(params)
+        raise UserError(f'{path} is of another architecture: {"; ".join(differing[:3])}' + (f' (and {len(differing) - 3} more)' if differing[3:] else '')
+                        + (f'; its tensors fit {flags(fitting)}' if fitting else ''))
     module.load_state_dict(params)
 
 
 def load(path):
     """Read a run's folder, its model.pt7, or the file of a folded or unfolded state dict (also PyTorch's old format).
+
+    A run's newest checkpoint that is broken, or was never put in place, gives way to the one before it, with a line on stderr.
 
     Raises:
         UserError: a file that is missing, broken, no checkpoint, or holds code.
@@ -97,25 +144,63 @@ def load(path):
     path = Path(path).expanduser()
     if path.is_dir():
         path = path / FILE_NAME
+    previous = path.with_name(PREVIOUS)
+    if path.name != FILE_NAME or not previous.exists():
+        return _load(path)
     try:
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        return _load(path)
+    except BrokenFile as error:
+        try:
+            found = _load(previous)
+        except UserError as other:
+            raise UserError(f'{error}; and {other}') from None
+        print(f'{error}; {previous} is used, which was saved after {found.place}', file=sys.stderr)
+        return found
+
+
+def _load(path):
+    try:
+        with open(path, 'rb') as file:
+            if is_zipfile(file):
+                _check_sums(file, path)
+            file.seek(0)
+            content = torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; give a run's folder, its {FILE_NAME} or a state dict") from None
+        raise BrokenFile(f"{path} does not exist; give a run's folder, its {FILE_NAME} or a state dict") from None
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f'{path} can not be read ({error.strerror})') from None
     except pickle.UnpicklingError as error:
         if re.search('GLOBAL |Can only (create|build)|unrecognized function', str(error)):
             raise UserError(f'{path} is refused: it holds more than tensors and plain values, so loading it could run code') from None
-        raise UserError(f'{path} is no checkpoint of PyTorch, or a broken one') from None
+        raise BrokenFile(f'{path} is no checkpoint of PyTorch, or a broken one') from None
     except Exception as error:  # torch raises many kinds for a file that is cut or of random bytes
-        raise UserError(f'{path} is truncated or broken, or no checkpoint of PyTorch ({type(error).__name__})') from None
+        raise BrokenFile(f'{path} is truncated or broken, or no checkpoint of PyTorch ({type(error).__name__})') from None
     return _understand(path, content)
+
+
+def _check_sums(file, path):
+    """See that a zip archive is what torch.save wrote, by its checksums, which torch.load doesn't look at. Raises BrokenFile."""
+    try:
+        with ZipFile(file) as archive:
+            entries = archive.infolist()
+            # torch.save compresses nothing: what claims to unpack to more than the file has is not its work.
+            if any(entry.compress_type != ZIP_STORED for entry in entries) or sum(
+                    entry.file_size for entry in entries) > os.fstat(file.fileno()).st_size:
+                raise BrokenFile(f'{path} is an archive, but no checkpoint of PyTorch: it is compressed')
+            wrong = archive.testzip()
+    except (BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+        raise BrokenFile(f'{path} is truncated or broken ({" ".join(str(error).split())})') from None
+    if wrong:
+        raise BrokenFile(f'{path} is broken: the checksum of its part {wrong} is wrong')
 
 
 def _understand(path, content):
     if not isinstance(content, dict):
         raise UserError(f'{path} is no checkpoint: it holds a {type(content).__name__}')
-    facts = {name: content[name] for name in ('network', 'classes', 'preprocessing', 'options', 'epoch', 'optimizer', 'scaler')
+    facts = {name: content[name] for name in ('network', 'classes', 'preprocessing', 'options', 'epoch', 'optimizer', 'scaler',
+                                                   'progress', 'log')
              if content.get(name) is not None}
     tensors = content
     for name in ('params', 'state_dict'):
@@ -144,12 +229,32 @@ def _infer(params):
             'num_classes': layout.num_classes, 'in_channels': layout.in_channels}
 
 
-def save(path, content):
-    """Write a checkpoint whole or not at all: to a temporary file beside it, flushed to the disk, then renamed."""
+def write(path, content, previous=None):
+    """Write a file's bytes whole or not at all: to a temporary file beside it, flushed to the disk, then renamed. What was there
+    before becomes `previous`, if given."""
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
-    with open(temporary, 'wb') as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk has room again for others
+        raise
+    if os.name == 'posix':  # the renaming, too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save(path, content, keep=True):
+    """Write a checkpoint, and keep the one before it unless `keep` is False. Raises OSError, with both as they were."""
+    buffer = io.BytesIO()  # torch.save's own writer turns a full disk's OSError into others
+    torch.save(content, buffer)
+    write(path, buffer.getbuffer(), Path(path).with_name(PREVIOUS) if keep else None)

@@ -126,33 +126,34 @@ def flatten(tree, prefix=''):
     return flat
 
 
-def activation(x, bn, mode, pool=()):
+def activation(x, bn, mode, pool=(), norm=F.batch_norm):
     """What lies between two convolutions: batch norm, max-pooling where `pool` has its arguments, ReLU.
 
-    x: (N, C, H, W); bn: (weight, bias, running_mean, running_var), (C,) each; mode: True for batch statistics. As ReLU and
-    max-pooling commute, the pooling comes first, and so does the paper's order, in which a block begins with the ReLU.
+    x: (N, C, H, W); bn: (weight, bias, running_mean, running_var), (C,) each; mode: True for batch statistics; norm: F.batch_norm, or
+    another function of its arguments. As ReLU and max-pooling commute, the pooling comes first, and so does the paper's order, in
+    which a block begins with the ReLU.
     """
     weight, bias, mean, var = bn
-    x = F.batch_norm(x, mean, var, weight, bias, training=mode, momentum=BN_MOMENTUM, eps=BN_EPS)
+    x = norm(x, mean, var, weight, bias, training=mode, momentum=BN_MOMENTUM, eps=BN_EPS)
     if pool:
         x = F.max_pool2d(x, *pool)
     # In place: neither batch norm nor pooling looks at its output again. (A compiler fuses it anyhow.)
     return F.relu(x, inplace=not torch.compiler.is_compiling())
 
 
-def block(x, bn, weight, mode, pool=()):
+def block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
     """`activation` and the 3x3 convolution behind it, weight (out, C, 3, 3): (N, C, H, W) to (N, out, H', W')."""
-    return F.conv2d(activation(x, bn, mode, pool), weight, padding=1)
+    return F.conv2d(activation(x, bn, mode, pool, norm), weight, padding=1)
 
 
 class _Recomputed(torch.autograd.Function):
     """`block` in training, keeping its arguments alone: the backward pass computes the activation, not the convolution, again."""
 
     @staticmethod
-    def forward(ctx, x, bn_weight, bn_bias, running_mean, running_var, weight, pool):
+    def forward(ctx, x, bn_weight, bn_bias, running_mean, running_var, weight, pool, norm):
         ctx.save_for_backward(x, bn_weight, bn_bias, weight)
-        ctx.pool = pool
-        return block(x, (bn_weight, bn_bias, running_mean, running_var), weight, True, pool)
+        ctx.pool, ctx.norm = pool, norm
+        return block(x, (bn_weight, bn_bias, running_mean, running_var), weight, True, pool, norm)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -162,21 +163,22 @@ class _Recomputed(torch.autograd.Function):
             release_freed_memory()  # activations become larger here, and the holes that smaller ones left are of no use
         x, bn_weight, bn_bias = (tensor.detach().requires_grad_() for tensor in given)
         with torch.enable_grad():
-            inputs = activation(x, (bn_weight, bn_bias, None, None), True, ctx.pool)  # running statistics have been updated before
+            # Running statistics have been updated before.
+            inputs = activation(x, (bn_weight, bn_bias, None, None), True, ctx.pool, ctx.norm)
         inner = inputs.detach().to(grad.dtype)  # under autocast the convolution was in a shorter type than its inputs
         short = weight.to(grad.dtype)
         grad_inputs = torch.nn.grad.conv2d_input(inner.shape, short, grad, padding=1)
         grad_weight = torch.nn.grad.conv2d_weight(inner, weight.shape, grad, padding=1).to(weight.dtype)
         del inner
         grads = torch.autograd.grad(inputs, (x, bn_weight, bn_bias), grad_inputs.to(inputs.dtype))
-        return *grads, None, None, grad_weight, None
+        return *grads, None, None, grad_weight, None, None
 
 
-def recomputed_block(x, bn, weight, mode, pool=()):
+def recomputed_block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
     """`block` for half of the memory: what the convolution reads is not kept for the backward pass, but computed again there."""
     if mode and torch.is_grad_enabled():
-        return _Recomputed.apply(x, *bn, weight, pool)
-    return block(x, bn, weight, mode, pool)
+        return _Recomputed.apply(x, *bn, weight, pool, norm)
+    return block(x, bn, weight, mode, pool, norm)
 
 
 def conv_weights(layout, params):
@@ -195,7 +197,7 @@ def conv_weights(layout, params):
     return weights
 
 
-def chain(layout, inputs, params, mode, block=block):
+def chain(layout, inputs, params, mode, block=block, norm=F.batch_norm):
     """The function of a DiracNet (and of the plain chain), as partial(chain, layout): f(inputs, params, mode).
 
     Args:
@@ -203,6 +205,7 @@ def chain(layout, inputs, params, mode, block=block):
         params: flat dict as `define_diracnet` makes it.
         mode: True for batch statistics, with the running ones updated in place; False for the running ones.
         block: `block`, or another function that computes the same, as `recomputed_block` or torch.compile(block).
+        norm: F.batch_norm, or another function of its arguments.
 
     Returns:
         logits, (N, num_classes).
@@ -217,10 +220,10 @@ def chain(layout, inputs, params, mode, block=block):
     last = 'bn'
     for group in layout.groups:
         for name, _, _ in group:  # paper: a block is ReLU, convolution, batch norm; here cut behind the convolutions
-            x = block(x, bn(last), weights[name], mode, pool)
+            x = block(x, bn(last), weights[name], mode, pool, norm)
             last, pool = name + '.bn', ()
         pool = (2,)  # height and width halve
-    x = F.adaptive_avg_pool2d(activation(x, bn(last), mode), 1).flatten(1)  # (N, w_last)
+    x = F.adaptive_avg_pool2d(activation(x, bn(last), mode, norm=norm), 1).flatten(1)  # (N, w_last)
     return F.linear(x, params['fc.weight'], params['fc.bias'])
 
 

@@ -1,5 +1,6 @@
 """How a user's mistake ends: one line on standard error, exit status 1 or 2, no traceback."""
 import argparse
+import os
 import sys
 
 
@@ -25,6 +26,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 def run(main, name):
     """Run a program's `main()` and exit with its status."""
+    if os.environ.get('RANK', '0') != '0':  # one of several processes that torchrun started
+        name += f' (rank {os.environ["RANK"]})'
     try:
         status = main()
     except UserError as error:

@@ -5,6 +5,7 @@ center of 224; to train, a random crop of 8 % to 100 % of the area, resized to 2
 """
 import os
 import time
+import weakref
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def normalize(images, preprocessing, dtype=torch.float32):
     rows = images.reshape(n, height, width * channels)
     normalized = torch.empty(rows.shape, device=images.device, dtype=dtype)
     # On a CPU in pieces that stay in its cache; on a GPU at once.
-    piece = n if images.is_cuda else max(1, 2 ** 19 // rows[0].numel())
+    piece = n if images.is_cuda else max(1, 2 ** 19 // (height * width * channels))
     for target, part in zip(normalized.split(piece), rows.split(piece)):
         torch.addcmul(shift, target.copy_(part), scale, out=target)
     return normalized.view(n, height, width, channels).permute(0, 3, 1, 2)
@@ -349,7 +350,8 @@ class _Order(torch.utils.data.Sampler):
     """The slot of each batch and where its samples are, for the epoch that `batches` is at."""
 
     def __init__(self, batches):
-        self.batches = batches
+        # No cycle of references: with the batches go the loader and its worker processes, at once.
+        self.batches = weakref.proxy(batches)
 
     def __len__(self):
         return len(self.batches)
@@ -366,16 +368,20 @@ class Ordered:
     def __init__(self, n, batch_size, seed, shuffle, shard):
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.rank, self.world = shard
-        self.epoch = 0
-        self.broken = {}  # broken files of this epoch: path to message
+        self.epoch, self.start = 0, 0  # where the next iteration begins: epoch, and batch in it
+        self.broken, self.broken_before = {}, {}  # broken files of this epoch, path to message; those before `start`
 
     def __len__(self):
         return -(-self.n // self.batch_size)
 
+    def size(self, number):
+        """Samples in a batch, of all processes together."""
+        return min(self.batch_size, self.n - number * self.batch_size)
+
     def order(self):
-        """Arrays of indices, one for each batch; of several processes, each has its share of every batch."""
+        """Arrays of indices, one for each batch from `start` on; of several processes, each has its share of every batch."""
         order = np.random.default_rng((self.seed, self.epoch, 0)).permutation(self.n) if self.shuffle else np.arange(self.n)
-        for start in range(0, self.n, self.batch_size):
+        for start in range(self.start * self.batch_size, self.n, self.batch_size):
             yield order[start:start + self.batch_size][self.rank::self.world]
 
 
@@ -402,13 +408,13 @@ class FolderBatches(Ordered):
             prefetch_factor=self.PREFETCH if workers else None, worker_init_fn=_single_opencv_thread)
 
     def __iter__(self):
-        self.broken = {}
+        self.broken = dict(self.broken_before)
         for slot, targets, problems in self.loader:
             self.broken.update(problems)
             if len(problems) >= ImageFolder.TRIES and self.folder.train:
                 raise UserError(f'{len(problems)} files of {self.folder.root} in one batch are broken, as {problems[0][1]}')
-            if targets:
-                images, targets = self.source.slots[slot, :len(targets)], torch.tensor(targets)
+            if targets or self.world > 1:  # processes go on in step
+                images, targets = self.source.slots[slot, :len(targets)], torch.tensor(targets, dtype=torch.int64)
                 if self.device.type == 'cuda':  # the slot is written again while the copy is still under way
                     images, targets = images.pin_memory(), targets.pin_memory()
                 images = images.to(self.device, non_blocking=True)

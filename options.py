@@ -6,6 +6,7 @@ import os
 
 import torch
 
+import distributed
 from diracnet import DATASETS
 from errors import OneLineParser, OptionError
 from malloc import keep_freed_memory
@@ -30,10 +31,11 @@ RECIPES = {
 RECIPES['folder'] = RECIPES['ImageNet']
 GENERAL = {'model': 'diracnet', 'width': 1, 'dataset': 'CIFAR10', 'dataroot': './data', 'imagenetpath': '~/ILSVRC2012',
            'image_size': 224, 'preprocess': 'meanstd', 'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1,
-           'recompute': False, 'compile': False}
+           'recompute': False, 'compile': False, 'sync_bn': False, 'checkpoint_minutes': 10}
 # Where a resumed run may differ from the one that was stopped. (Another device, or number of them, computes the same but for rounding
 # and the share of a batch whose statistics are taken.)
-FREE_ON_RESUME = {'resume', 'save', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'device', 'cuda', 'gpu_id', 'ngpu'}
+FREE_ON_RESUME = {'resume', 'save', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'device', 'cuda', 'gpu_id', 'ngpu',
+                  'checkpoint_minutes'}
 
 BOUND_TO_MACHINE = ('device', 'cuda', 'gpu_id', 'ngpu')  # not taken over from a checkpoint
 
@@ -97,13 +99,18 @@ def build_parser(description):
                                                                                'takes about half a minute)')
     runs = parser.add_argument_group('runs')
     runs.add_argument('--save', metavar='DIR', help='folder of the run, made here (default logs/DATASET-MODEL-DEPTH-WIDTH-TIME)')
-    runs.add_argument('--resume', metavar='RUN', help="go on with a stopped run, by its folder or model.pt7; its options hold")
+    runs.add_argument('--resume', metavar='RUN', help="go on with a stopped run, by its folder or model.pt7; its options hold. auto: with "
+                                                      "the one in --save's folder, if there is one")
+    runs.add_argument('--checkpoint_minutes', type=number(float, 0), metavar='M', help='save within an epoch, too, every so many '
+                                                                                       'minutes (default 10)')
     runs.add_argument('--evaluate', metavar='CHECKPOINT', help="test a run's folder, model.pt7 or state dict, and exit")
     devices = parser.add_argument_group('device')
     devices.add_argument('--device', help='cpu, cuda, cuda:1, ... (default cuda if there is one, else cpu)')
     devices.add_argument('--cuda', action='store_true', default=None, help='the same as --device cuda')
     devices.add_argument('--gpu_id', help='the CUDA device to use, by its number')
-    devices.add_argument('--ngpu', type=number(int, 1), help='GPUs to share each batch (default 1)')
+    devices.add_argument('--ngpu', type=number(int, 1), metavar='N', help='processes on this machine that share each batch, each with a GPU '
+                                                                          '(or on the CPU): short for torchrun --nproc_per_node=N')
+    devices.add_argument('--sync_bn', action='store_true', default=None, help='batch statistics of all processes together, not of each')
     return parser
 
 
@@ -120,36 +127,49 @@ def complete(given, stored=None):
     return options
 
 
-def choose_device(options):
+def choose_device(given):
     """The torch device that --device, --cuda, --gpu_id and --ngpu ask for. Raises OptionError if it isn't there."""
-    if options['dataset'] in ('ImageNet', 'folder'):
+    if given.get('dataset') in ('ImageNet', 'folder'):
         # Large tensors in huge pages (Linux; torch reads it at its first allocation, which is below): else the page faults of a batch of
         # 224 x 224 images take several times as long as its normalization. Small images gain nothing, and memory would grow.
         os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
     there = torch.cuda.device_count()
-    name = options.get('device') or ('cuda' if options.get('cuda') or options.get('gpu_id') or there else 'cpu')
-    if options.get('gpu_id') is not None and name == 'cuda':
-        name = f'cuda:{options["gpu_id"]}'
+    name = given.get('device') or ('cuda' if given.get('cuda') or given.get('gpu_id') or there else 'cpu')
+    processes = given.get('ngpu', distributed.local_world())
+    if distributed.under_torchrun() and processes != distributed.local_world():
+        raise OptionError(f'--ngpu {processes}, but torchrun has started {distributed.local_world()} processes on this machine; leave out '
+                          'one of them')
+    if name == 'cuda' and given.get('gpu_id') is not None:
+        name = f'cuda:{given["gpu_id"]}'
+    if name.startswith('cuda:') and processes > 1:
+        raise OptionError(f'{name} is one device, and there are {processes} processes, each with its own; CUDA_VISIBLE_DEVICES chooses some')
     try:
         device = torch.device(name)
-        if device.type == 'cuda' and (device.index or 0) >= there:
-            raise OptionError(f'{name} is not on this machine, which has {there} CUDA devices; --device cpu works everywhere')
+        if device.type == 'cuda' and processes > 1:
+            device = torch.device('cuda', distributed.local_rank())
+        if device.type == 'cuda' and max(device.index or 0, processes - 1) >= there:
+            raise OptionError(f'{name if processes == 1 else f"--ngpu {processes}"} is not on this machine, which has {there} CUDA devices; '
+                              '--device cpu works everywhere')
         torch.empty(1, device=device).add_(1)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise OptionError(f'--device {name} is no device that can be used here; --device cpu works everywhere') from None
     for flag in ('cuda', 'gpu_id'):
-        if options.get(flag) is not None and device.type != 'cuda':
+        if given.get(flag) is not None and device.type != 'cuda':
             raise OptionError(f'--{flag} contradicts --device {name}; give one of them')
+    return device
+
+
+def set_up(options, device):
+    """Torch's settings for these options. Raises OptionError for what excludes each other."""
     if options['dtype'] == 'half' and device.type != 'cuda':
-        raise OptionError(f'--dtype half is for CUDA, and the device is {name}; bfloat16 works there, too')
+        raise OptionError(f'--dtype half is for CUDA, and the device is {device}; bfloat16 works there, too')
     if options['recompute'] and options['compile']:
         raise OptionError('--recompute and --compile exclude each other: a compiled block decides itself what to compute again')
+    if options['sync_bn'] and options['compile']:
+        raise OptionError('--sync_bn and --compile exclude each other: a compiled block can not wait for other processes')
     if device.type == 'cuda':
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision('high')  # TF32
         torch.backends.cudnn.allow_tf32 = True
     elif not options['recompute']:  # where memory is short, malloc had better return it
         keep_freed_memory()
-    if options['ngpu'] > (there if device.type == 'cuda' else 1):
-        raise OptionError(f'--ngpu {options["ngpu"]}: this machine has {there} CUDA devices to share a batch')
-    return device

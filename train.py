@@ -7,20 +7,17 @@ trains DiracNet-16-1 on scikit-learn's 8 x 8 digits, nothing to download. See RE
     python train.py --save ./logs/diracnets_$RANDOM$RANDOM --depth 34 --width 2
     python train.py --dataroot ~/ILSVRC2012/ --dataset ImageNet --depth 18 --save ./logs/diracnet_$RANDOM$RANDOM \\
                     --batchSize 256 --epoch_step [30,60,90] --epochs 100 --weightDecay 0.0001 --lr_decay_ratio 0.1
+    python train.py --save logs/RUN --resume auto ...   # begin it, or go on where it stopped
     python train.py --resume logs/RUN           # go on with a run that was stopped
     python train.py --evaluate logs/RUN         # test a checkpoint
 """
 import json
 import math
-import platform
-import shlex
-import subprocess
+import signal
 import sys
 import time
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +25,14 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import diracnet
+import distributed
 import images
 from diracnet import Network
+from distributed import say, world
 from errors import OptionError, UserError, run
-from options import BOUND_TO_MACHINE, DTYPES, GENERAL, RECIPES, build_parser, choose_device, complete
+from options import BOUND_TO_MACHINE, DTYPES, GENERAL, RECIPES, build_parser, choose_device, complete, set_up
 from resnet import MODELS
+from runs import LOG, RunFolder, Stop, find, resume_command
 
 # --- network and optimizer -------------------------------------------------------------------------------------------
 
@@ -92,20 +92,21 @@ def learning_rate(options, epoch):
 
 
 class Tally:
-    """Loss and top-k accuracy over an epoch in torchnet's meters, fed in chunks: a GPU is not waited for at every step."""
+    """Loss and top-k accuracy over an epoch in torchnet's meters, of all processes together. Fed in chunks: a GPU is not waited for, and
+    no other process asked, at every step."""
     CHUNK = 20  # batches
 
     def __init__(self, num_classes):
         from torchnet.meter import AverageValueMeter, ClassErrorMeter
         self.topk = sorted({1, min(5, num_classes)})
-        self.loss = AverageValueMeter()
-        self.accuracy = ClassErrorMeter(topk=self.topk, accuracy=True)
-        self.pending = []
+        self.loss, self.accuracy, self.part = (AverageValueMeter(), *(ClassErrorMeter(topk=self.topk, accuracy=True) for _ in range(2)))
+        self.reset()
 
     def reset(self):
         self.loss.reset()
         self.accuracy.reset()
-        self.pending.clear()
+        self.pending = []
+        self.batches, self.broke = 0, None  # how many are counted, and the first whose loss is not finite, with it
 
     def add(self, loss, logits, targets):
         self.pending.append((loss.detach(), logits.detach(), targets))
@@ -113,31 +114,62 @@ class Tally:
             self.flush()
 
     def flush(self):
-        for loss, logits, targets in self.pending:
-            self.loss.add(loss.item() * len(targets), len(targets))
-            self.accuracy.add(logits.float(), targets)
+        if not self.pending:
+            return
+        self.part.reset()
+        sums = torch.zeros(len(self.pending), 2, dtype=torch.float64)
+        for row, (loss, logits, targets) in zip(sums, self.pending):
+            if len(targets):  # of a small last batch of a test, a process may have none
+                row[0], row[1] = loss.item() * len(targets), len(targets)
+                self.part.add(logits.float(), targets)
         self.pending.clear()
+        for value, n in distributed.total(sums).tolist():
+            self.batches += 1
+            if not math.isfinite(value) and not self.broke:
+                self.broke = self.batches, value
+            self.loss.add(value, int(n))
+        n, *errors = distributed.total(torch.tensor([self.part.n, *(int(self.part.sum[k]) for k in self.topk)])).tolist()
+        self.accuracy.n += n
+        for k, wrong in zip(self.topk, errors):
+            self.accuracy.sum[k] += wrong
 
     def values(self):
         """Mean loss, and the percentages of top-1 and top-5 (or as many as there are classes)."""
         self.flush()
         return self.loss.value()[0], self.accuracy.value(self.topk[0]), self.accuracy.value(self.topk[-1])
 
+    def state(self):
+        """What was counted, as plain numbers."""
+        self.flush()
+        return {'batches': self.batches, 'loss': {name: float(value) for name, value in vars(self.loss).items()},
+                'n': int(self.accuracy.n), 'errors': [int(self.accuracy.sum[k]) for k in self.topk]}
+
+    def load_state(self, state):
+        self.reset()
+        self.batches = state['batches']
+        vars(self.loss).update(state['loss'])
+        self.accuracy.n = state['n']
+        self.accuracy.sum.update(zip(self.topk, state['errors']))
+
 
 class Progress:
     """tqdm's bar over the images of an epoch, with loss, accuracy, images/s and remaining time. Quiet where no one looks."""
 
-    def __init__(self, label, n, tally):
+    def __init__(self, label, n, tally, done=0):
         from tqdm import tqdm
         # disable=None: no bar where the output is no terminal
-        self.bar = tqdm(total=n, desc=label, unit='img', unit_scale=True, disable=None, leave=False, dynamic_ncols=True)
+        self.bar = tqdm(total=n, initial=done, desc=label, unit='img', unit_scale=True, disable=None if distributed.rank() == 0 else True,
+                        leave=False, dynamic_ncols=True)
         self.tally, self.shown = tally, 0.0
 
     def update(self, n):
         if not self.bar.disable and time.monotonic() - self.shown > 0.5:
             self.shown = time.monotonic()
-            loss, top1, _ = self.tally.values()
-            self.bar.set_postfix_str(f'loss {loss:.3f}, acc {top1:.1f} %', refresh=False)
+            if world() == 1:  # of several processes, all count at once: every CHUNK batches
+                self.tally.flush()
+            if self.tally.batches:
+                loss, top1 = self.tally.loss.value()[0], self.tally.accuracy.value(self.tally.topk[0])
+                self.bar.set_postfix_str(f'loss {loss:.3f}, acc {top1:.1f} %', refresh=False)
         self.bar.update(n)
 
     def close(self):
@@ -145,10 +177,11 @@ class Progress:
 
 
 def load_data(options):
-    source = data.load(options['dataset'], options['dataroot'], image_size=options['image_size'])
-    if options['holdout']:
-        source = source.holdout(options['holdout'])
-    return source.whitened(options['dataroot']) if options['preprocess'] == 'zca' else source
+    with distributed.first_on_this_machine():
+        source = data.load(options['dataset'], options['dataroot'], image_size=options['image_size'])
+        if options['holdout']:
+            source = source.holdout(options['holdout'])
+        return source.whitened(options['dataroot']) if options['preprocess'] == 'zca' else source
 
 
 class Broken:
@@ -159,10 +192,11 @@ class Broken:
         self.named = set()
 
     def report(self, batches):
-        """Of the pass that just ended: how many, and which were not named before. Prints those."""
+        """Of the pass that just ended, in all processes: how many, and which were not named before. Prints those."""
+        batches.broken = distributed.union(batches.broken)
         new = {path: message for path, message in batches.broken.items() if path not in self.named}
         for message in new.values():
-            print(f'broken image: {message}')
+            say(f'broken image: {message}')
         self.named.update(new)
         return len(batches.broken), sorted(new)
 
@@ -176,153 +210,196 @@ class Broken:
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def run_folder(options, resumed):
-    """The run's folder, not made yet. An existing run is never overwritten."""
-    default = (f'logs/{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}-'
-               f'{datetime.now():%Y%m%d-%H%M%S}')
-    folder = Path(options.get('save') or (resumed.path.parent if resumed and resumed.is_run else default)).expanduser()
-    if not (resumed and resumed.is_run and folder.exists() and folder.samefile(resumed.path.parent)):
-        for name in ('log.txt', checkpoint.FILE_NAME):
-            if (folder / name).exists():
-                raise OptionError(f'{folder} holds a run already; --resume {folder} goes on with it, another --save makes a new one')
-    return folder
+class Training:
+    """A training: what torchnet's engine calls, and what travels in a checkpoint."""
 
+    def __init__(self, options, resumed, device, folder, stop):
+        self.options, self.resumed, self.device, self.folder, self.stop = options, resumed, device, folder, stop
+        self.dtype, self.short = DTYPES[options['dtype']]
+        self.source = source = load_data(options)
+        if resumed:
+            check_classes(source, resumed, options)
+        self.batches = {mode: source.batches(mode, batch_size=options['batch_size'], device=device, seed=options['seed'],
+                                             pad=options['randomcrop_pad'], workers=options['nthread'],
+                                             shard=(distributed.rank(), world())) for mode in (True, False)}
+        distributed.check_batches(self.batches[True].n, options['batch_size'])
 
-def record_command(folder, arguments, device):
-    """Append to run.json how this run was called, and on what: command, versions, commit, device, threads."""
-    here = Path(__file__).resolve().parent
-    try:
-        commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40'], cwd=here, capture_output=True,
-                                text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None  # not a checkout, or no git
-    from importlib.metadata import version
-    packages = ('torch', 'torchvision', 'torchnet', 'opencv-python', 'tqdm', 'numpy')
-    entry = {'command': shlex.join(['python', 'train.py', *arguments]), 'time': datetime.now().isoformat(timespec='seconds'),
-             'commit': commit, 'python': platform.python_version(), 'versions': {name: version(name) for name in packages},
-             'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type} ({platform.machine()})',
-             'threads': torch.get_num_threads()}
-    path = folder / 'run.json'
-    entries = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*entries, entry], indent=1) + '\n')
+        torch.manual_seed(options['seed'])
+        self.definition = {'depth': options['depth'], 'width': options['width'], 'dataset': options['dataset'],
+                           'num_classes': len(source.classes), 'in_channels': source.preprocessing.channels}
+        try:
+            f, params = MODELS[options['model']](**self.definition)
+        except ValueError as error:
+            raise OptionError(str(error)) from None
+        norm = distributed.sync_batch_norm if options['sync_bn'] else F.batch_norm
+        self.module = Network(partial(f, block=choose_block(options), norm=norm), params)
+        self.module.to(device, self.dtype, memory_format=torch.channels_last)
+        if resumed:
+            checkpoint.load_params(self.module, resumed.params, resumed.path)
+        self.optimizer = make_optimizer(self.module, options)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.short is torch.float16)
+        if resumed and resumed.optimizer:
+            self.optimizer.load_state_dict(resumed.optimizer)
+            self.scaler.load_state_dict(resumed.scaler)
+        self.shared = distributed.share_gradients(self.module, device)
 
+        self.tally, self.broken = Tally(len(source.classes)), Broken()
+        self.n_parameters = sum(p.numel() for p in self.module.parameters())
+        self.epoch = resumed.epoch if resumed else 0  # finished ones
+        self.progress = resumed.progress if resumed else None  # of the one after them
+        self.log = folder.read_log(resumed)
 
-def read_log(folder, epoch):
-    """The lines of log.txt up to an epoch."""
-    path = folder / 'log.txt'
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in lines if json.loads(line.removeprefix('json_stats: '))['epoch'] <= epoch]
+    def run(self):
+        from torchnet.engine import Engine
+        self.engine = Engine()
+        self.engine.hooks.update({name: getattr(self, name) for name in (
+            'on_start', 'on_start_epoch', 'on_forward', 'on_update', 'on_end_epoch')})
+        self.next_save = time.monotonic() + 60 * self.options['checkpoint_minutes']
+        try:
+            self.engine.train(self.network, self.batches[True], self.options['epochs'], Scaled(self.optimizer, self.scaler))
+        finally:
+            self.engine.hooks.clear()  # they refer to this training, which would outlive its end
+
+    def network(self, sample):
+        inputs, targets = sample
+        training = self.module.training
+        with autocast(self.device, self.short):
+            logits = (self.shared if training else self.module)(inputs.to(self.dtype))
+        self.loss = loss = F.cross_entropy(logits.to(self.dtype), targets)
+        if training and world() > 1:  # gradients are averaged over processes, whose shares of a batch may differ by one sample
+            loss = loss * (len(targets) * world() / self.batches[True].size(self.step))
+        return self.scaler.scale(loss), logits
+
+    def start_pass(self, label, training, progress=None):
+        self.module.train(training)
+        batches = self.batches[training]
+        batches.epoch, batches.start = self.epoch + 1, 0
+        self.step, elapsed = 0, 0
+        self.tally.reset()
+        if progress:
+            self.step = batches.start = progress['step']
+            self.tally.load_state(progress['tally'])
+            elapsed = progress['time']
+        batches.broken_before = progress['broken'] if progress else {}
+        self.bar = Progress(label, batches.n, self.tally, min(self.step * batches.batch_size, batches.n))
+        self.started = time.perf_counter() - elapsed
+
+    def end_pass(self):
+        self.bar.close()
+        values = self.tally.values()
+        return (*values, time.perf_counter() - self.started)
+
+    def on_start(self, state):
+        if state['train']:
+            state['epoch'] = self.epoch
+
+    def on_start_epoch(self, state):
+        for group in self.optimizer.param_groups:
+            group['lr'] = learning_rate(self.options, self.epoch + 1)
+        self.start_pass(f'epoch {self.epoch + 1}/{state["maxepoch"]}', True, self.progress)
+
+    def on_forward(self, state):
+        self.tally.add(self.loss, state['output'], state['sample'][1])
+        self.bar.update(self.batches[state['train']].size(self.step))
+        if not state['train']:
+            self.step += 1
+            [number] = distributed.agree(self.stop.signal)
+            if number:  # the test will be made again
+                self.save()
+                self.leave(number)
+
+    def on_update(self, state):
+        self.step += 1
+        self.stop.check_parent()
+        if self.tally.broke:
+            self.fail()
+        number, due = distributed.agree(self.stop.signal, int(time.monotonic() >= self.next_save))
+        if number or due:
+            self.progress = self.measure_progress()
+            self.save()
+        if number:
+            self.leave(number)
+
+    def measure_progress(self):
+        return {'step': self.step, 'tally': self.tally.state(), 'time': time.perf_counter() - self.started,
+                'broken': distributed.union(self.batches[True].broken)}
+
+    def fail(self):
+        step, value = self.tally.broke
+        stands = f'the last good checkpoint is {self.folder.stands}' if self.folder.stands else 'there is no checkpoint yet'
+        raise UserError(f'the loss is {value} at step {step} of epoch {self.epoch + 1}: the run stops; {stands}; --resume goes on from there, a new '
+                        'run with a smaller --lr may do better')
+
+    def on_end_epoch(self, state):
+        train_loss, train_acc, train_top5, train_time = self.end_pass()
+        if self.tally.broke:
+            self.fail()
+        self.progress = {**self.measure_progress(), 'time': train_time}
+        distributed.share_statistics(self.module)
+        self.start_pass('test', False)
+        with torch.inference_mode():
+            self.engine.test(self.network, self.batches[False])
+        test_loss, test_acc, test_top5, test_time = self.end_pass()
+        n_broken, newly_broken = zip(*(self.broken.report(self.batches[mode]) for mode in (True, False)))
+        stats = {**self.options, 'train_loss': train_loss, 'train_acc': train_acc, 'train_top5': train_top5, 'test_loss': test_loss,
+                 'test_acc': test_acc, 'test_top5': test_top5, 'epoch': state['epoch'], 'num_classes': len(self.source.classes),
+                 'n_parameters': self.n_parameters, 'train_time': train_time, 'test_time': test_time}
+        if any(n_broken):
+            stats.update(train_broken=n_broken[0], test_broken=n_broken[1], broken_images=sum(newly_broken, []))
+        self.log.append(f'json_stats: {json.dumps(stats)}')
+        self.epoch, self.progress = state['epoch'], None
+        self.write_log()
+        self.save()
+        say(f'epoch {self.epoch}/{state["maxepoch"]}: train loss {train_loss:.4f}, accuracy {train_acc:.2f} %; test loss '
+            f'{test_loss:.4f}, accuracy {test_acc:.2f} %, top-{self.tally.topk[-1]} {test_top5:.2f} %; {train_time + test_time:.1f} s')
+        for mode in (True, False):  # with everything saved: such a run goes on once its data are mended
+            self.broken.check(self.batches[mode])
+
+    def write_log(self):
+        self.folder.write(LOG, ''.join(line + '\n' for line in self.log))
+
+    def save(self):
+        """Write a checkpoint of this moment; of all parameters finite, so that one can go on from it."""
+        params = {key: tensor.detach().cpu().contiguous() for key, tensor in self.module.params().items()}
+        if self.progress and self.tally.broke:
+            self.fail()
+        if not all(tensor.isfinite().all() for tensor in params.values()):
+            self.tally.broke = self.step, 'finite, but not the parameters behind it'
+            self.fail()
+        content = {  # as checkpoint.py says
+            'params': params, 'epoch': self.epoch, 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
+            'options': self.options, 'network': {'model': self.options['model'], **self.definition}, 'classes': list(self.source.classes),
+            'preprocessing': self.source.preprocessing.as_dict(), 'log': self.log}
+        if self.progress:
+            content['progress'] = self.progress
+        self.folder.save(content, f'step {self.progress["step"]} of epoch {self.epoch + 1}' if self.progress else f'epoch {self.epoch}')
+        self.next_save = time.monotonic() + 60 * self.options['checkpoint_minutes']
+
+    def leave(self, number):
+        self.bar.close()
+        say(f'stopped by {signal.Signals(number).name} at step {self.progress["step"]} of epoch {self.epoch + 1}; this goes on:\n'
+            f'    {resume_command(self.options, self.folder)}')
+        raise SystemExit(128 + number)
 
 
 def train(options, arguments, resumed, device):
-    from torchnet.engine import Engine
-    dtype, short = DTYPES[options['dtype']]
-    folder = run_folder(options, resumed)
-    source = load_data(options)
-    if resumed:
-        check_classes(source, resumed, options)
-    batches = {mode: source.batches(mode, batch_size=options['batch_size'], device=device, seed=options['seed'],
-                                    pad=options['randomcrop_pad'], workers=options['nthread']) for mode in (True, False)}
-
-    torch.manual_seed(options['seed'])
-    definition = {'depth': options['depth'], 'width': options['width'], 'dataset': options['dataset'],
-                  'num_classes': len(source.classes), 'in_channels': source.preprocessing.channels}
-    try:
-        f, params = MODELS[options['model']](**definition)
-    except ValueError as error:
-        raise OptionError(str(error)) from None
-    module = Network(partial(f, block=choose_block(options)), params)
-    module.to(device, dtype, memory_format=torch.channels_last)
-    if resumed:
-        checkpoint.load_params(module, resumed.params, resumed.path)
-    optimizer = make_optimizer(module, options)
-    scaler = torch.amp.GradScaler(device.type, enabled=short is torch.float16)
-    if resumed and resumed.optimizer:
-        optimizer.load_state_dict(resumed.optimizer)
-        scaler.load_state_dict(resumed.scaler)
-    print('\n'.join(parameter_table(module, options['weight_decay'])))
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'--save {folder} can not be made ({error.strerror})') from None
-    log = read_log(resumed.path.parent, resumed.epoch) if resumed and resumed.is_run else []
-    record_command(folder, arguments, device)
-    (folder / 'log.txt').write_text(''.join(line + '\n' for line in log))
-    print(f'{options["model"]}-{options["depth"]}-{options["width"]:g} on {options["dataset"]}, {batches[True].n} training and '
-          f'{batches[False].n} {"held-out training" if options["holdout"] else "test"} images, {device}, in {folder}')
-
-    engine, tally, broken = Engine(), Tally(len(source.classes)), Broken()
-    n_parameters = sum(p.numel() for p in module.parameters())
-    clock = {}
-
-    def network(sample):
-        inputs, targets = sample
-        with autocast(device, short):
-            logits = parallel(module, inputs.to(dtype), options['ngpu'])
-        clock['loss'] = F.cross_entropy(logits.to(dtype), targets)
-        return scaler.scale(clock['loss']), logits
-
-    def on_start(state):
-        if state['train']:
-            state['epoch'] = resumed.epoch if resumed else 0
-
-    def on_sample(state):
-        clock['n'] = len(state['sample'][1])
-
-    def on_start_epoch(state):
-        epoch = state['epoch'] + 1
-        batches[True].epoch = epoch
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate(options, epoch)
-        start_pass(f'epoch {epoch}/{state["maxepoch"]}', training=True)
-
-    def start_pass(label, training):
-        module.train(training)
-        tally.reset()
-        clock['progress'] = Progress(label, batches[training].n, tally)
-        clock['start'] = time.perf_counter()
-
-    def end_pass():
-        clock['progress'].close()
-        values = tally.values()
-        return (*values, time.perf_counter() - clock['start'])
-
-    def on_forward(state):
-        tally.add(clock['loss'], state['output'], state['sample'][1])
-        clock['progress'].update(clock['n'])
-
-    def on_end_epoch(state):
-        train_loss, train_acc, train_top5, train_time = end_pass()
-        if not math.isfinite(train_loss):
-            raise UserError(f'the loss is {train_loss} in epoch {state["epoch"]}: the run stops; the last good checkpoint is that of '
-                            f'epoch {state["epoch"] - 1}; a smaller --lr may help')
-        start_pass('test', training=False)
-        with torch.inference_mode():
-            engine.test(network, batches[False])
-        test_loss, test_acc, test_top5, test_time = end_pass()
-        n_broken, newly_broken = zip(*(broken.report(batches[mode]) for mode in (True, False)))
-        stats = {**options, 'train_loss': train_loss, 'train_acc': train_acc, 'train_top5': train_top5, 'test_loss': test_loss,
-                 'test_acc': test_acc, 'test_top5': test_top5, 'epoch': state['epoch'], 'num_classes': len(source.classes),
-                 'n_parameters': n_parameters, 'train_time': train_time, 'test_time': test_time}
-        if any(n_broken):
-            stats.update(train_broken=n_broken[0], test_broken=n_broken[1], broken_images=sum(newly_broken, []))
-        with open(folder / 'log.txt', 'a') as file:
-            file.write(f'json_stats: {json.dumps(stats)}\n')
-        checkpoint.save(folder / checkpoint.FILE_NAME, {
-            'params': {key: tensor.detach().cpu().contiguous() for key, tensor in module.params().items()}, 'epoch': state['epoch'],
-            'optimizer': optimizer.state_dict(), 'scaler': scaler.state_dict(), 'options': options, 'network': {'model': options['model'], **definition},
-            'classes': list(source.classes), 'preprocessing': source.preprocessing.as_dict()})
-        print(f'epoch {state["epoch"]}/{state["maxepoch"]}: train loss {train_loss:.4f}, accuracy {train_acc:.2f} %; test loss '
-              f'{test_loss:.4f}, accuracy {test_acc:.2f} %, top-{tally.topk[-1]} {test_top5:.2f} %; {train_time + test_time:.1f} s',
-              flush=True)
-        for mode in (True, False):  # with everything saved: such a run goes on once its data are mended
-            broken.check(batches[mode])
-
-    engine.hooks.update(on_start=on_start, on_start_epoch=on_start_epoch, on_sample=on_sample, on_forward=on_forward,
-                        on_end_epoch=on_end_epoch)
-    engine.train(network, batches[True], options['epochs'], Scaled(optimizer, scaler))
-    print(f'done: {folder}')
+    folder = RunFolder(options, resumed, auto=options.pop('resume', None) == 'auto')
+    options['save'] = str(folder.path)
+    with Stop() as stop:
+        training = Training(options, resumed, device, folder, stop)
+        say('\n'.join(parameter_table(training.module, options['weight_decay'])))
+        folder.open()
+        try:
+            folder.record_command(arguments, device)
+            training.write_log()
+            n = {mode: batches.n for mode, batches in training.batches.items()}
+            say(f'{options["model"]}-{options["depth"]}-{options["width"]:g} on {options["dataset"]}, {n[True]} training and {n[False]} '
+                f'{"held-out training" if options["holdout"] else "test"} images, {device}'
+                f'{f", {world()} processes" if world() > 1 else ""}, in {folder.path}')
+            training.run()
+            folder.finish()
+        finally:
+            folder.close()
 
 
 def check_classes(source, found, options):
@@ -335,12 +412,6 @@ def autocast(device, short):
     return torch.autocast(device.type, short, enabled=short is not None)
 
 
-def parallel(module, inputs, ngpu):
-    if ngpu == 1:
-        return module(inputs)
-    return torch.nn.parallel.data_parallel(module, inputs, list(range(ngpu)))
-
-
 def evaluate(options, found, device):
     """Test a checkpoint on its data set's test images, and print what its log would say, as one JSON line."""
     dtype, short = DTYPES[options['dtype']]
@@ -349,35 +420,44 @@ def evaluate(options, found, device):
     check_classes(source, found, options)
     if found.preprocessing:  # of its own training set, where it was whitened
         source = replace(source, preprocessing=images.Preprocessing.from_dict(found.preprocessing))
-    batches = source.batches(False, batch_size=options['batch_size'], device=device, workers=options['nthread'])
+    batches = source.batches(False, batch_size=options['batch_size'], device=device, workers=options['nthread'],
+                             shard=(distributed.rank(), world()))
     tally = Tally(len(source.classes))
     progress = Progress('test', batches.n, tally)
-    with torch.inference_mode(), autocast(device, short):
-        for inputs, targets in batches:
+    with torch.inference_mode(), autocast(device, short), distributed.one_line_errors():
+        for step, (inputs, targets) in enumerate(batches):
             logits = module(inputs.to(dtype)).to(dtype)
             tally.add(F.cross_entropy(logits, targets), logits, targets)
-            progress.update(len(targets))
+            progress.update(batches.size(step))
+        tally.flush()
     progress.close()
     broken = Broken()
     broken.report(batches)
     broken.check(batches)
     loss, top1, top5 = tally.values()
-    print('json_stats: ' + json.dumps({'checkpoint': str(found.path), 'dataset': options['dataset'], 'test_loss': loss,
-                                       'test_acc': top1, 'test_top5': top5, 'holdout': options['holdout'], 'n': batches.n}))
+    say('json_stats: ' + json.dumps({'checkpoint': str(found.path), 'dataset': options['dataset'], 'test_loss': loss,
+                                     'test_acc': top1, 'test_top5': top5, 'holdout': options['holdout'], 'n': batches.n}))
 
 
-def start_from(found, given, arguments):
-    """Train on from the tensors of a file that is no run of this program: with its epoch, if it has one, and a new optimizer."""
+def options_of_test(found, given):
+    if found.network is None:
+        raise UserError(f'{found.path} holds no network that is known here')
+    found.network.update(found.network_options(given))
+    stored = {name: value for name, value in found.options.items() if name not in BOUND_TO_MACHINE}
+    return complete(given, {**GENERAL, **RECIPES[found.network['dataset']], **found.network, **stored, **given})
+
+
+def options_of_resumed(found, given):
+    """Those of a run that goes on; or, from a file that is no run of this program, those given, with its tensors and a new optimizer."""
+    if found.is_run:
+        found.network_options(given)  # says of another network what is different
+        return complete(given, {name: value for name, value in found.options.items() if name not in (*BOUND_TO_MACHINE, 'save')})
     if found.folded or found.network is None:
         raise UserError(f'{found.path} is {"folded: it can be tested (--evaluate)" if found.folded else "no network that is known here"}, '
                         'but not trained on')
     found.optimizer = None
-    options = complete({**found.network_options(given), **given})
-    options['width'] = whole(options['width'])
-    if found.epoch >= options['epochs']:
-        raise OptionError(f'{found.path} has {found.epoch} epochs already; a larger --epochs extends the training')
-    print(f'{found.path} is no run of train.py: training goes on from its tensors at epoch {found.epoch}, with a new optimizer')
-    train(options, arguments, found, choose_device(options))
+    say(f'{found.path} is no run of train.py: training goes on from its tensors at epoch {found.epoch}, with a new optimizer')
+    return complete({**found.network_options(given), **given})
 
 
 def whole(number):
@@ -387,23 +467,26 @@ def whole(number):
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     given = {name: value for name, value in vars(build_parser(__doc__).parse_args(arguments)).items() if value is not None}
-    if 'evaluate' in given:
-        found = checkpoint.load(given.pop('evaluate'))
-        if found.network is None:
-            raise UserError(f'{found.path} holds no network that is known here')
-        found.network.update(found.network_options(given))
-        stored = {name: value for name, value in found.options.items() if name not in BOUND_TO_MACHINE}
-        options = complete(given, {**GENERAL, **RECIPES[found.network['dataset']], **found.network, **stored, **given})
-        return evaluate(options, found, choose_device(options))
-    resumed = checkpoint.load(given['resume']) if 'resume' in given else None
-    if resumed and not resumed.is_run:
-        return start_from(resumed, given, arguments)
-    options = complete(given, resumed and {name: value for name, value in resumed.options.items()
-                                         if name not in (*BOUND_TO_MACHINE, 'resume', 'save')})
-    options['width'] = whole(options['width'])
-    if resumed and resumed.epoch >= options['epochs']:
-        raise OptionError(f'{resumed.path} has all its {resumed.epoch} epochs; a larger --epochs extends the run')
-    train(options, arguments, resumed, choose_device(options))
+    device = choose_device(given)
+    with distributed.one_line_errors():
+        distributed.start(device)
+        tested = given.pop('evaluate', None)
+        found = distributed.from_first(lambda: checkpoint.load(tested) if tested else find(given))
+        options = options_of_test(found, given) if tested else options_of_resumed(found, given) if found else complete(given)
+        options['width'] = whole(options['width'])
+        if not tested and found and found.epoch >= options['epochs']:
+            if given['resume'] != 'auto':
+                raise OptionError(f'{found.path} has all its {found.epoch} epochs; a larger --epochs extends the run')
+            return say(f'{found.path} has all its {found.epoch} epochs: there is nothing left to do')
+        set_up(options, device)
+        if options['ngpu'] > 1 and not distributed.under_torchrun():
+            return distributed.launch(options['ngpu'], [__file__, *arguments])
+        options['ngpu'] = world()
+        if tested:
+            evaluate(options, found, device)
+        else:
+            train(options, arguments, found, device)
+    distributed.end()
 
 
 if __name__ == '__main__':

@@ -63,6 +63,21 @@ def read_log(folder):
     return [json.loads(line.removeprefix('json_stats: ')) for line in lines]
 
 
+def same(left, right):
+    """Bitwise equality of two checkpoints' tensors, the optimizer's included."""
+    left, right = (torch.load(folder / 'model.pt7', weights_only=True) for folder in (left, right))
+    momenta = [[state['momentum_buffer'] for state in content['optimizer']['state'].values()] for content in (left, right)]
+    assert len(momenta[0]) == len(momenta[1]) > 0
+    return (left['epoch'] == right['epoch'] and list(left['params']) == list(right['params'])
+            and all(torch.equal(left['params'][key], right['params'][key]) for key in left['params'])
+            and all(map(torch.equal, *momenta)))
+
+
+def without_times(folder):
+    return [{key: value for key, value in line.items() if not key.endswith('_time') and key not in ('save', 'resume')}
+            for line in read_log(folder)]
+
+
 @pytest.fixture(scope='session')
 def digits_run(tmp_path_factory):
     """The folder of a short real run on digits."""

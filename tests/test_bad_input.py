@@ -46,7 +46,9 @@ def no_network(monkeypatch):
     (['--dataset', 'digits', '--device', 'gpu'], 'gpu'),
     (['--dataset', 'digits', '--device', 'cpu', '--cuda'], '--cuda'),
     (['--dataset', 'digits', '--device', 'cpu', '--gpu_id', 0], '--gpu_id'),
-    (['--dataset', 'digits', '--device', 'cpu', '--ngpu', 2], '--ngpu 2'),
+    (['--dataset', 'digits', '--device', 'cpu', '--ngpu', 0], '--ngpu'),
+    (['--dataset', 'digits', '--checkpoint_minutes', -1], '--checkpoint_minutes'),
+    (['--dataset', 'digits', '--sync_bn', '--compile'], ['--sync_bn', '--compile']),
     (['--dataset', 'digits', '--device', 'cuda:99'], 'cuda:99'),
 ])
 def test_bad_options(arguments, words, refused, tmp_path):

@@ -2,8 +2,6 @@
 import json
 import shlex
 import shutil
-import signal
-import time
 from functools import partial
 
 import pytest
@@ -12,7 +10,7 @@ import torch._dynamo
 
 import checkpoint
 import train
-from conftest import ROOT, python, read_log, start
+from conftest import ROOT, python, read_log, same
 from diracnet import Network, define_diracnet, fold
 from options import build_parser, complete
 from resnet import define_plain
@@ -60,7 +58,7 @@ def test_trained_network_folds(digits_run):
 
 
 def test_what_a_run_writes(digits_run):
-    assert sorted(file.name for file in digits_run.iterdir()) == ['log.txt', 'model.pt7', 'run.json']
+    assert sorted(file.name for file in digits_run.iterdir()) == ['log.txt', 'model.pt7', 'previous.pt7', 'run.json']
     log = read_log(digits_run)
     assert [line['epoch'] for line in log] == list(range(1, 9))
     for line in log:
@@ -89,42 +87,11 @@ def test_evaluate_gives_what_the_log_says(digits_run, tmp_path, call):
         assert stats['test_loss'] == pytest.approx(expected['test_loss'], rel=1e-4)
 
 
-def same(left, right):
-    """Bitwise equality of two checkpoints' tensors, the optimizer's included."""
-    left, right = (torch.load(folder / 'model.pt7', weights_only=True) for folder in (left, right))
-    momenta = [[state['momentum_buffer'] for state in content['optimizer']['state'].values()] for content in (left, right)]
-    assert len(momenta[0]) == len(momenta[1]) > 0
-    return (left['epoch'] == right['epoch'] and list(left['params']) == list(right['params'])
-            and all(torch.equal(left['params'][key], right['params'][key]) for key in left['params'])
-            and all(map(torch.equal, *momenta)))
+COMPILER = pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='torch.compile needs a C++ compiler')
 
 
-def without_times(folder):
-    return [{key: value for key, value in line.items() if not key.endswith('_time') and key not in ('save', 'resume')}
-            for line in read_log(folder)]
-
-
-def test_resume_is_bitwise_the_undisturbed_run(tmp_path):
-    # Across a fall of the learning rate, with random crops, to an end that is further than the first command's.
-    options = ['--dataset', 'digits', '--epochs', '7', '--epoch_step', '[3,5]', '--randomcrop_pad', '1', '--seed', '3']
-    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
-    assert python('train.py', *options, '--save', whole).status == 0
-    process = start('train.py', *options, '--save', cut)
-    while not (cut / 'model.pt7').exists() or len(read_log(cut)) < 2:
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    epoch = torch.load(cut / 'model.pt7', weights_only=True)['epoch']
-    assert epoch < 7 and not same(whole, cut)
-    result = python('train.py', '--resume', cut)
-    assert result.status == 0, result.err
-    assert same(whole, cut)
-    assert without_times(whole) == without_times(cut)
-    assert len(json.loads((cut / 'run.json').read_text())) == 2
-
-
-@pytest.mark.parametrize('options', [['--dtype', 'bfloat16'], ['--dtype', 'double'], ['--recompute']])
+@pytest.mark.parametrize('options', [['--dtype', 'bfloat16'], ['--dtype', 'double'], ['--recompute'],
+                                     pytest.param(['--compile', '--depth', '10'], marks=COMPILER)])
 def test_other_arithmetic_learns_and_resumes(tmp_path, options):
     command = ['--dataset', 'digits', '--epoch_step', '[3]', '--lr', '0.1']
     train.main([*command, *options, '--epochs', '4', '--save', str(tmp_path / 'whole')])
@@ -136,7 +103,7 @@ def test_other_arithmetic_learns_and_resumes(tmp_path, options):
     assert {tensor.dtype for tensor in checkpoint.load(tmp_path / 'whole').params.values()} == {kind}
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ('c++', 'g++', 'clang++'))), reason='torch.compile needs a C++ compiler')
+@COMPILER
 def test_compiled_block():
     """With the C++ compiler: the network's numbers, and one compilation for each shape of a block, however deep the network."""
     counts = []
