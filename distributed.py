@@ -58,7 +58,12 @@ def start(device):
     if under_torchrun() and not dist.is_initialized():
         if device.type == 'cuda':
             torch.cuda.set_device(device)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
+        store, number, count = next(dist.rendezvous('env://'))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            # torchrun's store outlives a restart (torch 2.14), and with it the addresses of processes that are dead. (On several machines
+            # the numbers of restarts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart a store of its own.)
+            store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, rank=number, world_size=count)
 
 
 def end():
