@@ -25,9 +25,10 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 import torch
 
+import resnet
 from diracnet import DATASETS, DiracNet, Network, fold, layout_of
+from diracnet_v1 import DiracNetV1, fold_v1, layout_of_v1
 from errors import OptionError, UserError
-from resnet import MODELS
 
 FILE_NAME, PREVIOUS = 'model.pt7', 'previous.pt7'
 
@@ -70,7 +71,8 @@ class Checkpoint:
         network = dict(self.network)
         if not self.preprocessing and DATASETS[given.get('dataset', 'CIFAR10')] == DATASETS[network['dataset']]:
             network['dataset'] = given.get('dataset', network['dataset'])
-        names = ('model', 'depth', 'width', 'dataset')
+        names = ('model', 'depth', 'width', 'dataset', *resnet.OPTIONS.get(network['model'], ()))
+        network = {**{name: default for name, default in (('block', resnet.BLOCKS[0]), ('dropout', 0.0)) if name in names}, **network}
         for name in names:
             if given.get(name, network[name]) != network[name]:
                 raise OptionError(f'--{name} is {given[name]}, but {self.path} is of {network[name]}'
@@ -83,8 +85,11 @@ class Checkpoint:
         if network['dataset'] != self.network['dataset']:
             network.update(in_channels=in_channels, num_classes=num_classes or network['num_classes'])
         try:
-            expected = MODELS[network.pop('model')](**network)[1]
-            expected = fold(expected) if self.folded else expected
+            if network['model'] != self.network['model']:
+                network = {name: value for name, value in network.items() if name not in ('block', 'dropout')}
+            expected = resnet.define(**network)[1]
+            if self.folded:
+                expected = (fold_v1 if network['model'] == 'diracnet-v1' else fold)(expected)
         except ValueError:  # there is no such network at all
             return f'; {flags(self.network)} fits'
         differing = differences(self.params, expected)
@@ -94,17 +99,18 @@ class Checkpoint:
         """The network as a module in evaluation mode; folded ones as DiracNet. Raises UserError for tensors that don't fit."""
         try:
             if self.folded:
-                return DiracNet.from_state_dict(self.params).eval()
-            arguments = dict(self.network)
-            module = Network(*MODELS[arguments.pop('model')](**arguments))
+                return self.fold()
+            module = Network(*resnet.define(**self.network))
             load_params(module, self.params, self.path)
             return module.eval()
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f'{self.path} holds no network that is known here: {error}') from None
 
     def fold(self):
-        """The folded module in evaluation mode."""
+        """The folded module in evaluation mode. Raises UserError for a network that doesn't fold."""
         try:
+            if self.network and self.network['model'] == 'diracnet-v1':
+                return DiracNetV1.from_state_dict(self.params if self.folded else fold_v1(self.params)).eval()
             return DiracNet.from_state_dict(self.params if self.folded else fold(self.params)).eval()
         except ValueError as error:
             raise UserError(f'{self.path} can not be folded: {error}') from None
@@ -120,7 +126,7 @@ def differences(theirs, ours):
 def flags(network):
     """The options that define a network."""
     return ' '.join(f'--{name} {network[name]:g}' if name == 'width' else f'--{name} {network[name]}'
-                    for name in ('model', 'depth', 'width', 'dataset'))
+                    for name in ('model', 'depth', 'width', 'dataset', *resnet.OPTIONS.get(network['model'], ())) if name in network)
 
 
 def load_params(module, params, path):
@@ -209,8 +215,9 @@ def _understand(path, content):
     if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise UserError(f'{path} is no checkpoint: it has no state dict of tensors')
     # The original's files keep the identities, which ours imply, under names like eye64_64_3_3.
-    params = {key: tensor for key, tensor in tensors.items() if not key.startswith('eye')}
-    folded = any(key.startswith('features.') for key in params)
+    # torchvision's count batches, which nothing here reads.
+    params = {key: tensor for key, tensor in tensors.items() if not key.startswith('eye') and not key.endswith('.num_batches_tracked')}
+    folded = any(key.startswith('features.') for key in params) or 'group0.block0.conv.weight' in params
     if 'network' not in facts:
         facts['network'] = _infer(params)
     return Checkpoint(path, params, folded, **facts)
@@ -218,15 +225,23 @@ def _understand(path, content):
 
 def _infer(params):
     """The network's definition from tensors alone, as far as they tell: a CIFAR form fits several data sets."""
+    for read in (_infer_diracnet, resnet.infer):
+        try:
+            form, network = read(params)
+        except ValueError:
+            continue
+        fitting = [name for name, facts in DATASETS.items() if facts == (form, network['in_channels'], network['num_classes'])]
+        return {**network, 'dataset': fitting[0] if fitting else 'ImageNet' if form == 'imagenet' else 'CIFAR10'}
+    return None
+
+
+def _infer_diracnet(params):
     try:
-        layout = layout_of(params)
+        layout, model = layout_of(params), 'diracnet' if any(key.endswith('.alpha') for key in params) else 'plain'
     except ValueError:
-        return None
-    fitting = [name for name, facts in DATASETS.items() if facts == (layout.form, layout.in_channels, layout.num_classes)]
-    dataset = fitting[0] if fitting else 'ImageNet' if layout.form == 'imagenet' else 'CIFAR10'
-    model = 'diracnet' if any(key.endswith('.alpha') for key in params) else 'plain'
-    return {'model': model, 'depth': layout.depth, 'width': layout.width, 'dataset': dataset,
-            'num_classes': layout.num_classes, 'in_channels': layout.in_channels}
+        layout, model = layout_of_v1(params), 'diracnet-v1'
+    return layout.form, {'model': model, 'depth': layout.depth, 'width': layout.width, 'num_classes': layout.num_classes,
+                         'in_channels': layout.in_channels}
 
 
 def write(path, content, previous=None):

@@ -10,7 +10,7 @@ import distributed
 from diracnet import DATASETS
 from errors import OneLineParser, OptionError
 from malloc import keep_freed_memory
-from resnet import MODELS
+from resnet import BLOCKS, CHAINS, INITS, MODELS, OPTIONS
 
 # Type of the parameters, and of the convolutions where it is another (autocast).
 DTYPES = {'float': (torch.float32, None), 'double': (torch.float64, None), 'bfloat16': (torch.float32, torch.bfloat16),
@@ -31,7 +31,11 @@ RECIPES = {
 RECIPES['folder'] = RECIPES['ImageNet']
 GENERAL = {'model': 'diracnet', 'width': 1, 'dataset': 'CIFAR10', 'dataroot': './data', 'imagenetpath': '~/ILSVRC2012',
            'image_size': 224, 'preprocess': 'meanstd', 'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1,
-           'recompute': False, 'compile': False, 'sync_bn': False, 'checkpoint_minutes': 10}
+           'recompute': False, 'compile': False, 'sync_bn': False, 'checkpoint_minutes': 10, 'init': None,
+           'optim': 'sgd', 'warmup': 0, 'bn_momentum': 0.1}
+# Where a model is not a DiracNet: depth on small images and on ImageNet, and what is its own.
+OTHERS = {'resnet': ((20, 18), {'block': BLOCKS[0]}), 'resnet-dirac': ((20, 18), {'block': BLOCKS[0]}), 'wrn': ((16, 50), {'dropout': 0.0})}
+RATES = {'rmsprop': 1e-2, 'adadelta': 1.0, 'adagrad': 1e-1, 'adamw': 1e-3}  # --lr of --optim
 # Where a resumed run may differ from the one that was stopped. (Another device, or number of them, computes the same but for rounding
 # and the share of a batch whose statistics are taken.)
 FREE_ON_RESUME = {'resume', 'save', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'device', 'cuda', 'gpu_id', 'ngpu',
@@ -61,15 +65,32 @@ def epoch_list(text):
     return steps
 
 
+def momentum(text):
+    """'cumulative', or a number in (0, 1]."""
+    value = text if text == 'cumulative' else float(text)
+    if value != 'cumulative' and not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f'{text} must be more than 0 and at most 1, or cumulative')
+    return value
+
+
 def build_parser(description):
     # Defaults stay None here: what was given is told apart from what a data set's recipe or a resumed run fills in.
     parser = OneLineParser(prog='train.py', description=description)
     network = parser.add_argument_group('network')
-    network.add_argument('--model', choices=MODELS, help='diracnet (default), or plain: the same chain without the Dirac term')
-    network.add_argument('--depth', type=number(int, 1), help='6n + 4, ImageNet 18 or 34 (default 16, ImageNet 18)')
+    network.add_argument('--model', choices=MODELS, help='diracnet (default), its version 1 of 2017, plain: the same chain without the Dirac '
+                                                         'term, resnet, resnet-dirac: with Dirac weights, wrn: Wide ResNet')
+    network.add_argument('--depth', type=number(int, 1), help='6n + 4, ImageNet 18 or 34 (default 16, ImageNet 18); of a resnet 6n + 2 (20, '
+                                                              'ImageNet 18), of a wrn 6n + 4 (16, ImageNet 50)')
     network.add_argument('--width', type=number(float, 0, True), help='factor of the channels (default 1)')
     network.add_argument('--dtype', choices=DTYPES, help='floating point type: float (default), double, or mixed '
                                                              'with bfloat16 or half (CUDA)')
+    network.add_argument('--block', choices=BLOCKS, help="the end of a resnet's blocks: batch norm before or behind the addition, ReLU or none "
+                                                         '(default bn-add-relu)')
+    network.add_argument('--dropout', type=number(float, 0), metavar='P', help="between the convolutions of a wrn's blocks (default 0)")
+    network.add_argument('--init', choices=INITS, help='of the weights of convolutions: Kaiming or Xavier normal, normal (std 0.01), '
+                                                       "orthogonal (default the model's own, Kaiming)")
+    network.add_argument('--bn_momentum', type=momentum, metavar='M', help='share of a batch in the running statistics (default 0.1), or cumulative: '
+                                                                           'their mean over each epoch')
     sets = parser.add_argument_group('data')
     sets.add_argument('--dataset', choices=DATASETS, help='default CIFAR10; digits needs no download')
     sets.add_argument('--dataroot', help='folder of the data, downloaded to there where possible (default ./data)')
@@ -87,7 +108,10 @@ def build_parser(description):
     training.add_argument('--epochs', type=number(int, 1))
     training.add_argument('--epoch_step', type=epoch_list, metavar='[E,...]', help='epochs, counted from 1, at whose beginning '
                                                                                   'the learning rate falls')
-    training.add_argument('--lr', type=number(float, 0), help='learning rate (default 0.1, digits 0.2)')
+    training.add_argument('--optim', choices=('sgd', 'nesterov', *RATES), help='sgd with momentum 0.9 (default), nesterov, ...')
+    training.add_argument('--lr', type=number(float, 0), help='learning rate (default 0.1, digits 0.2; rmsprop 0.01, adadelta 1, adagrad 0.1, '
+                                                              'adamw 0.001)')
+    training.add_argument('--warmup', type=number(int, 0), metavar='STEPS', help='first steps with a hundredth of --lr (default 0)')
     training.add_argument('--lr_decay_ratio', type=number(float, 0, True), help='factor of each fall')
     training.add_argument('--batch_size', '--batchSize', type=number(int, 1))
     training.add_argument('--weight_decay', '--weightDecay', type=number(float, 0), help='on tensors of more than one dimension, and '
@@ -116,7 +140,16 @@ def build_parser(description):
 
 def complete(given, stored=None):
     """All options: those given, over those of the run that is resumed, over the data set's recipe."""
-    options = {**GENERAL, **RECIPES[given.get('dataset') or (stored or GENERAL)['dataset']], **(stored or {})}
+    dataset, model = ((given.get(name) or (stored or GENERAL)[name]) for name in ('dataset', 'model'))
+    options = {**GENERAL, **RECIPES[dataset]}
+    if model in OTHERS:
+        large, (depths, own) = dataset in ('ImageNet', 'folder'), OTHERS[model]
+        options.update(own, depth=depths[large], width=2 if large and model == 'wrn' else 1)
+    options['lr'] = RATES.get(given.get('optim'), options['lr'])
+    options.update(stored or {})
+    for name in ('block', 'dropout'):
+        if name in given and name not in OPTIONS.get(model, ()):
+            raise OptionError(f'--{name} is not for --model {model}, but for {", ".join(other for other in OPTIONS if name in OPTIONS[other])}')
     for name, value in given.items():
         if stored is not None and name not in FREE_ON_RESUME and stored.get(name, value) != value:
             raise OptionError(f'--{name} is {json.dumps(value)}, but the run to resume has {json.dumps(stored[name])}; leave the option '
@@ -165,6 +198,11 @@ def set_up(options, device):
         raise OptionError(f'--dtype half is for CUDA, and the device is {device}; bfloat16 works there, too')
     if options['recompute'] and options['compile']:
         raise OptionError('--recompute and --compile exclude each other: a compiled block decides itself what to compute again')
+    for name in ('recompute', 'compile'):
+        if options[name] and options['model'] not in CHAINS:
+            raise OptionError(f'--{name} is for {" and ".join(CHAINS)}, not for --model {options["model"]}')
+    if options['compile'] and options['bn_momentum'] == 'cumulative':
+        raise OptionError('--bn_momentum cumulative and --compile exclude each other: the block would be compiled again at every step')
     if options['sync_bn'] and options['compile']:
         raise OptionError('--sync_bn and --compile exclude each other: a compiled block can not wait for other processes')
     if device.type == 'cuda':

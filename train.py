@@ -19,6 +19,7 @@ import time
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -31,30 +32,38 @@ from diracnet import Network
 from distributed import say, world
 from errors import OptionError, UserError, run
 from options import BOUND_TO_MACHINE, DTYPES, GENERAL, RECIPES, build_parser, choose_device, complete, set_up
-from resnet import MODELS
+from resnet import CHAINS, define
+from resnet import OPTIONS as MODEL_OPTIONS
 from runs import LOG, RunFolder, Stop, find, resume_command
 
 # --- network and optimizer -------------------------------------------------------------------------------------------
 
 
-def decayed(tensor):
-    """Weight decay is for tensors of more than one dimension: with it, alpha and beta would collapse to zero."""
-    return tensor.ndim > 1
+def decayed(tensor, model='diracnet'):
+    """Weight decay is for tensors of more than one dimension: with it, alpha and beta would collapse to zero. (Version 1 had it on all.)"""
+    return tensor.ndim > 1 or model == 'diracnet-v1'
 
 
-def parameter_table(module, weight_decay):
+def parameter_table(module, weight_decay, model='diracnet'):
     """Lines of name, shape and whether decayed, of every parameter; the last has their number."""
     named = list(module.named_parameters())
     wide = max(len(name) for name, _ in named)
-    lines = [f'{name:{wide}}  {"x".join(map(str, tensor.shape)):>15}  {f"decay {weight_decay:g}" if decayed(tensor) else "-"}'
+    lines = [f'{name:{wide}}  {"x".join(map(str, tensor.shape)):>15}  {f"decay {weight_decay:g}" if decayed(tensor, model) else "-"}'
              for name, tensor in named]
     return [*lines, f'{sum(tensor.numel() for _, tensor in named):,} parameters']
 
 
+OPTIMIZERS = {  # the settings of torch-residual-networks' comparison, and AdamW
+    'sgd': partial(torch.optim.SGD, momentum=0.9, fused=True), 'nesterov': partial(torch.optim.SGD, momentum=0.9, nesterov=True, fused=True),
+    'rmsprop': torch.optim.RMSprop, 'adadelta': partial(torch.optim.Adadelta, rho=0.3), 'adagrad': torch.optim.Adagrad,
+    'adamw': torch.optim.AdamW}
+
+
 def make_optimizer(module, options):
-    groups = [{'params': [p for p in module.parameters() if decayed(p)], 'weight_decay': options['weight_decay']},
-              {'params': [p for p in module.parameters() if not decayed(p)], 'weight_decay': 0.0}]
-    return torch.optim.SGD(groups, lr=options['lr'], momentum=0.9, fused=True)
+    model = options.get('model', 'diracnet')
+    groups = [{'params': [p for p in module.parameters() if decayed(p, model)], 'weight_decay': options['weight_decay']},
+              {'params': [p for p in module.parameters() if not decayed(p, model)], 'weight_decay': 0.0}]
+    return OPTIMIZERS[options.get('optim', 'sgd')]([group for group in groups if group['params']], lr=options['lr'])
 
 
 class Scaled:
@@ -70,6 +79,24 @@ class Scaled:
         self.scaler.update()
 
 
+class BatchNorm:
+    """F.batch_norm with another momentum, `momentum`, which may change from step to step."""
+
+    def __init__(self, norm, momentum):
+        self.norm, self.momentum = norm, momentum
+
+    def __call__(self, x, mean, var, weight, bias, training, momentum, eps):
+        return self.norm(x, mean, var, weight, bias, training, self.momentum, eps)
+
+
+def choose_functions(options):
+    """What `f` takes besides inputs and params: the function of a batch norm, and for a chain that of a block."""
+    norm = distributed.sync_batch_norm if options['sync_bn'] else F.batch_norm
+    if options['bn_momentum'] != diracnet.BN_MOMENTUM:
+        norm = BatchNorm(norm, options['bn_momentum'])
+    return {'norm': norm, **({'block': choose_block(options)} if options['model'] in CHAINS else {})}
+
+
 def choose_block(options):
     """The function of a block, for `diracnet.chain`."""
     if options['recompute']:
@@ -82,9 +109,11 @@ def choose_block(options):
     return diracnet.block
 
 
-def learning_rate(options, epoch):
-    """Of an epoch, counted from 1: a function of where one is. The optimizer goes on with its momentum at a step (the
-    original made a new one, so that its momentum restarted)."""
+def learning_rate(options, epoch, step=0):
+    """Of an epoch, counted from 1, and a step of the whole run, counted from 0: a function of where one is. The optimizer goes on with its
+    momentum where the rate falls (the original made a new one, so that its momentum restarted)."""
+    if step < options.get('warmup', 0):
+        return options['lr'] / 100
     return options['lr'] * options['lr_decay_ratio'] ** sum(epoch >= step for step in options['epoch_step'])
 
 
@@ -226,13 +255,14 @@ class Training:
 
         torch.manual_seed(options['seed'])
         self.definition = {'depth': options['depth'], 'width': options['width'], 'dataset': options['dataset'],
-                           'num_classes': len(source.classes), 'in_channels': source.preprocessing.channels}
+                           'num_classes': len(source.classes), 'in_channels': source.preprocessing.channels,
+                           **{name: options[name] for name in MODEL_OPTIONS.get(options['model'], ())}}
         try:
-            f, params = MODELS[options['model']](**self.definition)
+            f, params = define(options['model'], init=options['init'], **self.definition)
         except ValueError as error:
             raise OptionError(str(error)) from None
-        norm = distributed.sync_batch_norm if options['sync_bn'] else F.batch_norm
-        self.module = Network(partial(f, block=choose_block(options), norm=norm), params)
+        self.functions = choose_functions(options)
+        self.module = Network(partial(f, **self.functions), params)
         self.module.to(device, self.dtype, memory_format=torch.channels_last)
         if resumed:
             checkpoint.load_params(self.module, resumed.params, resumed.path)
@@ -263,12 +293,27 @@ class Training:
     def network(self, sample):
         inputs, targets = sample
         training = self.module.training
+        if training:
+            self.place_randomness()
         with autocast(self.device, self.short):
             logits = (self.shared if training else self.module)(inputs.to(self.dtype))
         self.loss = loss = F.cross_entropy(logits.to(self.dtype), targets)
         if training and world() > 1:  # gradients are averaged over processes, whose shares of a batch may differ by one sample
             loss = loss * (len(targets) * world() / self.batches[True].size(self.step))
         return self.scaler.scale(loss), logits
+
+    def place_randomness(self):
+        """What follows from where we are in the training: dropout's random state, and the momentum of a cumulative mean."""
+        if self.options.get('dropout'):
+            place = (self.options['seed'], self.epoch, self.step, distributed.rank())
+            torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        if self.options['bn_momentum'] == 'cumulative':
+            self.functions['norm'].momentum = 1 / (1 + self.step)
+
+    def set_learning_rate(self):
+        rate = learning_rate(self.options, self.epoch + 1, self.epoch * len(self.batches[True]) + self.step)
+        for group in self.optimizer.param_groups:
+            group['lr'] = rate
 
     def start_pass(self, label, training, progress=None):
         self.module.train(training)
@@ -294,9 +339,8 @@ class Training:
             state['epoch'] = self.epoch
 
     def on_start_epoch(self, state):
-        for group in self.optimizer.param_groups:
-            group['lr'] = learning_rate(self.options, self.epoch + 1)
         self.start_pass(f'epoch {self.epoch + 1}/{state["maxepoch"]}', True, self.progress)
+        self.set_learning_rate()
 
     def on_forward(self, state):
         self.tally.add(self.loss, state['output'], state['sample'][1])
@@ -319,6 +363,8 @@ class Training:
             self.save()
         if number:
             self.leave(number)
+        if self.options['warmup']:
+            self.set_learning_rate()
 
     def measure_progress(self):
         return {'step': self.step, 'tally': self.tally.state(), 'time': time.perf_counter() - self.started,
@@ -387,7 +433,7 @@ def train(options, arguments, resumed, device):
     options['save'] = str(folder.path)
     with Stop() as stop:
         training = Training(options, resumed, device, folder, stop)
-        say('\n'.join(parameter_table(training.module, options['weight_decay'])))
+        say('\n'.join(parameter_table(training.module, options['weight_decay'], options['model'])))
         folder.open()
         try:
             folder.record_command(arguments, device)
