@@ -1,0 +1,184 @@
+"""Draw the training curves of runs, or the graph of a network. Readable in black and white.
+
+    python -m tools.plot logs/RUN... --out curves.png             # and curves.svg: loss and error over epochs, each run a line
+    python -m tools.plot logs/RUN... --out curves.png --median    # runs that differ in their seed alone as median, and band of least to most
+    python -m tools.plot logs/RUN --graph --out graph.png         # the network of a checkpoint, as a graph
+
+A run is a folder with a log.txt, or such a file, also of the original code.
+"""
+import json
+from pathlib import Path
+from statistics import median
+
+from errors import OneLineParser, UserError, run
+
+STYLES = [('-', 'o', '#0b3d91'), ('--', 's', '#c1440e'), (':', '^', '#2e7d32'), ('-.', 'D', '#6a1b9a'), ((0, (5, 1, 1, 1, 1, 1)), 'v', '#00838f'),
+          ((0, (1, 3)), 'P', '#5d4037'), ((0, (8, 3)), 'X', '#37474f')]
+NOT_TOLD_APART = {'seed', 'save', 'resume', 'ngpu', 'checkpoint_minutes', 'nthread', 'dataroot', 'imagenetpath', 'device', 'cuda', 'gpu_id'}
+
+
+def read_log(path):
+    """The lines of a run's log, as dicts; of other lines there (the original prints some) nothing is read. Raises UserError."""
+    path = Path(path)
+    path = path / 'log.txt' if path.is_dir() else path
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f'{path} can not be read ({getattr(error, "strerror", None) or "no text"})') from None
+    lines = []
+    for line in text.splitlines():
+        if line.startswith('json_stats: '):
+            try:
+                stats = json.loads(line.removeprefix('json_stats: '))
+            except ValueError:  # cut off
+                continue
+            lines.append({**stats, **{key: first(stats[key]) for key in ('train_loss', 'test_loss', 'train_acc', 'test_acc') if key in stats}})
+    if not lines or 'test_acc' not in lines[0]:
+        raise UserError(f'{path} is no log of train.py: it has no line json_stats with test_acc')
+    return lines
+
+
+def first(value):
+    """Some logs hold lists: top-1 and top-5."""
+    return value[0] if isinstance(value, list) else value
+
+
+def new_figure(columns=1, width=6.0, height=4.0):
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, columns, figsize=(width * columns, height), layout='constrained', squeeze=False)
+    for ax in axes[0]:
+        ax.grid(True, color='0.9')
+        ax.spines[['top', 'right']].set_visible(False)
+    return figure, axes[0]
+
+
+def save(figure, out):
+    """As PNG and as SVG, whatever the suffix."""
+    from matplotlib import pyplot
+    out = Path(out)
+    try:
+        for suffix in ('.png', '.svg'):
+            figure.savefig(out.with_suffix(suffix), dpi=150, **({'metadata': {'Date': None}} if suffix == '.svg' else {}))
+    except OSError as error:
+        raise UserError(f'{out} can not be written ({error.strerror})') from None
+    pyplot.close(figure)
+    return [str(out.with_suffix(suffix)) for suffix in ('.png', '.svg')]
+
+
+def curves(groups, out, errors_only=False):
+    """Loss and error over epochs. `groups` maps a label to logs, of which the median is drawn, and a band from least to most."""
+    figure, axes = new_figure(1 if errors_only else 2)
+    quantities = [('test error, %', lambda line: 100 - line['test_acc'], '-'), ('training error, %', lambda line: 100 - line['train_acc'], ':')]
+    losses = [('test loss', lambda line: line['test_loss'], '-'), ('training loss', lambda line: line['train_loss'], ':')]
+    for ax, pair in zip(axes, [quantities[:1]] if errors_only else [losses, quantities]):
+        for g, (label, logs) in enumerate(groups.items()):
+            style, marker, color = STYLES[g % len(STYLES)]
+            n = max(map(len, logs))
+            for name, value, kind in pair:
+                if value(logs[0][0]) is None:
+                    continue
+                values = [[value(log[i]) for log in logs if i < len(log)] for i in range(n)]
+                epochs = [logs[0][i]['epoch'] if i < len(logs[0]) else i + 1 for i in range(n)]
+                first_of_pair = kind == '-'
+                ax.plot(epochs, [median(v) for v in values], color=color, linestyle=style if first_of_pair else ':', linewidth=1.6 if first_of_pair else 1,
+                        marker=marker, markevery=(g, max(1, n // 8)), markersize=4 if first_of_pair else 2.5, label=f'{label}, {name}' if len(pair) > 1 else label)
+                if len(logs) > 1 and first_of_pair:
+                    ax.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, linewidth=0)
+        ax.set_xlabel('epoch')
+        ax.set_ylabel('loss' if pair is losses else 'error, %')
+        ax.set_yscale('log')
+        ax.legend(fontsize=7)
+    return save(figure, out)
+
+
+def draw_study(study, rows, runs, out):
+    """The figure that a study asks for: error against an option, with the spread over seeds, or curves."""
+    facts = study['figure']
+    if facts['x'] == 'epoch':
+        groups = {}
+        for one in runs:
+            if not one.failed and one.log():
+                groups.setdefault(', '.join(str(one.options.get(name, '')) for name in study['table']), []).append(one.log())
+        return curves(groups, out, errors_only=True)
+    figure, [ax] = new_figure()
+    lines = facts.get('lines')
+    numeric = all(isinstance(row[facts['x']], (int, float)) for row in rows)
+    ticks = sorted({row[facts['x']] for row in rows}) if numeric else list(dict.fromkeys(str(row[facts['x']]) for row in rows))
+    for g, label in enumerate(dict.fromkeys(row[lines] for row in rows) if lines else ['']):
+        style, marker, color = STYLES[g % len(STYLES)]
+        mine = [row for row in rows if (not lines or row[lines] == label) and row['error'] is not None]
+        x = [row[facts['x']] if numeric else ticks.index(str(row[facts['x']])) for row in mine]
+        spread = [[row['error'] - row['least'] for row in mine], [row['most'] - row['error'] for row in mine]]
+        ax.errorbar(x, [row['error'] for row in mine], yerr=spread, color=color, linestyle=style if numeric else 'none', marker=marker, capsize=3, label=label)
+    if numeric and facts['x'] == 'depth':
+        ax.set_xscale('log')
+        ax.set_xticks([tick for tick in ticks if all(abs(tick - other) > 3 or tick >= other for other in ticks)],
+                      [str(tick) for tick in ticks if all(abs(tick - other) > 3 or tick >= other for other in ticks)])
+        ax.minorticks_off()
+    elif not numeric:
+        ax.set_xticks(range(len(ticks)), ticks, rotation=20)
+    ax.set_yscale('log')
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.set_xlabel(facts['x'])
+    ax.set_ylabel('test error, % (median, least to most)')
+    ax.set_title(study['title'], fontsize=9)
+    if lines:
+        ax.legend()
+    return save(figure, out)
+
+
+def draw_graph(module, inputs, out):
+    """The operations of a module from top to bottom; what skips over others goes around them."""
+    import torch
+    graph = torch.export.export(module, (inputs,)).graph
+    nodes = [node for node in graph.nodes if node.op in ('call_function', 'output') or (node.op == 'placeholder' and node.name in ('inputs', 'input', 'images'))]
+    place = {node: i for i, node in enumerate(nodes)}
+    figure, [ax] = new_figure(width=5, height=0.28 * len(nodes) + 0.5)
+    for node, i in place.items():
+        shape = getattr(node.meta.get('val'), 'shape', None)
+        name = node.name if node.op == 'placeholder' else 'logits' if node.op == 'output' else str(node.target).split('.')[-2]
+        ax.text(0, -i, f'{name}  {" x ".join(map(str, shape[1:])) if shape is not None and len(shape) > 1 else ""}', ha='center', va='center', fontsize=7,
+                bbox={'boxstyle': 'round', 'facecolor': 'white', 'edgecolor': '0.3'})
+        for source in node.all_input_nodes:
+            if source in place:
+                apart = i - place[source]
+                ax.annotate('', (0 if apart == 1 else 0.35, -i + (0.25 if apart == 1 else 0)), (0 if apart == 1 else 0.35, -place[source] - (0.25 if apart == 1 else 0)),
+                            arrowprops={'arrowstyle': '->', 'linewidth': 0.7, **({} if apart == 1 else {'connectionstyle': 'bar,fraction=-0.3' if apart < 4 else
+                                                                                                      f'arc3,rad={-min(0.9, 3 / apart)}'})})
+    ax.set_xlim(-1, 1.6)
+    ax.set_ylim(-len(nodes), 1)
+    ax.axis('off')
+    return save(figure, out)
+
+
+def main(arguments=None):
+    parser = OneLineParser(prog='-m tools.plot', description=__doc__)
+    parser.add_argument('runs', nargs='+', metavar='RUN')
+    parser.add_argument('--out', required=True, help='file of the picture; a PNG and an SVG are written')
+    parser.add_argument('--median', action='store_true', help='median and band of the runs that differ in their seed alone')
+    parser.add_argument('--graph', action='store_true', help="draw the network of a run's checkpoint instead")
+    args = parser.parse_args(arguments)
+    if args.graph:
+        import torch
+
+        import checkpoint
+        found = checkpoint.load(args.runs[0])
+        module = found.module()
+        size = (found.preprocessing or {}).get('image_size') or (224 if (found.network or {}).get('dataset') in ('ImageNet', 'folder') else 32)
+        return print(*draw_graph(module, torch.zeros(2, found.network['in_channels'], size, size), args.out))
+    logs = {path: read_log(path) for path in args.runs}
+    options = {path: {key: value for key, value in lines[-1].items() if key not in NOT_TOLD_APART and not key.startswith(('train_', 'test_'))
+                      and key not in ('epoch', 'n_parameters', 'broken_images')} for path, lines in logs.items()}
+    differing = [key for key in dict.fromkeys(key for one in options.values() for key in one)
+                 if len({json.dumps(one.get(key)) for one in options.values()}) > 1]
+    groups = {}
+    for path, lines in logs.items():
+        label = ', '.join(f'{key} {options[path].get(key)}' for key in differing) if args.median else Path(path).name if Path(path).name != 'log.txt' else path
+        groups.setdefault(label or 'median', []).append(lines)
+    print(*curves(groups, args.out))
+
+
+if __name__ == '__main__':
+    run(main, 'tools.plot')
