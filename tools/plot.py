@@ -80,16 +80,16 @@ def curves(groups, out, errors_only=False):
                 if value(logs[0][0]) is None:
                     continue
                 values = [[value(log[i]) for log in logs if i < len(log)] for i in range(n)]
-                epochs = [logs[0][i]['epoch'] if i < len(logs[0]) else i + 1 for i in range(n)]
+                epochs = [line['epoch'] for line in max(logs, key=len)]
                 first_of_pair = kind == '-'
                 ax.plot(epochs, [median(v) for v in values], color=color, linestyle=style if first_of_pair else ':', linewidth=1.6 if first_of_pair else 1,
-                        marker=marker, markevery=(g, max(1, n // 8)), markersize=4 if first_of_pair else 2.5, label=f'{label}, {name}' if len(pair) > 1 else label)
+                        marker=marker, markevery=(g % n, max(1, n // 8)), markersize=4 if first_of_pair else 2.5, label=f'{label}, {name}' if len(pair) > 1 else label)
                 if len(logs) > 1 and first_of_pair:
                     ax.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, linewidth=0)
         ax.set_xlabel('epoch')
         ax.set_ylabel('loss' if pair is losses else 'error, %')
         ax.set_yscale('log')
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=6)
     return save(figure, out)
 
 
@@ -119,8 +119,9 @@ def draw_study(study, rows, runs, out):
         ax.minorticks_off()
     elif not numeric:
         ax.set_xticks(range(len(ticks)), ticks, rotation=20)
-    ax.set_yscale('log')
-    ax.yaxis.set_major_formatter('{x:g}')
+    if any(row['error'] for row in rows):
+        ax.set_yscale('log')
+        ax.yaxis.set_major_formatter('{x:g}')
     ax.set_xlabel(facts['x'])
     ax.set_ylabel('test error, % (median, least to most)')
     ax.set_title(study['title'], fontsize=9)
@@ -130,24 +131,33 @@ def draw_study(study, rows, runs, out):
 
 
 def draw_graph(module, inputs, out):
-    """The operations of a module from top to bottom; what skips over others goes around them."""
+    """The operations that a module does on its inputs, from top to bottom, with the shape of what they give, (C, H, W); what skips over others
+    goes around them. What is done to weights alone is left out."""
     import torch
     graph = torch.export.export(module, (inputs,)).graph
-    nodes = [node for node in graph.nodes if node.op in ('call_function', 'output') or (node.op == 'placeholder' and node.name in ('inputs', 'input', 'images'))]
+    nodes = []
+    for node in graph.nodes:  # in the order of the computation
+        if node.op == 'placeholder' and isinstance(node.meta.get('val'), torch.Tensor) and node.meta['val'].shape == inputs.shape or any(
+                source in nodes for source in node.all_input_nodes):
+            nodes.append(node)
     place = {node: i for i, node in enumerate(nodes)}
-    figure, [ax] = new_figure(width=5, height=0.28 * len(nodes) + 0.5)
+    figure, [ax] = new_figure(width=4, height=0.28 * len(nodes) + 0.5)
     for node, i in place.items():
-        shape = getattr(node.meta.get('val'), 'shape', None)
-        name = node.name if node.op == 'placeholder' else 'logits' if node.op == 'output' else str(node.target).split('.')[-2]
-        ax.text(0, -i, f'{name}  {" x ".join(map(str, shape[1:])) if shape is not None and len(shape) > 1 else ""}', ha='center', va='center', fontsize=7,
-                bbox={'boxstyle': 'round', 'facecolor': 'white', 'edgecolor': '0.3'})
+        name = {'placeholder': 'images', 'output': 'logits'}.get(node.op) or getattr(node.target, '_opname', None) or getattr(
+            node.target, '__name__', str(node.target)).split('.')[0]
+        shape = getattr(node.meta.get('val'), 'shape', ())
+        ax.text(0, -i, f'{name.strip("_")}   {" x ".join(map(str, shape[1:]))}', ha='center', va='center', fontsize=7,
+                bbox={'boxstyle': 'round,pad=0.15', 'facecolor': 'white', 'edgecolor': '0.3'})
         for source in node.all_input_nodes:
-            if source in place:
-                apart = i - place[source]
-                ax.annotate('', (0 if apart == 1 else 0.35, -i + (0.25 if apart == 1 else 0)), (0 if apart == 1 else 0.35, -place[source] - (0.25 if apart == 1 else 0)),
-                            arrowprops={'arrowstyle': '->', 'linewidth': 0.7, **({} if apart == 1 else {'connectionstyle': 'bar,fraction=-0.3' if apart < 4 else
-                                                                                                      f'arc3,rad={-min(0.9, 3 / apart)}'})})
-    ax.set_xlim(-1, 1.6)
+            if source not in place:
+                continue
+            above, apart = place[source], i - place[source]
+            if apart == 1:
+                ax.annotate('', (0, -i + 0.32), (0, -above - 0.32), arrowprops={'arrowstyle': '->', 'linewidth': 0.7})
+            else:
+                reach = 0.9 + 0.05 * min(apart, 12)
+                ax.plot([0.55, reach, reach, 0.55], [-above, -above, -i, -i], color='0.2', linewidth=0.8)
+    ax.set_xlim(-0.9, 1.7)
     ax.set_ylim(-len(nodes), 1)
     ax.axis('off')
     return save(figure, out)
@@ -175,8 +185,8 @@ def main(arguments=None):
                  if len({json.dumps(one.get(key)) for one in options.values()}) > 1]
     groups = {}
     for path, lines in logs.items():
-        label = ', '.join(f'{key} {options[path].get(key)}' for key in differing) if args.median else Path(path).name if Path(path).name != 'log.txt' else path
-        groups.setdefault(label or 'median', []).append(lines)
+        label = ', '.join(f'{key} {options[path][key]}' for key in differing if key in options[path]) if args.median else Path(path).name if Path(path).name != 'log.txt' else path
+        groups.setdefault(label or Path(path).name, []).append(lines)
     print(*curves(groups, args.out))
 
 

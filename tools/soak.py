@@ -104,7 +104,8 @@ def soak(kills, seed, work):
                 if now < place:
                     faults.append(f'run {len(runs)}, life {lives}: at {now} after {place}')
                 place = now
-                if chance.random() < 0.15 and all((folder / name).exists() for name in ('model.pt7', 'previous.pt7')):
+                # Not twice in a row: a newest checkpoint that is damaged already is not the one that was loaded.
+                if chance.random() < 0.15 and found.path.name == 'model.pt7' and all((folder / name).exists() for name in ('model.pt7', 'previous.pt7')):
                     counts[f'newest checkpoint {damage(folder / "model.pt7", chance)}'] += 1
                     found = checkpoint.load(folder)
                     place = found.epoch, found.progress['step'] if found.progress else 0

@@ -191,13 +191,14 @@ def main(arguments=None):
     parser.add_argument('--device', help='as for train.py')
     parser.add_argument('--jobs', type=int, default=1, help='trainings at once (default 1)')
     parser.add_argument('--seeds', type=lambda text: [int(seed) for seed in text.split(',')], help='in place of its own: 1,2,3')
+    parser.add_argument('--out', type=Path, help='folder for all of it (default logs/reference/study-NAME, or logs/study-NAME-DATASET)')
     parser.add_argument('--table', action='store_true', help='only make table and figure anew, of what there is')
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         raise OptionError(f'--jobs {args.jobs} must be at least 1')
     study = read(args.study)
     dataset = args.dataset or study['dataset']
-    folder = ROOT / 'logs' / (f'reference/study-{study["name"]}' if dataset == study['dataset'] else f'study-{study["name"]}-{dataset}')
+    folder = args.out.resolve() if args.out else ROOT / 'logs' / (f'reference/study-{study["name"]}' if dataset == study['dataset'] else f'study-{study["name"]}-{dataset}')
     if args.dataroot:
         study['options']['dataroot'] = args.dataroot
     runs = [Run(study, row, seed, dataset, folder) for seed in args.seeds or study['seeds'] for options in study['runs'] for row in expand(options)]
