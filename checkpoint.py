@@ -29,6 +29,7 @@ import resnet
 from diracnet import DATASETS, DiracNet, Network, fold, layout_of
 from diracnet_v1 import DiracNetV1, fold_v1, layout_of_v1
 from errors import OptionError, UserError
+from images import Preprocessing
 
 FILE_NAME, PREVIOUS = 'model.pt7', 'previous.pt7'
 
@@ -103,7 +104,7 @@ class Checkpoint:
             module = Network(*resnet.define(**self.network))
             load_params(module, self.params, self.path)
             return module.eval()
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
             raise UserError(f'{self.path} holds no network that is known here: {error}') from None
 
     def fold(self):
@@ -202,17 +203,46 @@ def _check_sums(file, path):
         raise BrokenFile(f'{path} is broken: the checksum of its part {wrong} is wrong')
 
 
+def _is_network(value):
+    return (isinstance(value, dict) and value.get('model') in resnet.MODELS and value.get('dataset') in DATASETS
+            and all(isinstance(value.get(name), (int, float)) for name in ('depth', 'width', 'num_classes', 'in_channels')))
+
+
+def _is_preprocessing(value):
+    try:
+        return bool(Preprocessing.from_dict(value))
+    except (TypeError, KeyError, ValueError):
+        return False
+
+
+def _is_progress(value):
+    return isinstance(value, dict) and [type(value.get(name)) for name in ('step', 'tally', 'time', 'broken')] == [int, dict, float, dict]
+
+
+def _is_text_list(value):
+    return isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+
+
+_PARTS = {'network': _is_network, 'classes': _is_text_list, 'preprocessing': _is_preprocessing, 'options': lambda value: isinstance(value, dict),
+          'epoch': lambda value: isinstance(value, int) and value >= 0, 'optimizer': lambda value: isinstance(value, dict),
+          'scaler': lambda value: isinstance(value, dict), 'progress': _is_progress, 'log': _is_text_list}
+
+
 def _understand(path, content):
     if not isinstance(content, dict):
         raise UserError(f'{path} is no checkpoint: it holds a {type(content).__name__}')
     facts = {name: content[name] for name in ('network', 'classes', 'preprocessing', 'options', 'epoch', 'optimizer', 'scaler',
                                                    'progress', 'log')
              if content.get(name) is not None}
+    wrong = next((name for name, value in facts.items() if not _PARTS[name](value)), None)
+    if wrong or not all(isinstance(key, str) for key in content):
+        raise UserError(f'{path} is no checkpoint: its {wrong or "keys"} can not be used')
     tensors = content
     for name in ('params', 'state_dict'):
         if isinstance(content.get(name), dict):
-            tensors = {**content[name], **content.get('stats', {})}  # published files keep the running statistics apart
-    if not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            stats = content.get('stats')
+            tensors = {**content[name], **(stats if isinstance(stats, dict) else {})}  # published files keep the running statistics apart
+    if not tensors or not all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in tensors.items()):
         raise UserError(f'{path} is no checkpoint: it has no state dict of tensors')
     # The original's files keep the identities, which ours imply, under names like eye64_64_3_3.
     # torchvision's count batches, which nothing here reads.
@@ -260,12 +290,14 @@ def write(path, content, previous=None):
     except OSError:
         temporary.unlink(missing_ok=True)  # a full disk has room again for others
         raise
-    if os.name == 'posix':  # the renaming, too
+    try:  # the renaming to the disk, too, where a system can
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except OSError:
+        pass
 
 
 def save(path, content, keep=True):

@@ -73,24 +73,31 @@ def end():
 
 @contextmanager
 def one_line_errors():
-    """Where another process died, the connection to it breaks in the midst of a sum: a UserError."""
+    """Where another process died, as a UserError: one of these, to which the connection breaks in the midst of a sum, or one that decodes
+    images, of which torch tells wherever one is."""
     try:
         yield
     except RuntimeError as error:
+        if str(error).startswith('DataLoader worker'):
+            raise UserError('a process that decodes images died (out of memory?): fewer --nthread or a smaller --batch_size may help') from None
         if not under_torchrun() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
             raise
-        raise UserError('the connection to another process broke: it stopped, or its machine did; --resume goes on from the last '
-                        'checkpoint') from None
+        raise UserError('the connection to another process broke: it stopped, or its machine did') from None
 
 
 @contextmanager
 def first_on_this_machine():
     """One process of each machine goes through the body before the others: it downloads, they find what it left."""
-    if world() > 1 and local_rank() > 0:
-        dist.barrier()
+    if local_rank() > 0:
+        barrier()
     yield
-    if world() > 1 and local_rank() == 0:
-        dist.barrier()
+    if local_rank() == 0:
+        barrier()
+
+
+def barrier():
+    """Wait for all processes. (By gloo, which has more patience than NCCL: a download takes its time.)"""
+    total(torch.zeros(1))
 
 
 def total(tensor):

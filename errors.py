@@ -31,7 +31,7 @@ def run(main, name):
     try:
         status = main()
     except UserError as error:
-        print(f'{name}: {" ".join(str(error).split())}', file=sys.stderr)
+        sys.stderr.write(f'{name}: {" ".join(str(error).split())}\n')  # at once: other processes may write, too
         status = error.status
     except BrokenPipeError:  # the reader of our output (head, say) has seen enough
         sys.stderr.close()

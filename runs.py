@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import checkpoint
-from distributed import launched_here, local_world, rank, say, world
+from distributed import launched_here, local_world, rank, say, under_torchrun, world
 from errors import OptionError, UserError
 
 LOG, COMMANDS = 'log.txt', 'run.json'
@@ -55,39 +55,31 @@ def resume_command(options, folder):
 
 
 class RunFolder:
-    """The folder of a run, where only rank 0 writes. What can't be written is said, and ends the run only if it has no checkpoint to go
-    back to; `faults` has all such."""
+    """The folder of a run, where only rank 0 writes, and no other training meanwhile. What can't be written is said, and ends the run only if it
+    has no checkpoint to go back to; `faults` has all such.
+
+    First of all it is locked, if it is there, then what it holds is looked at (`lock`, `settle`); it is made when all else is clear (`open`).
+    """
     PATIENCE = 15  # seconds, for the processes of a run that was just killed to be gone
 
-    def __init__(self, options, resumed, auto=False):
-        name = f'logs/{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}-{datetime.now():%Y%m%d-%H%M%S}'
-        self.path = Path(options.get('save') or (resumed.path.parent if resumed and resumed.is_run else name)).expanduser()
-        self.faults, self.stands, self.keep = [], None, True
-        if resumed and resumed.is_run:
-            self.stands = f'{resumed.path}, saved after {resumed.place}'
-            self.keep = resumed.path.name != checkpoint.PREVIOUS  # else the newest is broken, and must not take the good one's place
-        if rank() > 0:
-            return
-        own = resumed and resumed.is_run and self.path.exists() and self.path.samefile(resumed.path.parent)
-        if not own:
-            for file in ((checkpoint.FILE_NAME,) if auto else (LOG, checkpoint.FILE_NAME)):  # killed before its first checkpoint: begun anew
-                if (self.path / file).exists():
-                    raise OptionError(f'{self.path} holds a run already; --resume {self.path} goes on with it, another --save makes a new one')
+    def __init__(self, given):
+        resume = given.get('resume')
+        self.path = Path(given['save']).expanduser() if 'save' in given else None
+        if not self.path and resume:
+            self.path = Path(resume).expanduser()
+            self.path = self.path if self.path.is_dir() else self.path.parent
+        self.faults, self.stands, self.keep, self.handle = [], None, True, None
 
-    def open(self):
-        """Make the folder, and see that no other process trains in it."""
-        if rank() > 0:
+    def lock(self):
+        """See that no other process trains in the folder, if there is one. Raises UserError."""
+        if rank() > 0 or self.handle is not None or not self.path or not self.path.is_dir():
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f'--save {self.path} can not be made ({error.strerror})') from None
         try:
             import fcntl
-        except ImportError:  # not on this system
+            self.handle = os.open(self.path, os.O_RDONLY)
+        except (ImportError, OSError):  # not on this system; or not for this user, which will be said when something is written
             return
-        self.handle = os.open(self.path, os.O_RDONLY)
-        for attempt in range(int(10 * self.PATIENCE)):
+        for attempt in range(1 + int(10 * self.PATIENCE)):
             try:
                 return fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -96,9 +88,48 @@ class RunFolder:
                 return
         raise UserError(f'another process is training in {self.path}; wait for it, or stop it')
 
+    def settle(self, options, resumed, auto):
+        """The folder that it is, for these options. Raises OptionError where it holds another run."""
+        own = resumed and resumed.is_run and resumed.path.name in (checkpoint.FILE_NAME, checkpoint.PREVIOUS)
+        if 'save' in options:
+            path = Path(options['save']).expanduser()
+        elif own and (resumed.path.parent / COMMANDS).exists():  # not a copy, which may lie anywhere
+            path = resumed.path.parent
+        else:
+            path = Path(f'logs/{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}-{datetime.now():%Y%m%d-%H%M%S}')
+        if path != self.path:
+            self.close()
+            self.path = path
+        self.goes_on = own and path.exists() and path.samefile(resumed.path.parent)
+        self.auto = auto
+        if resumed and resumed.is_run:
+            self.stands = f'{resumed.path}, saved after {resumed.place}'
+            self.keep = resumed.path.name != checkpoint.PREVIOUS  # else the newest is broken, and must not take the good one's place
+        self.refuse_another()
+
+    def refuse_another(self):
+        """Raises OptionError where the folder holds another run. (One that was killed before its first checkpoint is begun anew by auto.)"""
+        if rank() == 0 and not self.goes_on:
+            for file in ((checkpoint.FILE_NAME,) if self.auto else (LOG, checkpoint.FILE_NAME)):
+                if (self.path / file).exists():
+                    raise OptionError(f'{self.path} holds a run already; --resume {self.path} goes on with it, another --save makes a new one')
+
+    def open(self):
+        """Make the folder."""
+        if rank() > 0:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'--save {self.path} can not be made ({error.strerror})') from None
+        if self.handle is None:
+            self.lock()
+            self.refuse_another()  # which another process may have made, and finished, since
+
     def close(self):
-        if hasattr(self, 'handle'):
+        if self.handle is not None:
             os.close(self.handle)
+            self.handle = None
 
     def _try(self, name, write):
         try:
@@ -109,7 +140,7 @@ class RunFolder:
             if not self.stands:
                 raise UserError(f'{fault}, and there is no checkpoint yet: the run stops') from None
             self.faults.append(fault)
-            print(f'{fault}; training goes on, and {self.stands} stands', file=sys.stderr, flush=True)
+            tell(f'{fault}; training goes on, and {self.stands} stands', sys.stderr)
             return False
 
     def write(self, name, text):
@@ -142,10 +173,16 @@ class RunFolder:
                                     text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             commit = None  # not a checkout, or no git
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
+
+        def version_of(name):
+            try:
+                return version(name)
+            except PackageNotFoundError:  # under another name
+                return None
         packages = ('torch', 'torchvision', 'torchnet', 'opencv-python', 'tqdm', 'numpy')
         entry = {'command': shlex.join(['python', 'train.py', *arguments]), 'time': datetime.now().isoformat(timespec='seconds'),
-                 'commit': commit, 'python': platform.python_version(), 'versions': {name: version(name) for name in packages},
+                 'commit': commit, 'python': platform.python_version(), 'versions': {name: version_of(name) for name in packages},
                  'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type} ({platform.machine()})',
                  'processes': world(), 'threads': torch.get_num_threads()}
         path = self.path / COMMANDS
@@ -156,24 +193,28 @@ class RunFolder:
         self.write(COMMANDS, json.dumps([*entries, entry], indent=1) + '\n')
 
     def finish(self):
-        """Say that the run is at its end. Raises UserError where something could not be written."""
+        """Raises UserError where something could not be written."""
         if self.faults:
             raise UserError(f'{len(self.faults)} times a file could not be written, at first: {self.faults[0]}; {self.stands} stands')
-        say(f'done: {self.path}')
 
 
 class Stop:
-    """Inside its `with`, SIGTERM and SIGINT only leave their number in `signal`; a second one is not waited with."""
+    """Inside its `with`, SIGTERM, SIGINT and SIGHUP only leave their number in `signal`.
+
+    A repetition is left unheard for some seconds: torchrun, and programs that pass signals on, send them twice. After that it ends the process.
+    """
+    DEAF = 5  # seconds
 
     def __enter__(self):
-        self.signal = 0
-        self.before = {}
+        self.signal, self.before, self.heard = 0, {}, None
         self.parent = os.getppid()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            try:
-                self.before[number] = signal.signal(number, self._note)
-            except ValueError:  # not the main thread: signals are somebody else's
-                break
+        for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                try:
+                    self.before[number] = signal.signal(number, self._note)
+                except ValueError:  # not the main thread: signals are somebody else's
+                    break
         return self
 
     def __exit__(self, *_):
@@ -181,10 +222,35 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        self.signal = number
-        signal.signal(number, self.before[number])
+        if self.heard is None:
+            self.signal, self.heard = number, time.monotonic()
+        elif time.monotonic() > self.heard + self.DEAF:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def leaving(self):
+        """From now on no signal is heard: all is saved, and then the process ends."""
+        for number in self.before:
+            signal.signal(number, signal.SIG_IGN)
+
+    def say(self, text):
+        """Print, whatever becomes of the output: where nobody reads it any more, the run stops, as at a signal; a full disk is no reason to."""
+        try:
+            say(text)
+        except BrokenPipeError:
+            self.signal = self.signal or signal.SIGPIPE
+        except OSError:
+            pass
 
     def check_parent(self):
         """Raises UserError where torchrun, which started this process, is gone: another run may begin in this folder any time."""
-        if world() > 1 and os.getppid() != self.parent:
+        if under_torchrun() and os.getppid() != self.parent:
             raise UserError('torchrun is gone: the run stops')
+
+
+def tell(text, file):
+    """Print, if it can be."""
+    try:
+        print(text, file=file, flush=True)
+    except OSError:
+        pass

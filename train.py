@@ -11,9 +11,13 @@ trains DiracNet-16-1 on scikit-learn's 8 x 8 digits, nothing to download. See RE
     python train.py --resume logs/RUN           # go on with a run that was stopped
     python train.py --evaluate logs/RUN         # test a checkpoint
 """
+import signal
+
+if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a training listens to it: no traceback from amid the imports
+
 import json
 import math
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -217,15 +221,15 @@ class Broken:
     """Keeps account of image files that could not be used: each is named once, and more than one in a hundred end the run."""
     SHARE = 0.01
 
-    def __init__(self):
-        self.named = set()
+    def __init__(self, say=say):
+        self.named, self.say = set(), say
 
     def report(self, batches):
         """Of the pass that just ended, in all processes: how many, and which were not named before. Prints those."""
         batches.broken = distributed.union(batches.broken)
         new = {path: message for path, message in batches.broken.items() if path not in self.named}
         for message in new.values():
-            say(f'broken image: {message}')
+            self.say(f'broken image: {message}')
         self.named.update(new)
         return len(batches.broken), sorted(new)
 
@@ -268,12 +272,19 @@ class Training:
             checkpoint.load_params(self.module, resumed.params, resumed.path)
         self.optimizer = make_optimizer(self.module, options)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.short is torch.float16)
+        self.tally, self.broken = Tally(len(source.classes)), Broken(stop.say)
         if resumed and resumed.optimizer:
-            self.optimizer.load_state_dict(resumed.optimizer)
-            self.scaler.load_state_dict(resumed.scaler)
+            try:
+                self.optimizer.load_state_dict(resumed.optimizer)
+                self.scaler.load_state_dict(resumed.scaler)
+                if resumed.progress:
+                    self.tally.load_state(resumed.progress['tally'])
+            except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+                raise UserError(f'{resumed.path} is not a state that this run can go on from: {error}') from None
+        if resumed and not all(tensor.isfinite().all() for tensor in resumed.params.values()):
+            raise UserError(f'{resumed.path} has parameters that are not finite: there is nothing to go on from')
         self.shared = distributed.share_gradients(self.module, device)
 
-        self.tally, self.broken = Tally(len(source.classes)), Broken()
         self.n_parameters = sum(p.numel() for p in self.module.parameters())
         self.epoch = resumed.epoch if resumed else 0  # finished ones
         self.progress = resumed.progress if resumed else None  # of the one after them
@@ -347,24 +358,28 @@ class Training:
         self.bar.update(self.batches[state['train']].size(self.step))
         if not state['train']:
             self.step += 1
-            [number] = distributed.agree(self.stop.signal)
-            if number:  # the test will be made again
-                self.save()
-                self.leave(number)
+            self.check_stop()  # the test will be made again
 
     def on_update(self, state):
         self.step += 1
         self.stop.check_parent()
         if self.tally.broke:
             self.fail()
+        self.check_stop()
+        if self.options['warmup']:
+            self.set_learning_rate()
+
+    def check_stop(self):
+        """Save if it is time to, or if a signal came, and then leave."""
         number, due = distributed.agree(self.stop.signal, int(time.monotonic() >= self.next_save))
+        if number:
+            self.stop.leaving()
         if number or due:
-            self.progress = self.measure_progress()
+            if self.module.training:
+                self.progress = self.measure_progress()
             self.save()
         if number:
             self.leave(number)
-        if self.options['warmup']:
-            self.set_learning_rate()
 
     def measure_progress(self):
         return {'step': self.step, 'tally': self.tally.state(), 'time': time.perf_counter() - self.started,
@@ -396,8 +411,8 @@ class Training:
         self.epoch, self.progress = state['epoch'], None
         self.write_log()
         self.save()
-        say(f'epoch {self.epoch}/{state["maxepoch"]}: train loss {train_loss:.4f}, accuracy {train_acc:.2f} %; test loss '
-            f'{test_loss:.4f}, accuracy {test_acc:.2f} %, top-{self.tally.topk[-1]} {test_top5:.2f} %; {train_time + test_time:.1f} s')
+        self.stop.say(f'epoch {self.epoch}/{state["maxepoch"]}: train loss {train_loss:.4f}, accuracy {train_acc:.2f} %; test loss '
+                      f'{test_loss:.4f}, accuracy {test_acc:.2f} %, top-{self.tally.topk[-1]} {test_top5:.2f} %; {train_time + test_time:.1f} s')
         for mode in (True, False):  # with everything saved: such a run goes on once its data are mended
             self.broken.check(self.batches[mode])
 
@@ -423,29 +438,28 @@ class Training:
 
     def leave(self, number):
         self.bar.close()
-        say(f'stopped by {signal.Signals(number).name} at step {self.progress["step"]} of epoch {self.epoch + 1}; this goes on:\n'
-            f'    {resume_command(self.options, self.folder)}')
+        distributed.barrier()  # torchrun ends them all when the first is gone
+        self.stop.say(f'stopped by {signal.Signals(number).name} at step {self.progress["step"]} of epoch {self.epoch + 1}; this goes on:\n'
+                      f'    {resume_command(self.options, self.folder)}')
         raise SystemExit(128 + number)
 
 
-def train(options, arguments, resumed, device):
-    folder = RunFolder(options, resumed, auto=options.pop('resume', None) == 'auto')
+def train(options, arguments, resumed, device, folder):
+    folder.settle(options, resumed, auto=options.pop('resume', None) == 'auto')
     options['save'] = str(folder.path)
     with Stop() as stop:
         training = Training(options, resumed, device, folder, stop)
-        say('\n'.join(parameter_table(training.module, options['weight_decay'], options['model'])))
+        stop.say('\n'.join(parameter_table(training.module, options['weight_decay'], options['model'])))
         folder.open()
-        try:
-            folder.record_command(arguments, device)
-            training.write_log()
-            n = {mode: batches.n for mode, batches in training.batches.items()}
-            say(f'{options["model"]}-{options["depth"]}-{options["width"]:g} on {options["dataset"]}, {n[True]} training and {n[False]} '
-                f'{"held-out training" if options["holdout"] else "test"} images, {device}'
-                f'{f", {world()} processes" if world() > 1 else ""}, in {folder.path}')
-            training.run()
-            folder.finish()
-        finally:
-            folder.close()
+        folder.record_command(arguments, device)
+        training.write_log()
+        n = {mode: batches.n for mode, batches in training.batches.items()}
+        stop.say(f'{options["model"]}-{options["depth"]}-{options["width"]:g} on {options["dataset"]}, {n[True]} training and {n[False]} '
+                 f'{"held-out training" if options["holdout"] else "test"} images, {device}'
+                 f'{f", {world()} processes" if world() > 1 else ""}, in {folder.path}')
+        training.run()
+        folder.finish()
+        stop.say(f'done: {folder.path}')
 
 
 def check_classes(source, found, options):
@@ -497,7 +511,9 @@ def options_of_resumed(found, given):
     """Those of a run that goes on; or, from a file that is no run of this program, those given, with its tensors and a new optimizer."""
     if found.is_run:
         found.network_options(given)  # says of another network what is different
-        return complete(given, {name: value for name, value in found.options.items() if name not in (*BOUND_TO_MACHINE, 'save')})
+        # Of one process --sync_bn changes nothing: such a run may go on in several.
+        free = (*BOUND_TO_MACHINE, 'save', *(['sync_bn'] if found.options.get('ngpu', 1) == 1 else []))
+        return complete(given, {name: value for name, value in found.options.items() if name not in free})
     if found.folded or found.network is None:
         raise UserError(f'{found.path} is {"folded: it can be tested (--evaluate)" if found.folded else "no network that is known here"}, '
                         'but not trained on')
@@ -516,22 +532,29 @@ def main(arguments=None):
     device = choose_device(given)
     with distributed.one_line_errors():
         distributed.start(device)
-        tested = given.pop('evaluate', None)
-        found = distributed.from_first(lambda: checkpoint.load(tested) if tested else find(given))
-        options = options_of_test(found, given) if tested else options_of_resumed(found, given) if found else complete(given)
-        options['width'] = whole(options['width'])
-        if not tested and found and found.epoch >= options['epochs']:
-            if given['resume'] != 'auto':
-                raise OptionError(f'{found.path} has all its {found.epoch} epochs; a larger --epochs extends the run')
-            return say(f'{found.path} has all its {found.epoch} epochs: there is nothing left to do')
-        set_up(options, device)
-        if options['ngpu'] > 1 and not distributed.under_torchrun():
-            return distributed.launch(options['ngpu'], [__file__, *arguments])
-        options['ngpu'] = world()
-        if tested:
-            evaluate(options, found, device)
-        else:
-            train(options, arguments, found, device)
+        tested, launching = given.pop('evaluate', None), given.get('ngpu', 1) > distributed.local_world()
+        folder = RunFolder(given)
+        try:
+            if tested or launching:
+                found = distributed.from_first(lambda: checkpoint.load(tested) if tested else find(given))
+            else:
+                found = distributed.from_first(lambda: folder.lock() or find(given))
+            options = options_of_test(found, given) if tested else options_of_resumed(found, given) if found else complete(given)
+            options['width'] = whole(options['width'])
+            if not tested and found and found.epoch >= options['epochs']:
+                if given['resume'] != 'auto':
+                    raise OptionError(f'{found.path} has {found.epoch} epochs already, and --epochs {options["epochs"]} asks for no more')
+                return say(f'{found.path} has all its {found.epoch} epochs: there is nothing left to do')
+            set_up(options, device)
+            if launching:
+                return distributed.launch(options['ngpu'], [__file__, *arguments])
+            options['ngpu'] = world()
+            if tested:
+                evaluate(options, found, device)
+            else:
+                train(options, arguments, found, device, folder)
+        finally:
+            folder.close()
     distributed.end()
 
 

@@ -7,7 +7,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 import checkpoint
 import train
@@ -16,14 +15,18 @@ from conftest import ROOT, read_log, same, without_times
 DIGITS = ['--dataset', 'digits', '--depth', '10', '--device', 'cpu']
 
 
-def torchrun(*arguments, nodes=('--standalone',), n=2, **kwargs):
+def torchrun(*arguments, nodes=('--standalone',), n=2, path=''):
     """A running torchrun, its processes with one thread each."""
     return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', *nodes, f'--nproc_per_node={n}', *map(str, arguments)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, **kwargs)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(path)})
 
 
 def end(process, status=0, timeout=120):
-    out, err = process.communicate(timeout=timeout)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()  # its workers notice
+        raise
     assert process.returncode == status, err
     return out + err
 
@@ -82,7 +85,6 @@ def test_gradients_of_synchronized_batch_norm(tmp_path):
     script.write_text(f'''
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import torch
 import torch.nn.functional as F
 import distributed
 distributed.start(torch.device('cpu'))
@@ -122,7 +124,8 @@ def test_ngpu_stops_at_a_signal_and_goes_on_in_one_process(tmp_path):
     assert f'    python train.py --resume {folder} --device cpu --ngpu 2\n' in text and text.count('stopped by SIGTERM') == 1
     found = checkpoint.load(folder)
     assert found.progress and found.epoch >= 2
-    train.main(['--resume', str(folder), '--epochs', str(found.epoch + 2), '--device', 'cpu'])
+    train.main(['--resume', str(folder), '--epochs', str(found.epoch + 1), '--device', 'cpu'])
+    train.main(['--resume', str(folder), '--epochs', str(found.epoch + 2), '--device', 'cpu', '--sync_bn'])  # of one process, the same
     log = read_log(folder)
     assert [line['epoch'] for line in log] == list(range(1, found.epoch + 3)) and (log[0]['ngpu'], log[-1]['ngpu']) == (2, 1)
     text = end(torchrun('train.py', '--evaluate', folder, '--device', 'cpu', n=3))
@@ -169,6 +172,21 @@ def test_a_rank_that_dies_ends_the_others(rank, tmp_path):
     assert not processes_of(tmp_path / 'run')
     assert f'train.py{" (rank 1)" if rank == 0 else ""}: the connection to another process broke' in text or 'Signal 9' in text
     assert checkpoint.load(tmp_path / 'run').epoch >= 1
+
+
+@needs_proc
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_signal_to_one_rank_saves_all(rank, tmp_path):
+    """With a disk that is slow: the others wait for rank 0, and torchrun, which repeats the signal, doesn't cut its save short."""
+    (tmp_path / 'slow').mkdir()
+    (tmp_path / 'slow' / 'sitecustomize.py').write_text('import os, time\nfsync = os.fsync\nos.fsync = lambda file: (time.sleep(0.5), fsync(file))\n')
+    process = torchrun('train.py', *DIGITS, '--epochs', '5000', '--save', tmp_path / 'run', path=tmp_path / 'slow')
+    until(lambda: (tmp_path / 'run' / 'model.pt7').exists(), process)
+    time.sleep(1)
+    os.kill(processes_of(tmp_path / 'run')[rank], signal.SIGTERM)
+    text = end(process, 1, timeout=60)
+    assert text.count('stopped by SIGTERM') == 1 and f'torchrun --nproc_per_node=2 train.py --resume {tmp_path / "run"}' in text
+    assert checkpoint.load(tmp_path / 'run').progress and not list((tmp_path / 'run').glob('*.tmp'))
 
 
 @needs_proc

@@ -40,11 +40,11 @@ def stop_at(monkeypatch):
         add(self, *args)
         left['n'] = left.get('n', 0) - 1
         if left['n'] == 0:
-            os.kill(os.getpid(), left['signal'])
+            left['act']()
     monkeypatch.setattr(train.Tally, 'add', counting)
 
-    def stop_at(n, number=signal.SIGTERM):
-        left.update(n=n, signal=number)
+    def stop_at(n, number=signal.SIGTERM, act=None):
+        left.update(n=n, act=act or (lambda: os.kill(os.getpid(), number)))
     return stop_at
 
 
@@ -111,6 +111,40 @@ def test_killed_again_and_again(whole, tmp_path):
     assert lines[0] == lines[1]
 
 
+def test_a_signal_that_is_repeated(whole, tmp_path, stop_at, call, monkeypatch):
+    """torchrun sends it to a process that may have it already: at once, and while it is saving."""
+    write = checkpoint.write
+
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(*args, **kwargs)
+    stop_at(7, act=lambda: [(os.kill(os.getpid(), signal.SIGTERM), monkeypatch.setattr(checkpoint, 'write', signalled)) for _ in range(2)])
+    assert call(train.main, *DIGITS, '--save', tmp_path / 'run').status == 143
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / 'run').progress['step'] == 7
+    train.main(['--resume', str(tmp_path / 'run')])
+    assert same(whole, tmp_path / 'run')
+
+
+def test_output_that_can_not_be_written(tmp_path):
+    """A full disk behind it is no reason to stop training; a reader that is gone is one."""
+    with open('/dev/full', 'w') as full:
+        subprocess.run([sys.executable, 'train.py', *DIGITS, '--save', tmp_path / 'run'], cwd=ROOT, stdout=full, stderr=full)
+    assert [line['epoch'] for line in read_log(tmp_path / 'run')] == [1, 2, 3, 4]
+    result = subprocess.run(f'{sys.executable} train.py {shlex.join(DIGITS)} --epochs 5000 --save {tmp_path / "cut"} | head -n 1', shell=True, cwd=ROOT,
+                            capture_output=True, text=True, timeout=60)
+    assert 'Traceback' not in result.stderr
+    assert checkpoint.load(tmp_path / 'cut').progress
+
+
+def test_worker_that_is_killed(image_folder, tmp_path, stop_at, refused):
+    """As for want of memory."""
+    import multiprocessing
+    stop_at(2, act=lambda: [child.kill() for child in multiprocessing.active_children()])
+    refused(1, ['a process that decodes images died', '--nthread'], train.main, '--dataset', 'folder', '--dataroot', image_folder, '--image_size', 64, '--batch_size', 1,
+            '--epochs', 3, '--width', 0.25, '--nthread', 1, '--save', tmp_path / 'run')
+
+
 def test_as_a_process(tmp_path):
     process = start('train.py', *DIGITS, '--epochs', 500, '--save', tmp_path / 'run')
     while not (tmp_path / 'run' / 'model.pt7').exists():
@@ -150,6 +184,30 @@ def test_one_training_in_a_folder(tmp_path, refused, monkeypatch):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_two_begun_at_once(tmp_path):
+    """One of them trains; the other doesn't touch what it made."""
+    commands = [['train.py', *DIGITS[:-1], seed, '--save', tmp_path / 'run'] for seed in ('1', '2')]
+    processes = [start(*command) for command in commands]
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    assert sorted(status for _, status in ends) in ([0, 1], [0, 2]), ends
+    log = read_log(tmp_path / 'run')
+    assert [line['epoch'] for line in log] == [1, 2, 3, 4] and len({line['seed'] for line in log}) == 1
+
+
+def test_a_copied_checkpoint_trains_elsewhere(whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / 'a')
+    shutil.copy(whole / 'model.pt7', tmp_path / 'a' / 'b.pt7')
+    shutil.copy(whole / 'model.pt7', tmp_path / 'model.pt7')
+    before = {file.name: file.read_bytes() for file in (tmp_path / 'a').iterdir()}
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / 'a' / 'b.pt7', tmp_path / 'model.pt7'):
+        train.main(['--resume', str(path), '--epochs', '5'])
+        [folder] = (tmp_path / 'logs').iterdir()
+        assert [line['epoch'] for line in read_log(folder)] == [1, 2, 3, 4, 5]
+        shutil.rmtree(folder)
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / 'a').iterdir()} and not (tmp_path / 'log.txt').exists()
 
 
 # --- files that are broken -------------------------------------------------------------------------------------------
@@ -231,6 +289,22 @@ def test_bombs(tmp_path, refused):
         refused(1, 'bomb.pt7', train.main, '--resume', tmp_path / 'bomb.pt7')
         refused(1, 'bomb.pt7', train.main, '--evaluate', tmp_path / 'bomb.pt7')
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < limit
+
+
+@pytest.mark.parametrize('part, value', [
+    ('network', []), ('network', {'depth': 10}), ('network', 'width'), ('classes', 3), ('preprocessing', {'channels': 1}), ('epoch', 'four'), ('epoch', -1),
+    ('optimizer', {'state': 3}), ('progress', {'step': 2}), ('progress', {'step': 2, 'tally': {}, 'time': 1.0, 'broken': {}}), ('log', [3]), ('params', {3: torch.zeros(2)}),
+    ('params', {'conv': 'no tensor'}), ('params', 'nan')])
+def test_well_formed_files_of_wrong_contents(part, value, whole, tmp_path, refused):
+    content = torch.load(whole / 'model.pt7', weights_only=True)
+    if value == 'nan':
+        content['params']['fc.bias'][0] = float('nan')
+    else:
+        content[part] = {**content['network'], 'width': 1e5} if value == 'width' else value
+    torch.save(content, tmp_path / 'model.pt7')
+    what = ['--evaluate', tmp_path / 'model.pt7'] if value == 'width' else ['--resume', tmp_path / 'model.pt7', '--epochs', 9]
+    refused(1, tmp_path / 'model.pt7', train.main, *what, '--save', tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
 
 
 def test_another_network_is_told_apart(whole, refused):
