@@ -66,11 +66,6 @@ def start(device):
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, rank=number, world_size=count)
 
 
-def end():
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @contextmanager
 def one_line_errors():
     """Where another process died, as a UserError: one of these, to which the connection breaks in the midst of a sum, or one that decodes

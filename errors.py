@@ -39,4 +39,14 @@ def run(main, name):
     except KeyboardInterrupt:
         print(f'{name}: interrupted', file=sys.stderr)
         status = 130
+    except SystemExit as end:
+        status = end.code
+    if 'torch.distributed' in sys.modules and sys.modules['torch.distributed'].is_initialized():
+        # Threads of the connections to other processes, which nothing ends in time, would abort the process on its way out.
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                pass
+        os._exit(status or 0)
     sys.exit(status)

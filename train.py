@@ -555,7 +555,6 @@ def main(arguments=None):
                 train(options, arguments, found, device, folder)
         finally:
             folder.close()
-    distributed.end()
 
 
 if __name__ == '__main__':

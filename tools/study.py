@@ -201,6 +201,7 @@ def main(arguments=None):
     folder = args.out.resolve() if args.out else ROOT / 'logs' / (f'reference/study-{study["name"]}' if dataset == study['dataset'] else f'study-{study["name"]}-{dataset}')
     if args.dataroot:
         study['options']['dataroot'] = args.dataroot
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `execute` passes it on
     runs = [Run(study, row, seed, dataset, folder) for seed in args.seeds or study['seeds'] for options in study['runs'] for row in expand(options)]
     if not args.table:
         execute(runs, args.jobs, args.device)
