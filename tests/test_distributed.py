@@ -85,6 +85,7 @@ def test_gradients_of_synchronized_batch_norm(tmp_path):
     script.write_text(f'''
 import sys
 sys.path.insert(0, {str(ROOT)!r})
+import torch
 import torch.nn.functional as F
 import distributed
 from errors import run

@@ -80,7 +80,7 @@ def test_stops_and_goes_on(tiny, tmp_path):
 
 def test_a_run_that_diverges_is_a_result(tiny, tmp_path, call):
     tiny.write_text(TINY.replace('epochs: 2, epoch_step: [2], lr: 0.1', 'epochs: 2, epoch_step: [2], lr: 0.001, lr_decay_ratio: 1.0e+40')
-                    .replace('depth: 10', 'depth: 10').replace('[1, 2]', '[1]').replace('  - {model: resnet, depth: 8}\n', ''))
+                    .replace('[1, 2]', '[1]').replace('  - {model: resnet, depth: 8}\n', ''))
     result = call(study.main, tiny, '--out', tmp_path / 'out')
     assert result.status == 0 and '| diverged |' in result.out and '| diracnet | 10 | 0 | 1 |' in result.out
     assert 'the loss is' in (tmp_path / 'out' / 'diracnet-10' / 'seed1' / 'failed.txt').read_text()
