@@ -32,14 +32,14 @@ RECIPES['folder'] = RECIPES['ImageNet']
 GENERAL = {'model': 'diracnet', 'width': 1, 'dataset': 'CIFAR10', 'dataroot': './data', 'imagenetpath': '~/ILSVRC2012',
            'image_size': 224, 'preprocess': 'meanstd', 'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1,
            'recompute': False, 'compile': False, 'sync_bn': False, 'checkpoint_minutes': 10, 'init': None,
-           'optim': 'sgd', 'warmup': 0, 'bn_momentum': 0.1}
+           'optim': 'sgd', 'warmup': 0, 'bn_momentum': 0.1, 'tensorboard': False}
 # Where a model is not a DiracNet: depth on small images and on ImageNet, and what is its own.
 OTHERS = {'resnet': ((20, 18), {'block': BLOCKS[0]}), 'resnet-dirac': ((20, 18), {'block': BLOCKS[0]}), 'wrn': ((16, 50), {'dropout': 0.0})}
 RATES = {'rmsprop': 1e-2, 'adadelta': 1.0, 'adagrad': 1e-1, 'adamw': 1e-3}  # --lr of --optim
 # Where a resumed run may differ from the one that was stopped. (Another device, or number of them, computes the same but for rounding
 # and the share of a batch whose statistics are taken.)
 FREE_ON_RESUME = {'resume', 'save', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'device', 'cuda', 'gpu_id', 'ngpu',
-                  'checkpoint_minutes'}
+                  'checkpoint_minutes', 'tensorboard'}
 
 BOUND_TO_MACHINE = ('device', 'cuda', 'gpu_id', 'ngpu')  # not taken over from a checkpoint
 
@@ -128,6 +128,7 @@ def build_parser(description):
     runs.add_argument('--checkpoint_minutes', type=number(float, 0), metavar='M', help='save within an epoch, too, every so many '
                                                                                        'minutes (default 10)')
     runs.add_argument('--evaluate', metavar='CHECKPOINT', help="test a run's folder, model.pt7 or state dict, and exit")
+    runs.add_argument('--tensorboard', action='store_true', default=None, help="write each epoch's numbers for TensorBoard, too, in the run's folder")
     devices = parser.add_argument_group('device')
     devices.add_argument('--device', help='cpu, cuda, cuda:1, ... (default cuda if there is one, else cpu)')
     devices.add_argument('--cuda', action='store_true', default=None, help='the same as --device cuda')

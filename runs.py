@@ -153,6 +153,23 @@ class RunFolder:
             if self._try(path.name, lambda: checkpoint.save(path, content, self.keep)):
                 self.stands, self.keep = f'{path}, saved after {place}', True
 
+    def write_events(self, stats):
+        """The numbers of an epoch for TensorBoard."""
+        if rank() > 0:
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise UserError('--tensorboard needs a package that is not there; pip install tensorboard') from None
+
+        def write():
+            # Opened for each epoch: of a run that was killed, what is behind the epoch that it goes on with is hidden.
+            with SummaryWriter(str(self.path), purge_step=stats['epoch']) as writer:
+                for part in ('train', 'test'):
+                    for name in ('loss', 'acc', 'top5', 'time'):
+                        writer.add_scalar(f'{name}/{part}', stats[f'{part}_{name}'], stats['epoch'])
+        self._try('events.out.tfevents', write)
+
     def read_log(self, resumed):
         """The lines of the run that goes on, up to where it does."""
         if not resumed or not resumed.is_run:

@@ -410,6 +410,8 @@ class Training:
         self.log.append(f'json_stats: {json.dumps(stats)}')
         self.epoch, self.progress = state['epoch'], None
         self.write_log()
+        if self.options['tensorboard']:
+            self.folder.write_events(stats)
         self.save()
         self.stop.say(f'epoch {self.epoch}/{state["maxepoch"]}: train loss {train_loss:.4f}, accuracy {train_acc:.2f} %; test loss '
                       f'{test_loss:.4f}, accuracy {test_acc:.2f} %, top-{self.tally.topk[-1]} {test_top5:.2f} %; {train_time + test_time:.1f} s')

@@ -155,6 +155,17 @@ def test_resume_into_another_folder_and_further(digits_run, tmp_path):
     assert len(read_log(digits_run)) == 8
 
 
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    command = ['--dataset', 'digits', '--depth', '10', '--tensorboard', '--save', str(tmp_path / 'run'), '--resume', 'auto']
+    train.main([*command, '--epochs', '2'])
+    train.main([*command, '--epochs', '3'])
+    events = EventAccumulator(str(tmp_path / 'run')).Reload()
+    log = read_log(tmp_path / 'run')
+    for tag, key in (('loss/train', 'train_loss'), ('acc/test', 'test_acc')):
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == [(line['epoch'], pytest.approx(line[key])) for line in log]
+
+
 def test_same_seed_same_run(tmp_path):
     for name, seed in (('a', 5), ('b', 5), ('c', 6)):
         train.main(['--dataset', 'digits', '--epochs', '1', '--seed', str(seed), '--save', str(tmp_path / name)])

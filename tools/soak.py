@@ -1,6 +1,6 @@
 """Kill training runs at random, again and again, and see that they end as an undisturbed one does, to the bit.
 
-    python -m tools.soak --kills 200 --out logs/reference/soak.md         # a quarter of an hour on one core
+    python -m tools.soak --kills 200 --jobs 2 --out logs/reference/soak.md         # a quarter of an hour on two cores
 
 Each run trains a DiracNet-10-1 on digits with `--resume auto`, is killed at a random moment (mostly SIGKILL, some SIGTERM and SIGINT), and is
 started again until it is done; then the next run begins. After some kills the newest checkpoint is cut or one of its bits is flipped.
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,15 +64,20 @@ def damage(path, chance):
     return kind
 
 
-def soak(kills, seed, work):
+def undisturbed(folder):
+    """How long such a run takes."""
+    began = time.monotonic()
+    process = start(folder, '10')
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    return time.monotonic() - began
+
+
+def soak(kills, seed, work, reference, whole):
+    """Runs until so many kills are done: counts, faults, and (lives, differences) of each run."""
     import checkpoint
     chance, counts, faults, runs = random.Random(seed), collections.Counter(), [], []
-    reference = work / 'reference'
-    began = time.monotonic()
-    process = start(reference, '10')
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    whole = time.monotonic() - began  # a process's life, when nobody disturbs it
+    work.mkdir()
     expected = log_of(reference)
     while counts['kills'] < kills:
         folder, lives, place = work / f'run{len(runs)}', 0, (0, 0)
@@ -80,7 +86,7 @@ def soak(kills, seed, work):
             born = time.monotonic()
             process = start(folder, chance.choice(MINUTES))
             try:
-                out, err = process.communicate(timeout=chance.uniform(0, 0.8 * whole))
+                out, err = process.communicate(timeout=chance.uniform(0, 0.7 * whole))
             except subprocess.TimeoutExpired:
                 number = chance.choice(SIGNALS)
                 process.send_signal(number)
@@ -117,22 +123,30 @@ def soak(kills, seed, work):
         wrong = different(reference, folder)
         runs.append((lives, wrong))
         faults += [f'run {len(runs) - 1}: {", ".join(wrong[:5])} differ from the undisturbed run'] if wrong else []
-        print(f'run {len(runs)}: {lives} lives, {"the same to the bit" if not wrong else f"{len(wrong)} differences"}; {counts["kills"]} kills', flush=True)
+        print(f'seed {seed}, run {len(runs)}: {lives} lives, {"the same to the bit" if not wrong else f"{len(wrong)} differences"}; {counts["kills"]} kills', flush=True)
         shutil.rmtree(folder)
-    return counts, faults, runs, time.monotonic() - began
+    return counts, faults, runs
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=int, default=200)
     parser.add_argument('--seed', type=int, default=0, help='of the moments, signals and damages')
+    parser.add_argument('--jobs', type=int, default=1, help='of such at once, each with its part of the kills and a seed of its own')
     parser.add_argument('--out', type=Path, help='Markdown file for the summary')
     args = parser.parse_args()
     os.environ.setdefault('OMP_NUM_THREADS', '1')
-    with tempfile.TemporaryDirectory() as work:
-        counts, faults, runs, seconds = soak(args.kills, args.seed, Path(work))
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
+        reference = Path(work) / 'reference'
+        whole = undisturbed(reference)
+        futures = [pool.submit(soak, -(-args.kills // args.jobs), args.seed + job, Path(work) / str(job), reference, whole) for job in range(args.jobs)]
+        parts = [future.result() for future in futures]
+    counts = sum((part[0] for part in parts), collections.Counter())
+    faults, runs = (sum((part[i] for part in parts), []) for i in (1, 2))
+    seconds = time.monotonic() - began
     import torch
-    lines = ['# Kills at random', '', f'`python -m tools.soak --kills {args.kills} --seed {args.seed}`, torch {torch.__version__}, '
+    lines = ['# Kills at random', '', f'`python -m tools.soak --kills {args.kills} --seed {args.seed} --jobs {args.jobs}`, torch {torch.__version__}, '
              f'{os.environ["OMP_NUM_THREADS"]} thread, {seconds / 60:.0f} minutes.', '',
              f'Each run: `python {" ".join(COMMAND)} --resume auto`, with `--checkpoint_minutes` {", ".join(MINUTES)} by chance in each life.', '',
              '| what | how often |', '| --- | --- |', *(f'| {name} | {n} |' for name, n in sorted(counts.items(), key=lambda item: -item[1])),
