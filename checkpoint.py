@@ -176,8 +176,8 @@ def _load(path):
         raise BrokenFile(f"{path} does not exist; give a run's folder, its {FILE_NAME} or a state dict") from None
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f'{path} can not be read ({error.strerror})') from None
+    except OSError as error:  # of a cut archive, too: an offset before its beginning
+        raise BrokenFile(f'{path} can not be read ({error.strerror})') from None
     except pickle.UnpicklingError as error:
         if re.search('GLOBAL |Can only (create|build)|unrecognized function', str(error)):
             raise UserError(f'{path} is refused: it holds more than tensors and plain values, so loading it could run code') from None

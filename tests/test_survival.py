@@ -264,6 +264,10 @@ def test_every_flipped_bit_is_noticed_or_of_no_consequence(whole, tmp_path):
         assert all(torch.equal(found.optimizer['state'][i]['momentum_buffer'], state['momentum_buffer'])
                    for i, state in expected['optimizer']['state'].items())
     assert noticed > 200
+    shutil.copy(whole / 'previous.pt7', tmp_path / 'previous.pt7')
+    for length in [*range(0, 300, 3), *random.integers(0, len(content), 200), *range(len(content) - 300, len(content), 3)]:
+        (tmp_path / 'model.pt7').write_bytes(content[:length])
+        assert checkpoint.load(tmp_path / 'model.pt7').path == tmp_path / 'previous.pt7', length
 
 
 def test_bombs(tmp_path, refused):

@@ -107,7 +107,11 @@ def soak(kills, seed, work, reference, whole):
             if log != expected[:len(log)]:
                 faults.append(f'run {len(runs)}, life {lives}: log.txt is not the beginning of the undisturbed one')
             if (folder / 'model.pt7').exists() or (folder / 'previous.pt7').exists():
-                found = checkpoint.load(folder)
+                try:
+                    found = checkpoint.load(folder)
+                except checkpoint.UserError as error:
+                    faults.append(f'run {len(runs)}, life {lives}: {error}')
+                    continue
                 now = found.epoch, found.progress['step'] if found.progress else 0
                 counts['killed without progress since the kill before' if now == place else 'killed with progress'] += 1
                 if now < place:
