@@ -70,26 +70,27 @@ def save(figure, out):
 def curves(groups, out, errors_only=False):
     """Loss and error over epochs. `groups` maps a label to logs, of which the median is drawn, and a band from least to most."""
     figure, axes = new_figure(1 if errors_only else 2)
-    quantities = [('test error, %', lambda line: 100 - line['test_acc'], '-'), ('training error, %', lambda line: 100 - line['train_acc'], ':')]
-    losses = [('test loss', lambda line: line['test_loss'], '-'), ('training loss', lambda line: line['train_loss'], ':')]
+    quantities = [(lambda line: 100 - line['test_acc'], '-'), (lambda line: 100 - line['train_acc'], ':')]
+    losses = [(lambda line: line['test_loss'], '-'), (lambda line: line['train_loss'], ':')]
     for ax, pair in zip(axes, [quantities[:1]] if errors_only else [losses, quantities]):
         for g, (label, logs) in enumerate(groups.items()):
             style, marker, color = STYLES[g % len(STYLES)]
             n = max(map(len, logs))
-            for name, value, kind in pair:
+            for value, kind in pair:
                 if value(logs[0][0]) is None:
                     continue
                 values = [[value(log[i]) for log in logs if i < len(log)] for i in range(n)]
                 epochs = [line['epoch'] for line in max(logs, key=len)]
                 first_of_pair = kind == '-'
                 ax.plot(epochs, [median(v) for v in values], color=color, linestyle=style if first_of_pair else ':', linewidth=1.6 if first_of_pair else 1,
-                        marker=marker, markevery=(g % n, max(1, n // 8)), markersize=4 if first_of_pair else 2.5, label=f'{label}, {name}' if len(pair) > 1 else label)
+                        marker=marker, markevery=(g % n, max(1, n // 8)), markersize=4 if first_of_pair else 2.5, label=label if first_of_pair else None)
                 if len(logs) > 1 and first_of_pair:
                     ax.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, linewidth=0)
         ax.set_xlabel('epoch')
-        ax.set_ylabel('loss' if pair is losses else 'error, %')
+        ax.set_ylabel(('loss' if pair is losses else 'error, %') + (' (thin: training)' if not errors_only else ' (test)'))
         ax.set_yscale('log')
-        ax.legend(fontsize=6)
+    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
+    figure.legend(handles.values(), handles, loc='outside lower center', fontsize=8)
     return save(figure, out)
 
 
@@ -157,6 +158,8 @@ def draw_graph(module, inputs, out):
             else:
                 reach = 0.9 + 0.05 * min(apart, 12)
                 ax.plot([0.55, reach, reach, 0.55], [-above, -above, -i, -i], color='0.2', linewidth=0.8)
+    figure.set_layout_engine('none')  # its margins are the boxes' own
+    ax.set_position([0, 0, 1, 1])
     ax.set_xlim(-0.9, 1.7)
     ax.set_ylim(-len(nodes), 1)
     ax.axis('off')
