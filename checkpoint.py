@@ -38,6 +38,11 @@ class BrokenFile(UserError):
     """A file that is not what was written."""
 
 
+def place(epoch, progress):
+    """In words: behind so many epochs, and a part of the next."""
+    return f'step {progress["step"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
+
+
 @dataclass
 class Checkpoint:
     """What a file held. `params` are a network's flat tensors, or where `folded` a folded state dict."""
@@ -57,7 +62,7 @@ class Checkpoint:
     @property
     def place(self):
         """Where in its training it was saved, in words."""
-        return f'step {self.progress["step"]} of epoch {self.epoch + 1}' if self.progress else f'epoch {self.epoch}'
+        return place(self.epoch, self.progress)
 
     @property
     def is_run(self):
@@ -73,7 +78,7 @@ class Checkpoint:
         if not self.preprocessing and DATASETS[given.get('dataset', 'CIFAR10')] == DATASETS[network['dataset']]:
             network['dataset'] = given.get('dataset', network['dataset'])
         names = ('model', 'depth', 'width', 'dataset', *resnet.OPTIONS.get(network['model'], ()))
-        network = {**{name: default for name, default in (('block', resnet.BLOCKS[0]), ('dropout', 0.0)) if name in names}, **network}
+        network = {**resnet.OPTIONS.get(network['model'], {}), **network}
         for name in names:
             if given.get(name, network[name]) != network[name]:
                 raise OptionError(f'--{name} is {given[name]}, but {self.path} is of {network[name]}'

@@ -388,9 +388,11 @@ class DiracNet(nn.Module):
         """The module that a folded state dict fits, with its weights. Raises ValueError if it is none."""
         net = cls.__new__(cls)
         nn.Module.__init__(net)
-        net._build(layout_of(state_dict))
+        net._build(cls._layout_of(state_dict))
         net.to(state_dict['fc.weight'].dtype).load_state_dict(state_dict)
         return net
+
+    _layout_of = staticmethod(layout_of)
 
     def _build(self, layout):
         self.layout = layout

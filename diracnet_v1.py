@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from diracnet import BN_EPS, BN_MOMENTUM, bn_params, conv_params, flatten, layout, layout_of, linear_params
+from diracnet import BN_EPS, BN_MOMENTUM, DiracNet, bn_params, conv_params, flatten, layout, layout_of, linear_params
 
 ALPHA, BETA, STD = 5.0, 1e-3, 0.1
 
@@ -108,22 +108,10 @@ class NCReLU(nn.Module):
         return ncrelu(x)
 
 
-class DiracNetV1(nn.Sequential):
-    """A folded DiracNet of version 1: a chain of convolutions (with bias) and NCReLUs. Arguments and errors are those of
-    `define_diracnet_v1`; weights are fresh (`load_state_dict(fold_v1(params))` brings trained ones)."""
-
-    def __init__(self, depth, width=1, dataset='ImageNet', *, num_classes=None, in_channels=None):
-        super().__init__()
-        self._build(layout(depth, width, dataset, num_classes, in_channels))
-
-    @classmethod
-    def from_state_dict(cls, state_dict):
-        """The module that a folded state dict fits, with its weights. Raises ValueError if it is none."""
-        net = cls.__new__(cls)
-        nn.Sequential.__init__(net)
-        net._build(layout_of_v1(state_dict))
-        net.to(state_dict['fc.weight'].dtype).load_state_dict(state_dict)
-        return net
+class DiracNetV1(DiracNet):
+    """A folded DiracNet of version 1: a chain of convolutions (with bias) and NCReLUs. Arguments and errors are those of `DiracNet`;
+    `load_state_dict(fold_v1(params))` brings trained weights."""
+    _layout_of = staticmethod(layout_of_v1)
 
     def _build(self, layout):
         self.layout = layout
@@ -142,3 +130,8 @@ class DiracNetV1(nn.Sequential):
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.view = nn.Flatten()
         self.fc = nn.Linear(layout.widths[-1], layout.num_classes)
+
+    def forward(self, inputs):
+        for part in self.children():
+            inputs = part(inputs)
+        return inputs

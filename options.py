@@ -33,8 +33,7 @@ GENERAL = {'model': 'diracnet', 'width': 1, 'dataset': 'CIFAR10', 'dataroot': '.
            'image_size': 224, 'preprocess': 'meanstd', 'dtype': 'float', 'nthread': 4, 'seed': 1, 'holdout': 0, 'ngpu': 1,
            'recompute': False, 'compile': False, 'sync_bn': False, 'checkpoint_minutes': 10, 'init': None,
            'optim': 'sgd', 'warmup': 0, 'bn_momentum': 0.1, 'tensorboard': False}
-# Where a model is not a DiracNet: depth on small images and on ImageNet, and what is its own.
-OTHERS = {'resnet': ((20, 18), {'block': BLOCKS[0]}), 'resnet-dirac': ((20, 18), {'block': BLOCKS[0]}), 'wrn': ((16, 50), {'dropout': 0.0})}
+DEPTHS = {'resnet': (20, 18), 'resnet-dirac': (20, 18), 'wrn': (16, 50)}  # on small images and on ImageNet, where they are not a DiracNet's
 RATES = {'rmsprop': 1e-2, 'adadelta': 1.0, 'adagrad': 1e-1, 'adamw': 1e-3}  # --lr of --optim
 # Where a resumed run may differ from the one that was stopped. (Another device, or number of them, computes the same but for rounding
 # and the share of a batch whose statistics are taken.)
@@ -143,9 +142,9 @@ def complete(given, stored=None):
     """All options: those given, over those of the run that is resumed, over the data set's recipe."""
     dataset, model = ((given.get(name) or (stored or GENERAL)[name]) for name in ('dataset', 'model'))
     options = {**GENERAL, **RECIPES[dataset]}
-    if model in OTHERS:
-        large, (depths, own) = dataset in ('ImageNet', 'folder'), OTHERS[model]
-        options.update(own, depth=depths[large], width=2 if large and model == 'wrn' else 1)
+    if model in DEPTHS:
+        large = dataset in ('ImageNet', 'folder')
+        options.update(OPTIONS[model], depth=DEPTHS[model][large], width=2 if large and model == 'wrn' else 1)
     options['lr'] = RATES.get(given.get('optim'), options['lr'])
     options.update(stored or {})
     for name in ('block', 'dropout'):

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 
 from diracconv import ALPHA, BETA, dirac_weight
-from diracnet import (BASE_WIDTHS, BN_EPS, BN_MOMENTUM, bn_params, conv_params, define_chain, define_diracnet, flatten, layout,
+from diracnet import (BASE_WIDTHS, BN_EPS, BN_MOMENTUM, DATASETS, IMAGENET_BLOCKS, bn_params, conv_params, define_chain, define_diracnet, flatten, layout,
                       linear_params)
 from diracnet_v1 import define_diracnet_v1
 
 # A residual block's end: batch norm before or behind the addition, and a ReLU or none (torch-residual-networks compares the four).
 BLOCKS = ('bn-add-relu', 'bn-add', 'add-bn-relu', 'add-bn')
 # Blocks of each group by depth, basic (two 3x3 convolutions) or bottleneck (1x1, 3x3, 1x1).
-IMAGENET = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+IMAGENET = {**IMAGENET_BLOCKS, 50: (3, 4, 6, 3)}
 
 
 def define_plain(depth, width, dataset, *, num_classes=None, in_channels=None):
@@ -123,22 +123,18 @@ def projection(in_channels, out_channels, normalized):
 # --- definitions -----------------------------------------------------------------------------------------------------
 
 
-def check(name, form, depth, width, remainder, imagenet):
-    """Raises ValueError for an impossible depth or width."""
+def check_depth(name, form, depth, remainder, imagenet):
+    """Raises ValueError for an impossible depth."""
     if form == 'imagenet' and depth not in imagenet:
         raise ValueError(f'depth {depth} is impossible for a {name} on ImageNet: it is {" or ".join(map(str, imagenet))}')
-    least = 6 + remainder
-    if form == 'cifar' and (depth != int(depth) or depth < least or (depth - remainder) % 6):
+    if form == 'cifar' and (depth != int(depth) or depth < 6 + remainder or (depth - remainder) % 6):
         near = 6 * max(round((depth - remainder) / 6), 1) + remainder
         raise ValueError(f'depth {depth} is impossible for a {name} of small images: it is 6n + {remainder} with n of 1 or more; the nearest is {near}')
-    if not (0 < width < float('inf') and int(BASE_WIDTHS[form][0] * width) >= 1):
-        raise ValueError(f'width {width} is impossible: {BASE_WIDTHS[form][0]} times it, the channels of the first group, must be 1 or more')
 
 
-def facts_of(dataset, num_classes, in_channels):
-    """Form, channels and classes, those given instead of the data set's own; `layout` checks them."""
-    found = layout(18 if dataset in ('ImageNet', 'folder') else 10, 1, dataset, num_classes, in_channels)
-    return found.form, found.in_channels, found.num_classes
+def shape_of(width, dataset, num_classes, in_channels):
+    """The Layout of a DiracNet of this width, for all but its depth. Raises ValueError."""
+    return layout(18 if DATASETS.get(dataset, ('cifar',))[0] == 'imagenet' else 10, width, dataset, num_classes, in_channels)
 
 
 def define_resnet(depth, width, dataset, *, num_classes=None, in_channels=None, block='bn-add-relu', dirac=False):
@@ -150,13 +146,13 @@ def define_resnet(depth, width, dataset, *, num_classes=None, in_channels=None, 
         block: one of BLOCKS, the end of every block.
         dirac: Dirac weights in the convolutions of the blocks, with keys like layer1.0.conv1.alpha and .beta.
     """
-    form, in_channels, num_classes = facts_of(dataset, num_classes, in_channels)
-    check('ResNet', form, depth, width, 2, (18, 34))
+    shape = shape_of(width, dataset, num_classes, in_channels)
+    form, widths = shape.form, shape.widths
+    check_depth('ResNet', form, depth, 2, (18, 34))
     if block not in BLOCKS:
         raise ValueError(f'block {block!r} is none of {", ".join(BLOCKS)}')
-    widths = [int(base * width) for base in BASE_WIDTHS[form]]
     counts = [(depth - 2) // 6] * 3 if form == 'cifar' else IMAGENET[depth]
-    tree = {'conv1': conv_tree(in_channels, widths[0], 7 if form == 'imagenet' else 3), 'bn1': ones_bn(widths[0])}
+    tree = {'conv1': conv_tree(shape.in_channels, widths[0], 7 if form == 'imagenet' else 3), 'bn1': ones_bn(widths[0])}
     channels = widths[0]
     for g, (count, out) in enumerate(zip(counts, widths)):
         tree[f'layer{g + 1}'] = group = {}
@@ -165,7 +161,7 @@ def define_resnet(depth, width, dataset, *, num_classes=None, in_channels=None, 
             if form == 'imagenet' and channels != out:
                 group[str(b)].update(projection(channels, out, True))
             channels = out
-    tree['fc'] = linear_params(channels, num_classes)
+    tree['fc'] = linear_params(channels, shape.num_classes)
     return partial(residual, form, counts, partial(basic_block, end=block), False), flatten(tree)
 
 
@@ -182,16 +178,16 @@ def define_wide_resnet(depth, width, dataset, *, num_classes=None, in_channels=N
         depth, width, dataset, num_classes, in_channels, returns and errors: as for `diracnet.define_diracnet`.
         dropout: probability, between the two convolutions of a block (small images alone).
     """
-    form, in_channels, num_classes = facts_of(dataset, num_classes, in_channels)
-    check('Wide ResNet', form, depth, width, 4, (50,))
+    shape = shape_of(width, dataset, num_classes, in_channels)
+    form = shape.form
+    check_depth('Wide ResNet', form, depth, 4, (50,))
     if not 0 <= dropout < 1 or (dropout and form == 'imagenet'):
         raise ValueError(f'dropout {dropout} is impossible: ' + ('bottleneck blocks have none' if form == 'imagenet' else 'it is at least 0 and below 1'))
     if form == 'imagenet':
-        return define_bottleneck(depth, width, in_channels, num_classes)
-    widths = [int(base * width) for base in BASE_WIDTHS[form]]
+        return define_bottleneck(depth, shape)
     counts, channels = [(depth - 4) // 6] * 3, 16
-    tree = {'conv1': conv_tree(in_channels, channels, 3)}
-    for g, (count, out) in enumerate(zip(counts, widths)):
+    tree = {'conv1': conv_tree(shape.in_channels, channels, 3)}
+    for g, (count, out) in enumerate(zip(counts, shape.widths)):
         tree[f'layer{g + 1}'] = group = {}
         for b in range(count):
             group[str(b)] = {'bn1': ones_bn(channels), 'conv1': conv_tree(channels, out, 3), 'bn2': ones_bn(out), 'conv2': conv_tree(out, out, 3)}
@@ -199,23 +195,23 @@ def define_wide_resnet(depth, width, dataset, *, num_classes=None, in_channels=N
                 group[str(b)].update(projection(channels, out, False))
             channels = out
     tree['bn1'] = ones_bn(channels)
-    tree['fc'] = linear_params(channels, num_classes)
+    tree['fc'] = linear_params(channels, shape.num_classes)
     return partial(residual, form, counts, partial(preactivated_block, dropout=dropout), True), flatten(tree)
 
 
-def define_bottleneck(depth, width, in_channels, num_classes):
-    tree = {'conv1': conv_tree(in_channels, 64, 7), 'bn1': ones_bn(64)}
+def define_bottleneck(depth, shape):
+    tree = {'conv1': conv_tree(shape.in_channels, 64, 7), 'bn1': ones_bn(64)}
     channels = 64
-    for g, (count, base) in enumerate(zip(IMAGENET[depth], BASE_WIDTHS['imagenet'])):
+    for g, (count, inner, base) in enumerate(zip(IMAGENET[depth], shape.widths, BASE_WIDTHS['imagenet'])):
         tree[f'layer{g + 1}'] = group = {}
-        inner, out = int(base * width), 4 * base
+        out = 4 * base
         for b in range(count):
             group[str(b)] = {'conv1': conv_tree(channels, inner, 1), 'bn1': ones_bn(inner), 'conv2': conv_tree(inner, inner, 3), 'bn2': ones_bn(inner),
                              'conv3': conv_tree(inner, out, 1), 'bn3': ones_bn(out)}
             if not b:
                 group[str(b)].update(projection(channels, out, True))
             channels = out
-    tree['fc'] = linear_params(channels, num_classes)
+    tree['fc'] = linear_params(channels, shape.num_classes)
     return partial(residual, 'imagenet', IMAGENET[depth], bottleneck_block, False), flatten(tree)
 
 
@@ -224,7 +220,7 @@ def define_bottleneck(depth, width, in_channels, num_classes):
 MODELS = {'diracnet': define_diracnet, 'diracnet-v1': define_diracnet_v1, 'plain': define_plain, 'resnet': define_resnet,
           'resnet-dirac': define_resnet_dirac, 'wrn': define_wide_resnet}  # what --model names
 CHAINS = ('diracnet', 'plain')  # those of diracnet.chain
-OPTIONS = {'resnet': ('block',), 'resnet-dirac': ('block',), 'wrn': ('dropout',)}  # of one model, not of others
+OPTIONS = {'resnet': {'block': BLOCKS[0]}, 'resnet-dirac': {'block': BLOCKS[0]}, 'wrn': {'dropout': 0.0}}  # of one model, not of others
 
 INITS = {'kaiming': partial(torch.nn.init.kaiming_normal_, nonlinearity='relu'), 'xavier': torch.nn.init.xavier_normal_,
          'normal': partial(torch.nn.init.normal_, std=0.01), 'orthogonal': torch.nn.init.orthogonal_}

@@ -324,13 +324,13 @@ class Training:
             'preprocessing': self.source.preprocessing.as_dict(), 'log': self.log}
         if self.progress:
             content['progress'] = self.progress
-        self.folder.save(content, f'step {self.progress["step"]} of epoch {self.epoch + 1}' if self.progress else f'epoch {self.epoch}')
+        self.folder.save(content, checkpoint.place(self.epoch, self.progress))
         self.next_save = time.monotonic() + 60 * self.options['checkpoint_minutes']
 
     def leave(self, number):
         self.bar.close()
         distributed.barrier()  # torchrun ends them all when the first is gone
-        self.stop.say(f'stopped by {signal.Signals(number).name} at step {self.progress["step"]} of epoch {self.epoch + 1}; this goes on:\n'
+        self.stop.say(f'stopped by {signal.Signals(number).name} at {checkpoint.place(self.epoch, self.progress)}; this goes on:\n'
                       f'    {resume_command(self.options, self.folder)}')
         raise SystemExit(128 + number)
 

@@ -7,7 +7,6 @@ started again until it is done; then the next run begins. After some kills the n
 """
 import argparse
 import collections
-import json
 import os
 import random
 import shutil
@@ -18,6 +17,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from tools import plot
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = ['train.py', '--dataset', 'digits', '--depth', '10', '--epochs', '60', '--epoch_step', '[30,50]', '--randomcrop_pad', '1', '--device', 'cpu']
@@ -33,7 +34,7 @@ def start(folder, minutes):
 def log_of(folder):
     """What log.txt says, but for times and what was not the same on all command lines."""
     path = folder / 'log.txt'
-    lines = [json.loads(line.removeprefix('json_stats: ')) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = plot.read_log(path) if path.exists() and path.stat().st_size else []
     return [{key: value for key, value in line.items() if not key.endswith('_time') and key not in ('save', 'checkpoint_minutes')}
             for line in lines]
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import median
 
 from errors import OneLineParser, OptionError, UserError, run
+from tools import plot
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILED = 'failed.txt'
@@ -67,10 +68,9 @@ class Run:
     def log(self):
         """The lines of its log, so far."""
         try:
-            lines = (self.folder / 'log.txt').read_text().splitlines()
-        except OSError:
+            return plot.read_log(self.folder)
+        except UserError:  # none yet
             return []
-        return [json.loads(line.removeprefix('json_stats: ')) for line in lines]
 
     @property
     def failed(self):
@@ -211,7 +211,6 @@ def main(arguments=None):
     rows = collect(study, runs)
     write_tables(study, rows, dataset, folder)
     if 'figure' in study:
-        from tools import plot
         plot.draw_study(study, rows, runs, folder / 'figure')
     print((folder / 'table.md').read_text())
 
