@@ -95,7 +95,7 @@ class Checkpoint:
                 network = {name: value for name, value in network.items() if name not in ('block', 'dropout')}
             expected = resnet.define(**network)[1]
             if self.folded:
-                expected = (fold_v1 if network['model'] == 'diracnet-v1' else fold)(expected)
+                expected = (fold_v1 if network['model'] in resnet.VERSION_1 else fold)(expected)
         except ValueError:  # there is no such network at all
             return f'; {flags(self.network)} fits'
         differing = differences(self.params, expected)
@@ -115,7 +115,7 @@ class Checkpoint:
     def fold(self):
         """The folded module in evaluation mode. Raises UserError for a network that doesn't fold."""
         try:
-            if self.network and self.network['model'] == 'diracnet-v1':
+            if self.network and self.network['model'] in resnet.VERSION_1:
                 return DiracNetV1.from_state_dict(self.params if self.folded else fold_v1(self.params)).eval()
             return DiracNet.from_state_dict(self.params if self.folded else fold(self.params)).eval()
         except ValueError as error:
@@ -271,10 +271,11 @@ def _infer(params):
 
 
 def _infer_diracnet(params):
+    dirac = any(key.endswith('.alpha') for key in params)
     try:
-        layout, model = layout_of(params), 'diracnet' if any(key.endswith('.alpha') for key in params) else 'plain'
+        layout, model = layout_of(params), 'diracnet' if dirac else 'plain'
     except ValueError:
-        layout, model = layout_of_v1(params), 'diracnet-v1'
+        layout, model = layout_of_v1(params), 'diracnet-v1' if dirac or 'conv.weight' in params else 'plain-ncrelu'
     return layout.form, {'model': model, 'depth': layout.depth, 'width': layout.width, 'num_classes': layout.num_classes,
                          'in_channels': layout.in_channels}
 

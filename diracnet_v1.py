@@ -40,8 +40,15 @@ def dirac_weight_v1(weight, alpha, beta):
     return alpha * tiled_delta(weight) + beta * F.normalize(weight.flatten(1), dim=1).view_as(weight)
 
 
+def block_weight(params, prefix):
+    """The weight that a block convolves with: Dirac where there are scales, else as it is."""
+    if f'{prefix}alpha' not in params:
+        return params[f'{prefix}conv']
+    return dirac_weight_v1(*(params[f'{prefix}{part}'] for part in ('conv', 'alpha', 'beta')))
+
+
 def chain_v1(layout, inputs, params, mode, norm=F.batch_norm):
-    """The function of a DiracNet of version 1: (N, in_channels, H, W) to logits (N, num_classes)."""
+    """The function of a DiracNet of version 1 (and of its plain chain): (N, in_channels, H, W) to logits (N, num_classes)."""
     def bn(x, name):
         weight, bias, mean, var = (params[f'{name}.{part}'] for part in ('weight', 'bias', 'running_mean', 'running_var'))
         return norm(x, mean, var, weight, bias, training=mode, momentum=BN_MOMENTUM, eps=BN_EPS)
@@ -53,9 +60,19 @@ def chain_v1(layout, inputs, params, mode, norm=F.batch_norm):
         if g:
             x = F.max_pool2d(x, 2)
         for name, _, _ in group:
-            weight = dirac_weight_v1(*(params[f'{name}.{part}'] for part in ('conv', 'alpha', 'beta')))
-            x = bn(F.conv2d(ncrelu(x), weight, padding=1), f'{name}.bn')
+            x = bn(F.conv2d(ncrelu(x), block_weight(params, f'{name}.'), padding=1), f'{name}.bn')
     return F.linear(F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1), params['fc.weight'], params['fc.bias'])
+
+
+def define_chain_v1(shape, dirac):
+    tree = {'conv': conv_params(shape.in_channels, shape.widths[0], 7 if shape.form == 'imagenet' else 3), 'bn': bn_params(shape.widths[0])}
+    for group in shape.groups:
+        for name, in_channels, out_channels in group:
+            tree[name] = {'conv': torch.randn(out_channels, 2 * in_channels, 3, 3) * STD, 'alpha': torch.full((1,), ALPHA),
+                          'beta': torch.full((1,), BETA)} if dirac else {'conv': conv_params(2 * in_channels, out_channels, 3)}
+            tree[name]['bn'] = bn_params(out_channels)
+    tree['fc'] = linear_params(shape.widths[-1], shape.num_classes)
+    return partial(chain_v1, shape), flatten(tree)
 
 
 def define_diracnet_v1(depth, width, dataset, *, num_classes=None, in_channels=None):
@@ -63,21 +80,19 @@ def define_diracnet_v1(depth, width, dataset, *, num_classes=None, in_channels=N
 
     Every parameter is to have weight decay.
     """
-    shape = layout(depth, width, dataset, num_classes, in_channels)
-    tree = {'conv': conv_params(shape.in_channels, shape.widths[0], 7 if shape.form == 'imagenet' else 3), 'bn': bn_params(shape.widths[0])}
-    for group in shape.groups:
-        for name, in_channels, out_channels in group:
-            tree[name] = {'conv': torch.randn(out_channels, 2 * in_channels, 3, 3) * STD, 'alpha': torch.full((1,), ALPHA),
-                          'beta': torch.full((1,), BETA), 'bn': bn_params(out_channels)}
-    tree['fc'] = linear_params(shape.widths[-1], shape.num_classes)
-    return partial(chain_v1, shape), flatten(tree)
+    return define_chain_v1(layout(depth, width, dataset, num_classes, in_channels), dirac=True)
+
+
+def define_plain_ncrelu(depth, width, dataset, *, num_classes=None, in_channels=None):
+    """The same chain, NCReLUs too, with ordinary convolutions (Kaiming normal) instead of Dirac ones; params has no alpha and no beta."""
+    return define_chain_v1(layout(depth, width, dataset, num_classes, in_channels), dirac=False)
 
 
 # --- folding ---------------------------------------------------------------------------------------------------------
 
 
 def layout_of_v1(params):
-    """The Layout of a DiracNet of version 1, read off its parameters or its folded state dict. Raises ValueError."""
+    """The Layout of a DiracNet of version 1 (or its plain chain), read off its parameters or its folded state dict. Raises ValueError."""
     folded = 'conv.weight' in params
     as_v2 = {f'features.{key}' if folded and not key.startswith('fc') else key: tensor[:, ::2] if tensor.ndim == 4 and key.startswith('group') else tensor
              for key, tensor in params.items()}
@@ -90,9 +105,7 @@ def fold_v1(params):
     folded = OrderedDict()
     for name in ['', *(name + '.' for group in layout_of_v1(params).groups for name, _, _ in group)]:
         try:
-            weight = params[f'{name}conv'].double()
-            if name:
-                weight = dirac_weight_v1(weight, params[f'{name}alpha'].double(), params[f'{name}beta'].double())
+            weight = block_weight({key: params[key].double() for key in (f'{name}{part}' for part in ('conv', 'alpha', 'beta')) if key in params}, name)
             mean, var, scale, shift = (params[f'{name}bn.{part}'].double() for part in ('running_mean', 'running_var', 'weight', 'bias'))
         except KeyError as error:
             raise ValueError(f'not the parameters of a DiracNet: {error.args[0]} is missing') from None

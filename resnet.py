@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diracconv import ALPHA, BETA, dirac_weight
 from diracnet import (BASE_WIDTHS, BN_EPS, BN_MOMENTUM, DATASETS, IMAGENET_BLOCKS, bn_params, conv_params, define_chain, define_diracnet, flatten, layout,
                       linear_params)
-from diracnet_v1 import define_diracnet_v1
+from diracnet_v1 import define_diracnet_v1, define_plain_ncrelu
 
 # A residual block's end: batch norm before or behind the addition, and a ReLU or none (torch-residual-networks compares the four).
 BLOCKS = ('bn-add-relu', 'bn-add', 'add-bn-relu', 'add-bn')
@@ -217,9 +217,10 @@ def define_bottleneck(depth, shape):
 
 # --- all models ------------------------------------------------------------------------------------------------------
 
-MODELS = {'diracnet': define_diracnet, 'diracnet-v1': define_diracnet_v1, 'plain': define_plain, 'resnet': define_resnet,
-          'resnet-dirac': define_resnet_dirac, 'wrn': define_wide_resnet}  # what --model names
+MODELS = {'diracnet': define_diracnet, 'diracnet-v1': define_diracnet_v1, 'plain': define_plain, 'plain-ncrelu': define_plain_ncrelu,
+          'resnet': define_resnet, 'resnet-dirac': define_resnet_dirac, 'wrn': define_wide_resnet}  # what --model names
 CHAINS = ('diracnet', 'plain')  # those of diracnet.chain
+VERSION_1 = ('diracnet-v1', 'plain-ncrelu')  # those of diracnet_v1.chain_v1
 OPTIONS = {'resnet': {'block': BLOCKS[0]}, 'resnet-dirac': {'block': BLOCKS[0]}, 'wrn': {'dropout': 0.0}}  # of one model, not of others
 
 INITS = {'kaiming': partial(torch.nn.init.kaiming_normal_, nonlinearity='relu'), 'xavier': torch.nn.init.xavier_normal_,

@@ -36,7 +36,7 @@ from distributed import say, world
 from errors import OptionError, UserError, run
 from measuring import Broken, Progress, Tally
 from options import BOUND_TO_MACHINE, DTYPES, GENERAL, RECIPES, build_parser, choose_device, complete, set_up
-from resnet import CHAINS, define
+from resnet import CHAINS, VERSION_1, define
 from resnet import OPTIONS as MODEL_OPTIONS
 from runs import LOG, RunFolder, Stop, find, resume_command
 
@@ -45,7 +45,7 @@ from runs import LOG, RunFolder, Stop, find, resume_command
 
 def decayed(tensor, model='diracnet'):
     """Weight decay is for tensors of more than one dimension: with it, alpha and beta would collapse to zero. (Version 1 had it on all.)"""
-    return tensor.ndim > 1 or model == 'diracnet-v1'
+    return tensor.ndim > 1 or model in VERSION_1
 
 
 def parameter_table(module, weight_decay, model='diracnet'):

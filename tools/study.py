@@ -13,13 +13,15 @@ The YAML file has
     recipes          more options, by data set
     runs             a list of options each; a list as a value stands for one run of each of its elements
     table            names of the options that tell rows apart, and perhaps `reported`, a column of the documents' numbers
-    figure           x: an option's name, or epoch; lines: the name of the option that tells lines apart
+    figure           x: an option's name, or epoch; lines: the name of the option that tells lines apart; or signal: true (tools.propagation's)
+    keep             epochs whose checkpoints are kept, as epochN.pt7 in the run's folder
 """
 import csv
 import itertools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +47,7 @@ def read(path):
         raise UserError(f'{path} is no study: {" ".join(str(error).split())}') from None
     if missing:
         raise UserError(f'{path} is no study: it has no {missing[0]}')
-    return {'options': {}, 'recipes': {}, 'note': '', **study, 'name': Path(path).stem}
+    return {'options': {}, 'recipes': {}, 'note': '', 'keep': [], **study, 'name': Path(path).stem}
 
 
 def expand(options):
@@ -64,6 +66,7 @@ class Run:
         self.options = {'dataset': dataset, **study['options'], **study['recipes'].get(dataset, {}), **self.row, 'seed': seed}
         name = '-'.join(str(self.row[key]) for key in self.row) or study['name']
         self.folder = folder / name.replace('/', '_').replace(' ', '') / f'seed{seed}'
+        self.keep = study['keep']
 
     def log(self):
         """The lines of its log, so far."""
@@ -82,6 +85,18 @@ class Run:
         from options import complete
         return complete(dict(self.options))['epochs']
 
+    def stage(self):
+        """The epoch to train to next: one whose checkpoint is to be kept, or the last."""
+        return min([epoch for epoch in self.keep if epoch > len(self.log())] + [self.epochs()])
+
+    def keep_checkpoint(self):
+        """Where a stage has ended, unless that was done. (A process may have been killed between.)"""
+        kept = self.folder / f'epoch{len(self.log())}.pt7'
+        if len(self.log()) in self.keep and not kept.exists():
+            part = kept.with_suffix('.part')
+            shutil.copyfile(self.folder / 'model.pt7', part)
+            part.rename(kept)
+
     def is_done(self):
         log = self.log()
         if not log:
@@ -93,7 +108,8 @@ class Run:
         return bool(self.failed) or log[-1]['epoch'] >= self.epochs()
 
     def command(self, device):
-        flags = [part for name, value in self.options.items() if value is not False
+        options = {**self.options, **({'epochs': self.stage()} if self.keep else {})}
+        flags = [part for name, value in options.items() if value is not False
                  for part in ([f'--{name}'] if value is True else [f'--{name}', json.dumps(value, separators=(',', ':')) if isinstance(value, list) else str(value)])]
         folder = self.folder.relative_to(ROOT) if self.folder.is_relative_to(ROOT) else self.folder
         return [sys.executable, 'train.py', *flags, *(['--device', device] if device else []), '--save', str(folder), '--resume', 'auto']
@@ -118,6 +134,7 @@ def execute(runs, jobs, device):
             while waiting and len(under_way) < jobs:
                 one = waiting.pop(0)
                 one.folder.mkdir(parents=True, exist_ok=True)
+                one.keep_checkpoint()
                 log = open(one.folder / 'output.txt', 'a')
                 under_way[subprocess.Popen(one.command(device), cwd=ROOT, stdout=log, stderr=log, env=environment)] = one
             time.sleep(1)
@@ -126,6 +143,9 @@ def execute(runs, jobs, device):
                 one = under_way.pop(process)
                 output = (one.folder / 'output.txt').read_text().splitlines()
                 if process.returncode == 0:
+                    one.keep_checkpoint()
+                    if not one.is_done():
+                        waiting.insert(0, one)
                     continue
                 last = next((line for line in reversed(output) if line.strip()), '')
                 if 'the loss is' not in last:  # a result, too: it diverged. All else is a mistake to mend.
@@ -210,7 +230,14 @@ def main(arguments=None):
         raise UserError(f'{folder} has no runs yet')
     rows = collect(study, runs)
     write_tables(study, rows, dataset, folder)
-    if 'figure' in study:
+    if study.get('figure', {}).get('signal'):
+        from tools import propagation
+        first = [one for one in runs if one.seed == runs[0].seed and not one.failed]
+        if all((one.folder / 'model.pt7').exists() for one in first):
+            propagation.report([one.folder for one in first], folder / 'figure', args.dataroot)
+        else:  # committed are logs alone
+            print(f'the figure of {folder} is left as it is: it is drawn of checkpoints, which are not there', file=sys.stderr)
+    elif 'figure' in study:
         plot.draw_study(study, rows, runs, folder / 'figure')
     print((folder / 'table.md').read_text())
 
