@@ -76,8 +76,8 @@ def build_parser(description):
     # Defaults stay None here: what was given is told apart from what a data set's recipe or a resumed run fills in.
     parser = OneLineParser(prog='train.py', description=description)
     network = parser.add_argument_group('network')
-    network.add_argument('--model', choices=MODELS, help='diracnet (default), its version 1 of 2017, plain: the same chain without the Dirac '
-                                                         'term, resnet, resnet-dirac: with Dirac weights, wrn: Wide ResNet')
+    network.add_argument('--model', choices=MODELS, help='diracnet (default), its version 1 of 2017, plain and plain-ncrelu: the same '
+                                                         'chains without the Dirac term, resnet, resnet-dirac: with Dirac weights, wrn: Wide ResNet')
     network.add_argument('--depth', type=number(int, 1), help='6n + 4, ImageNet 18 or 34 (default 16, ImageNet 18); of a resnet 6n + 2 (20, '
                                                               'ImageNet 18), of a wrn 6n + 4 (16, ImageNet 50)')
     network.add_argument('--width', type=number(float, 0, True), help='factor of the channels (default 1)')

@@ -15,7 +15,7 @@ import train
 from conftest import read_log, same, without_times
 from diracconv import dirac_weight
 from diracnet import Network
-from diracnet_v1 import DiracNetV1, define_diracnet_v1, fold_v1
+from diracnet_v1 import DiracNetV1, define_diracnet_v1, define_plain_ncrelu, fold_v1
 from options import build_parser, complete
 
 
@@ -152,10 +152,16 @@ def test_tiled_delta():
         assert (delta[:, :, 1, 1] == expected).all() and delta.sum() == expected.sum()
 
 
-def test_version_1_is_its_formula():
-    f, params = define_diracnet_v1(10, 1, 'CIFAR10')
-    assert [params[f'group1.block0.{name}'].tolist() for name in ('alpha', 'beta')] == [[5.0], [pytest.approx(1e-3)]]
-    assert abs(params['group2.block1.conv'].detach().std() - 0.1) < 0.005
+@pytest.mark.parametrize('define', [define_diracnet_v1, define_plain_ncrelu])
+def test_version_1_is_its_formula(define):
+    f, params = define(10, 1, 'CIFAR10')
+    dirac = define is define_diracnet_v1
+    if dirac:
+        assert [params[f'group1.block0.{name}'].tolist() for name in ('alpha', 'beta')] == [[5.0], [pytest.approx(1e-3)]]
+    else:
+        assert not any(key.endswith(('alpha', 'beta')) for key in params)
+    std = 0.1 if dirac else (2 / (128 * 9)) ** 0.5  # Kaiming, of twice 64 channels
+    assert abs(params['group2.block1.conv'].detach().std() / std - 1) < 0.05
     randomize(params)
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
@@ -167,8 +173,9 @@ def test_version_1_is_its_formula():
             for b in range(2):
                 name = f'group{g}.block{b}'
                 weight = params[f'{name}.conv']
-                norms = torch.stack([row.norm() for row in weight])[:, None, None, None]
-                weight = params[f'{name}.alpha'] * diracnet_v1.tiled_delta(weight) + params[f'{name}.beta'] * weight / norms
+                if dirac:
+                    norms = torch.stack([row.norm() for row in weight])[:, None, None, None]
+                    weight = params[f'{name}.alpha'] * diracnet_v1.tiled_delta(weight) + params[f'{name}.beta'] * weight / norms
                 x = bn(F.conv2d(torch.cat([x.relu(), -(-x).relu()], 1), weight, padding=1), f'{name}.bn')
         expected = F.linear(x.relu().mean((2, 3)), params['fc.weight'], params['fc.bias'])
         assert (f(images, params, False) - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -221,10 +228,14 @@ def test_trains_on_digits_is_tested_and_resumes(options, tmp_path, call):
     assert (bare['model'], bare['depth'], bare['width']) == tuple(found.network[name] for name in ('model', 'depth', 'width'))
 
 
-def test_version_1_checkpoint_folds(tmp_path):
+@pytest.mark.parametrize('model', resnet.VERSION_1)
+def test_version_1_checkpoint_folds(model, tmp_path):
     import data
-    train.main([*SHORT, '--model', 'diracnet-v1', '--depth', '10', '--epochs', '1', '--save', str(tmp_path / 'run')])
+    train.main([*SHORT, '--model', model, '--depth', '10', '--epochs', '3', '--save', str(tmp_path / 'run')])
+    assert read_log(tmp_path / 'run')[-1]['test_acc'] > 70
     found = checkpoint.load(tmp_path / 'run')
+    torch.save(found.params, tmp_path / 'bare.pth')
+    assert checkpoint.load(tmp_path / 'bare.pth').network['model'] == model
     inputs, _ = next(iter(data.load('digits', '.').batches(False, batch_size=100)))
     torch.save(found.fold().state_dict(), tmp_path / 'folded.pth')
     with torch.no_grad():
@@ -233,10 +244,10 @@ def test_version_1_checkpoint_folds(tmp_path):
             assert (folded(inputs) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize('model, free', [('diracnet-v1', set()), ('resnet', {'weight', 'bias'}), ('resnet-dirac', {'weight', 'bias', 'alpha', 'beta'})])
+@pytest.mark.parametrize('model, free', [('diracnet-v1', set()), ('plain-ncrelu', set()), ('resnet', {'weight', 'bias'}), ('resnet-dirac', {'weight', 'bias', 'alpha', 'beta'})])
 def test_what_is_decayed(model, free):
     """Version 1: everything. Others: tensors of more than one dimension."""
-    module = Network(*resnet.define(model, 10 if model == 'diracnet-v1' else 14, 1, 'digits'))
+    module = Network(*resnet.define(model, 10 if model in resnet.VERSION_1 else 14, 1, 'digits'))
     names = {id(tensor): name for name, tensor in module.named_parameters()}
     groups = train.make_optimizer(module, {'model': model, 'lr': 0.1, 'weight_decay': 5e-4}).param_groups
     not_decayed = {names[id(tensor)] for group in groups if not group['weight_decay'] for tensor in group['params']}
