@@ -7,6 +7,7 @@
 A run is a folder with a log.txt, or such a file, also of the original code.
 """
 import json
+import textwrap
 from pathlib import Path
 from statistics import median
 
@@ -113,21 +114,23 @@ def draw_study(study, rows, runs, out):
         x = [row[facts['x']] if numeric else ticks.index(str(row[facts['x']])) for row in mine]
         spread = [[row['error'] - row['least'] for row in mine], [row['most'] - row['error'] for row in mine]]
         ax.errorbar(x, [row['error'] for row in mine], yerr=spread, color=color, linestyle=style if numeric else 'none', marker=marker, capsize=3, label=label)
-    if numeric and facts['x'] == 'depth':
+    if numeric:
+        apart = [tick for tick in ticks if all(tick >= other or other > 1.2 * tick for other in ticks)]
         ax.set_xscale('log')
-        ax.set_xticks([tick for tick in ticks if all(abs(tick - other) > 3 or tick >= other for other in ticks)],
-                      [str(tick) for tick in ticks if all(abs(tick - other) > 3 or tick >= other for other in ticks)])
+        ax.set_xticks(apart, [f'{tick:g}' for tick in apart])
         ax.minorticks_off()
-    elif not numeric:
+    else:
         ax.set_xticks(range(len(ticks)), ticks, rotation=20)
-    if any(row['error'] for row in rows):
+    errors = [row[name] for row in rows for name in ('least', 'most') if row['error'] is not None]
+    if errors and min(errors) > 0 and max(errors) > 3 * min(errors):  # less needs no logarithm
         ax.set_yscale('log')
         ax.yaxis.set_major_formatter('{x:g}')
+        ax.yaxis.set_minor_formatter(lambda error, _: f'{error:g}' if f'{error:e}'[0] in '235' else '')
     ax.set_xlabel(facts['x'])
     ax.set_ylabel('test error, % (median, least to most)')
-    ax.set_title(study['title'], fontsize=9)
+    ax.set_title(textwrap.fill(study['title'], 60), fontsize=9)
     if lines:
-        ax.legend()
+        ax.legend(title=lines)
     return save(figure, out)
 
 
