@@ -1,10 +1,13 @@
 """The README's numbers are those of the committed runs."""
+import csv
 import json
 import statistics
 
 import pytest
 
+import tools.study
 from conftest import ROOT, read_log
+from tools.study import Run, collect, expand
 
 REFERENCE = ROOT / 'logs' / 'reference'
 RUNS = {  # runs, seeds, least and most median accuracy that is claimed
@@ -33,3 +36,32 @@ def test_reference_runs_stand_in_the_readme(name):
         assert f'{number:.2f}' in rows[0], (number, rows[0])
     cells = [cell.strip() for cell in rows[0].split('|')]
     assert str(n) in cells
+
+
+STUDIES = sorted(path.stem for path in (ROOT / 'studies').glob('*.yaml'))
+
+
+@pytest.mark.parametrize('name', STUDIES)
+def test_studies_stand_in_the_readme_as_their_logs_say(name):
+    study = tools.study.read(ROOT / 'studies' / f'{name}.yaml')
+    folder = REFERENCE / f'study-{name}'
+    runs = [Run(study, row, seed, study['dataset'], folder) for seed in study['seeds'] for options in study['runs'] for row in expand(options)]
+    for one in runs:
+        assert one.is_done(), one.folder
+        for start in json.loads((one.folder / 'run.json').read_text()):
+            assert start['commit'] and 'dirty' not in start['commit']
+            assert f'--seed {one.seed} ' in start['command'] and '--holdout' not in start['command']
+    rows = collect(study, runs)
+    with open(folder / 'table.csv', newline='') as file:
+        committed = list(csv.DictReader(file))
+    assert committed == [{key: '' if value is None else str(value) for key, value in row.items()} for row in rows]
+    assert all(row['n'] + row['diverged'] == len(study['seeds']) for row in rows)
+
+    readme = (ROOT / 'README.md').read_text()
+    table = [line for line in (folder / 'table.md').read_text().splitlines() if line.startswith('|')]
+    assert len(table) == 2 + len(rows) and '\n'.join(table) in readme
+    for row, line in zip(rows, table[2:]):
+        for number in ('error', 'least', 'most', 'train_error'):
+            assert row[number] is None or f' {row[number]:.2f} ' in line
+    assert ' '.join(study['note'].split()) in ' '.join(readme.split())
+    assert (folder / 'figure.png').stat().st_size > 10_000 and '</svg>' in (folder / 'figure.svg').read_text()

@@ -105,12 +105,13 @@ def draw_study(study, rows, runs, out):
                 groups.setdefault(', '.join(str(one.options.get(name, '')) for name in study['table']), []).append(one.log())
         return curves(groups, out, errors_only=True)
     figure, [ax] = new_figure()
-    lines = facts.get('lines')
+    lines = facts.get('lines', [])
+    lines = lines if isinstance(lines, list) else [lines]
     numeric = all(isinstance(row[facts['x']], (int, float)) for row in rows)
     ticks = sorted({row[facts['x']] for row in rows}) if numeric else list(dict.fromkeys(str(row[facts['x']]) for row in rows))
-    for g, label in enumerate(dict.fromkeys(row[lines] for row in rows) if lines else ['']):
+    for g, label in enumerate(dict.fromkeys(', '.join(str(row[name]) for name in lines) for row in rows)):
         style, marker, color = STYLES[g % len(STYLES)]
-        mine = [row for row in rows if (not lines or row[lines] == label) and row['error'] is not None]
+        mine = [row for row in rows if ', '.join(str(row[name]) for name in lines) == label and row['error'] is not None]
         x = [row[facts['x']] if numeric else ticks.index(str(row[facts['x']])) for row in mine]
         spread = [[row['error'] - row['least'] for row in mine], [row['most'] - row['error'] for row in mine]]
         ax.errorbar(x, [row['error'] for row in mine], yerr=spread, color=color, linestyle=style if numeric else 'none', marker=marker, capsize=3, label=label)
@@ -130,7 +131,7 @@ def draw_study(study, rows, runs, out):
     ax.set_ylabel('test error, % (median, least to most)')
     ax.set_title(textwrap.fill(study['title'], 60), fontsize=9)
     if lines:
-        ax.legend(title=lines)
+        ax.legend(title=', '.join(lines))
     return save(figure, out)
 
 

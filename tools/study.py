@@ -13,7 +13,7 @@ The YAML file has
     recipes          more options, by data set
     runs             a list of options each; a list as a value stands for one run of each of its elements
     table            names of the options that tell rows apart, and perhaps `reported`, a column of the documents' numbers
-    figure           x: an option's name, or epoch; lines: the name of the option that tells lines apart; or signal: true (tools.propagation's)
+    figure           x: an option's name, or epoch; lines: the option that tells lines apart, or a list of them; or signal: true (tools.propagation's)
     keep             epochs whose checkpoints are kept, as epochN.pt7 in the run's folder
 """
 import csv
