@@ -109,10 +109,12 @@ def draw_study(study, rows, runs, out):
     lines = lines if isinstance(lines, list) else [lines]
     numeric = all(isinstance(row[facts['x']], (int, float)) for row in rows)
     ticks = sorted({row[facts['x']] for row in rows}) if numeric else list(dict.fromkeys(str(row[facts['x']]) for row in rows))
-    for g, label in enumerate(dict.fromkeys(', '.join(str(row[name]) for name in lines) for row in rows)):
+    labels = list(dict.fromkeys(', '.join(str(row[name]) for name in lines) for row in rows))
+    for g, label in enumerate(labels):
         style, marker, color = STYLES[g % len(STYLES)]
         mine = [row for row in rows if ', '.join(str(row[name]) for name in lines) == label and row['error'] is not None]
-        x = [row[facts['x']] if numeric else ticks.index(str(row[facts['x']])) for row in mine]
+        beside = 0.12 * (g - (len(labels) - 1) / 2)  # else the spreads of several lines hide each other
+        x = [row[facts['x']] if numeric else ticks.index(str(row[facts['x']])) + beside for row in mine]
         spread = [[row['error'] - row['least'] for row in mine], [row['most'] - row['error'] for row in mine]]
         ax.errorbar(x, [row['error'] for row in mine], yerr=spread, color=color, linestyle=style if numeric else 'none', marker=marker, capsize=3, label=label)
     if numeric:
@@ -131,7 +133,7 @@ def draw_study(study, rows, runs, out):
     ax.set_ylabel('test error, % (median, least to most)')
     ax.set_title(textwrap.fill(study['title'], 60), fontsize=9)
     if lines:
-        ax.legend(title=', '.join(lines))
+        figure.legend(title=', '.join(lines), loc='outside right upper')
     return save(figure, out)
 
 
