@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+if 'PYTEST_XDIST_WORKER' in os.environ:  # tests run beside each other: a thread each, in the processes that they start, too
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import numpy as np
 import pytest
 import torch
