@@ -7,6 +7,7 @@ import time
 import pytest
 
 from conftest import ROOT, read_log, start
+from errors import UserError
 from tools import plot, study
 
 TINY = '''
@@ -55,6 +56,9 @@ def test_runs_once_tabulates_and_draws(tiny, tmp_path, call):
         (out / 'resnet-8' / 'seed2' / name).unlink()
     assert call(study.main, tiny, '--out', out).status == 0
     assert [path for path in logs if path.stat().st_mtime_ns != times[path]] == [out / 'resnet-8' / 'seed2' / 'log.txt']
+    # The table of a single seed's runs has the others', too.
+    table = (out / 'table.md').read_text()
+    assert call(study.main, tiny, '--out', out, '--seeds', '2', '--table').status == 0 and (out / 'table.md').read_text() == table
     # Runs of other options than the study's are not taken for its own.
     tiny.write_text(TINY.replace('lr: 0.1', 'lr: 0.2'))
     result = call(study.main, tiny, '--out', out)
@@ -75,7 +79,8 @@ def test_stops_and_goes_on(tiny, tmp_path):
     [folder] = [path.parent for path in out.glob('*/seed*/model.pt7')]
     n = len(read_log(folder))
     assert 0 < n < 60 and 'python train.py --resume' in (folder / 'output.txt').read_text()
-    assert study.main([str(tiny), '--out', str(out), '--seeds', '1', '--table']) is None  # a table of what there is
+    with pytest.raises(UserError, match='no finished runs'):  # a table is of what has come to its end
+        study.main([str(tiny), '--out', str(out), '--seeds', '1', '--table'])
 
 
 def test_a_run_that_diverges_is_a_result(tiny, tmp_path, call):

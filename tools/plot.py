@@ -58,6 +58,7 @@ def new_figure(columns=1, width=6.0, height=4.0):
 def save(figure, out):
     """As PNG and as SVG, whatever the suffix."""
     from matplotlib import pyplot
+    pyplot.rcParams['svg.hashsalt'] = 'diracnets'  # ids in the SVG: the same for the same picture
     out = Path(out)
     try:
         for suffix in ('.png', '.svg'):
@@ -194,7 +195,7 @@ def main(arguments=None):
                  if len({json.dumps(one.get(key)) for one in options.values()}) > 1]
     groups = {}
     for path, lines in logs.items():
-        label = ', '.join(f'{key} {options[path][key]}' for key in differing if key in options[path]) if args.median else Path(path).name if Path(path).name != 'log.txt' else path
+        label = ', '.join(f'{key} {options[path][key]}' for key in differing if key in options[path]) if args.median else path
         groups.setdefault(label or Path(path).name, []).append(lines)
     print(*curves(groups, args.out))
 

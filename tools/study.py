@@ -20,6 +20,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -113,6 +114,10 @@ class Run:
                  for part in ([f'--{name}'] if value is True else [f'--{name}', json.dumps(value, separators=(',', ':')) if isinstance(value, list) else str(value)])]
         folder = self.folder.relative_to(ROOT) if self.folder.is_relative_to(ROOT) else self.folder
         return [sys.executable, 'train.py', *flags, *(['--device', device] if device else []), '--save', str(folder), '--resume', 'auto']
+
+
+def all_runs(study, seeds, dataset, folder):
+    return [Run(study, row, seed, dataset, folder) for seed in seeds for options in study['runs'] for row in expand(options)]
 
 
 def execute(runs, jobs, device):
@@ -212,7 +217,7 @@ def main(arguments=None):
     parser.add_argument('--jobs', type=int, default=1, help='trainings at once (default 1)')
     parser.add_argument('--seeds', type=lambda text: [int(seed) for seed in text.split(',')], help='in place of its own: 1,2,3')
     parser.add_argument('--out', type=Path, help='folder for all of it (default logs/reference/study-NAME, or logs/study-NAME-DATASET)')
-    parser.add_argument('--table', action='store_true', help='only make table and figure anew, of what there is')
+    parser.add_argument('--table', action='store_true', help='only make table and figure anew, of the runs that are done')
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         raise OptionError(f'--jobs {args.jobs} must be at least 1')
@@ -222,12 +227,14 @@ def main(arguments=None):
     if args.dataroot:
         study['options']['dataroot'] = args.dataroot
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `execute` passes it on
-    runs = [Run(study, row, seed, dataset, folder) for seed in args.seeds or study['seeds'] for options in study['runs'] for row in expand(options)]
+    runs = all_runs(study, args.seeds or study['seeds'], dataset, folder)
     if not args.table:
         execute(runs, args.jobs, args.device)
-    runs = [one for one in runs if one.log() or one.failed]
+    # The table is of all that is done, also of other seeds than were asked for now.
+    seeds = sorted({*study['seeds'], *(args.seeds or ()), *(int(match[1]) for path in folder.glob('*/seed*') if (match := re.fullmatch(r'seed(\d+)', path.name)))})
+    runs = [one for one in all_runs(study, seeds, dataset, folder) if one.folder.exists() and one.is_done()]
     if not runs:
-        raise UserError(f'{folder} has no runs yet')
+        raise UserError(f'{folder} has no finished runs yet')
     rows = collect(study, runs)
     write_tables(study, rows, dataset, folder)
     if study.get('figure', {}).get('signal'):
