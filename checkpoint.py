@@ -114,6 +114,8 @@ class Checkpoint:
 
     def fold(self):
         """The folded module in evaluation mode. Raises UserError for a network that doesn't fold."""
+        if self.network and self.network['model'] in resnet.OPTIONS:
+            raise UserError(f'{self.path} can not be folded: it is of --model {self.network["model"]}, and only {", ".join(resnet.CHAINS + resnet.VERSION_1)} fold')
         try:
             if self.network and self.network['model'] in resnet.VERSION_1:
                 return DiracNetV1.from_state_dict(self.params if self.folded else fold_v1(self.params)).eval()

@@ -100,6 +100,17 @@ def test_mistakes(tiny, tmp_path, refused):
     tiny.write_text(TINY.replace('depth: 8', 'depth: 9'))
     tiny.write_text(tiny.read_text().replace("  - {model: diracnet, depth: 10, reported: 5.5}\n", ''))
     refused(1, ['--depth 9', 'depth 9 is impossible'], study.main, tiny, '--out', tmp_path / 'out', '--seeds', '1')
+    for wrong, words in ((('seeds: [1, 2]', 'seeds: 1'), 'seeds'), (('options: {width: 0.5}', 'options:'), 'options'), (('x: depth', 'x: lr'), 'figure')):
+        tiny.write_text(TINY.replace(*wrong))
+        refused(1, ['tiny.yaml', words], study.main, tiny)
+    for wrong, words in ((('dataset: digits', 'dataset: digitz'), 'digitz'), (('lr: 0.1', 'rate: 0.1'), '--rate'), (('lr: 0.1', 'lr: fast'), 'fast'),
+                         (('depth: 8', 'depth: 8, dropout: 0.1'), '--dropout')):
+        tiny.write_text(TINY.replace(*wrong))
+        refused(2, words, study.main, tiny, '--out', tmp_path / 'never')
+    assert not (tmp_path / 'never').exists()  # before anything is trained
+    tiny.write_text(TINY.replace('lr: 0.1', 'lr: 1e-1'))  # to YAML a text
+    found = study.read(tiny)
+    assert study.Run(found, {'model': 'resnet', 'depth': 8}, 1, 'digits', tmp_path).options['lr'] == 0.1
     refused(1, 'nothing', plot.main, tmp_path / 'nothing', '--out', tmp_path / 'x.png')
     refused(2, '--out', plot.main, tmp_path)
 

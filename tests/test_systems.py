@@ -229,8 +229,9 @@ def test_trains_on_digits_is_tested_and_resumes(options, tmp_path, call):
 
 
 @pytest.mark.parametrize('model', resnet.VERSION_1)
-def test_version_1_checkpoint_folds(model, tmp_path):
+def test_version_1_checkpoint_folds(model, tmp_path, refused):
     import data
+    from tools import export
     train.main([*SHORT, '--model', model, '--depth', '10', '--epochs', '3', '--save', str(tmp_path / 'run')])
     assert read_log(tmp_path / 'run')[-1]['test_acc'] > 70
     found = checkpoint.load(tmp_path / 'run')
@@ -242,6 +243,13 @@ def test_version_1_checkpoint_folds(model, tmp_path):
         expected = found.module()(inputs)
         for folded in (found.fold(), checkpoint.load(tmp_path / 'folded.pth').fold()):
             assert (folded(inputs) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    refused(1, ['int8', 'NCReLU'], export.main, tmp_path / 'run', tmp_path / 'net.int8.onnx')
+
+
+def test_residual_networks_do_not_fold(tmp_path, refused):
+    from tools import export
+    train.main([*SHORT, '--model', 'wrn', '--depth', '10', '--epochs', '1', '--save', str(tmp_path / 'run')])
+    refused(1, ['--model wrn', 'diracnet, plain'], export.main, tmp_path / 'run', tmp_path / 'net.pth')
 
 
 @pytest.mark.parametrize('model, free', [('diracnet-v1', set()), ('plain-ncrelu', set()), ('resnet', {'weight', 'bias'}), ('resnet-dirac', {'weight', 'bias', 'alpha', 'beta'})])

@@ -28,6 +28,7 @@ import torch
 import checkpoint
 import data
 import images
+from diracnet_v1 import DiracNetV1
 from errors import OneLineParser, OptionError, UserError, run
 from tools import predict, quantize
 
@@ -207,6 +208,8 @@ def main(arguments=None):
     for out in args.outs:
         if suffix_of(out) == '.int8.onnx' and about.source is None:
             raise UserError(f'{out} needs training images of {about.name} to calibrate: {about.missing}')
+        if suffix_of(out) == '.int8.onnx' and isinstance(about.folded, DiracNetV1):
+            raise UserError(f'{out}: int8 is for version 2 of DiracNets and for plain networks, without NCReLU; .onnx is for all')
         if suffix_of(out) != '.pth' and about.preprocessing.whitening:
             raise UserError(f'{out} can not hold the matrix of --preprocess zca in its metadata; export .pth')
     if about.source is None:

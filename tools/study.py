@@ -3,7 +3,9 @@
     python -m tools.study studies/depth.yaml --jobs 2              # what is done already is not run again; Ctrl-C, and again, goes on
     python -m tools.study studies/depth.yaml --dataset CIFAR10     # the same on another data set, with train.py's own recipe for it
 
-Runs, table (Markdown and CSV) and figure (PNG and SVG) go to logs/reference/study-NAME, or for another data set to logs/study-NAME-DATASET.
+Runs, table (Markdown and CSV) and figure (PNG and SVG) go to logs/reference/study-NAME, for another data set to logs/study-NAME-DATASET, and those of
+a file that is not in studies/ to logs/study-NAME. The table is of all runs that are done. One that diverged is done, too (failed.txt in its folder says why;
+without that file it is run again).
 The YAML file has
 
     title, note      one line, and what agrees and what doesn't (both go into the table's file)
@@ -48,7 +50,14 @@ def read(path):
         raise UserError(f'{path} is no study: {" ".join(str(error).split())}') from None
     if missing:
         raise UserError(f'{path} is no study: it has no {missing[0]}')
-    return {'options': {}, 'recipes': {}, 'note': '', 'keep': [], **study, 'name': Path(path).stem}
+    study = {'options': {}, 'recipes': {}, 'note': '', 'keep': [], **study, 'name': Path(path).stem}
+    for name, kind in (('seeds', list), ('runs', list), ('table', list), ('keep', list), ('options', dict), ('recipes', dict), ('note', str)):
+        if not isinstance(study[name], kind):
+            raise UserError(f'{path} is no study: {name} is {study[name]!r}, and must be a {kind.__name__}')
+    figure = study.get('figure', {'signal': True})
+    if not isinstance(figure, dict) or not figure.get('signal') and figure.get('x') not in ('epoch', *study['table']):
+        raise UserError(f'{path} is no study: x of its figure must be epoch, or one of {", ".join(study["table"])}')
+    return study
 
 
 def expand(options):
@@ -58,6 +67,11 @@ def expand(options):
     return [dict(combination) for combination in itertools.product(*lists)]
 
 
+def flags(options):
+    return [part for name, value in options.items() if value is not False
+            for part in ([f'--{name}'] if value is True else [f'--{name}', json.dumps(value, separators=(',', ':')) if isinstance(value, list) else str(value)])]
+
+
 class Run:
     """One training of a study. `options` are those of its row; `reported` what the documents say of it."""
 
@@ -65,9 +79,20 @@ class Run:
         self.row, self.seed = {name: value for name, value in row.items() if name != 'reported'}, seed
         self.reported = row.get('reported', '')
         self.options = {'dataset': dataset, **study['options'], **study['recipes'].get(dataset, {}), **self.row, 'seed': seed}
+        self.options = {name: value for name, value in vars(self.parse()).items() if value is not None}
         name = '-'.join(str(self.row[key]) for key in self.row) or study['name']
         self.folder = folder / name.replace('/', '_').replace(' ', '') / f'seed{seed}'
         self.keep = study['keep']
+
+    def parse(self):
+        """The options as train.py reads them. (YAML takes 1e-2 for a text.) Raises OptionError for what train.py would not take."""
+        from options import build_parser, complete
+        try:
+            parsed = build_parser(None).parse_args(flags(self.options))
+            complete({name: value for name, value in vars(parsed).items() if value is not None})
+        except OptionError as error:
+            raise OptionError(f'{" ".join(flags(self.options))}: {error}') from None
+        return parsed
 
     def log(self):
         """The lines of its log, so far."""
@@ -110,10 +135,8 @@ class Run:
 
     def command(self, device):
         options = {**self.options, **({'epochs': self.stage()} if self.keep else {})}
-        flags = [part for name, value in options.items() if value is not False
-                 for part in ([f'--{name}'] if value is True else [f'--{name}', json.dumps(value, separators=(',', ':')) if isinstance(value, list) else str(value)])]
         folder = self.folder.relative_to(ROOT) if self.folder.is_relative_to(ROOT) else self.folder
-        return [sys.executable, 'train.py', *flags, *(['--device', device] if device else []), '--save', str(folder), '--resume', 'auto']
+        return [sys.executable, 'train.py', *flags(options), *(['--device', device] if device else []), '--save', str(folder), '--resume', 'auto']
 
 
 def all_runs(study, seeds, dataset, folder):
@@ -210,20 +233,25 @@ def write_tables(study, rows, dataset, folder):
 
 def main(arguments=None):
     parser = OneLineParser(prog='-m tools.study', description=__doc__)
-    parser.add_argument('study', metavar='STUDY.yaml')
+    parser.add_argument('study', metavar='STUDY.yaml', type=Path)
     parser.add_argument('--dataset', help='in place of its own')
     parser.add_argument('--dataroot', help='folder of the data')
     parser.add_argument('--device', help='as for train.py')
     parser.add_argument('--jobs', type=int, default=1, help='trainings at once (default 1)')
     parser.add_argument('--seeds', type=lambda text: [int(seed) for seed in text.split(',')], help='in place of its own: 1,2,3')
-    parser.add_argument('--out', type=Path, help='folder for all of it (default logs/reference/study-NAME, or logs/study-NAME-DATASET)')
+    parser.add_argument('--out', type=Path, help='folder for all of it (default: see above)')
     parser.add_argument('--table', action='store_true', help='only make table and figure anew, of the runs that are done')
     args = parser.parse_args(arguments)
     if args.jobs < 1:
         raise OptionError(f'--jobs {args.jobs} must be at least 1')
     study = read(args.study)
     dataset = args.dataset or study['dataset']
-    folder = args.out.resolve() if args.out else ROOT / 'logs' / (f'reference/study-{study["name"]}' if dataset == study['dataset'] else f'study-{study["name"]}-{dataset}')
+    if args.out:
+        folder = args.out.resolve()
+    elif dataset == study['dataset']:  # what is committed is of the studies here alone
+        folder = ROOT / 'logs' / ('reference' if args.study.resolve().parent == ROOT / 'studies' else '') / f'study-{study["name"]}'
+    else:
+        folder = ROOT / 'logs' / f'study-{study["name"]}-{dataset}'
     if args.dataroot:
         study['options']['dataroot'] = args.dataroot
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `execute` passes it on
