@@ -87,7 +87,7 @@ def build_parser(description):
                                                          '(default bn-add-relu)')
     network.add_argument('--dropout', type=number(float, 0), metavar='P', help="between the convolutions of a wrn's blocks (default 0)")
     network.add_argument('--init', choices=INITS, help='of the weights of convolutions: Kaiming or Xavier normal, normal (std 0.01), '
-                                                       "orthogonal (default the model's own, Kaiming)")
+                                                       "orthogonal, drawn anew (default the model's own: Kaiming, version 1 normal of std 0.1)")
     network.add_argument('--bn_momentum', type=momentum, metavar='M', help='share of a batch in the running statistics (default 0.1), or cumulative: '
                                                                            'their mean over each epoch')
     sets = parser.add_argument_group('data')
