@@ -75,7 +75,7 @@ def test_stops_and_goes_on(tiny, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and 'Traceback' not in err
+    assert process.returncode == 130 and 'Traceback' not in err and 'the same command goes on' in err
     [folder] = [path.parent for path in out.glob('*/seed*/model.pt7')]
     n = len(read_log(folder))
     assert 0 < n < 60 and 'python train.py --resume' in (folder / 'output.txt').read_text()
@@ -113,6 +113,8 @@ def test_mistakes(tiny, tmp_path, refused):
     assert study.Run(found, {'model': 'resnet', 'depth': 8}, 1, 'digits', tmp_path).options['lr'] == 0.1
     refused(1, 'nothing', plot.main, tmp_path / 'nothing', '--out', tmp_path / 'x.png')
     refused(2, '--out', plot.main, tmp_path)
+    refused(2, 'x.pdf', plot.main, tmp_path, '--out', tmp_path / 'x.pdf')
+    refused(2, '--graph', plot.main, tmp_path, tmp_path, '--graph', '--out', tmp_path / 'x.png')
 
 
 def test_committed_studies_are_well_formed():

@@ -11,11 +11,25 @@ import textwrap
 from pathlib import Path
 from statistics import median
 
-from errors import OneLineParser, UserError, run
+from errors import OneLineParser, OptionError, UserError, run
 
 STYLES = [('-', 'o', '#0b3d91'), ('--', 's', '#c1440e'), (':', '^', '#2e7d32'), ('-.', 'D', '#6a1b9a'), ((0, (5, 1, 1, 1, 1, 1)), 'v', '#00838f'),
           ((0, (1, 3)), 'P', '#5d4037'), ((0, (8, 3)), 'X', '#37474f')]
 NOT_TOLD_APART = {'seed', 'save', 'resume', 'ngpu', 'checkpoint_minutes', 'nthread', 'dataroot', 'imagenetpath', 'device', 'cuda', 'gpu_id'}
+
+
+def style_of(g):
+    """Line style, marker and color of the g-th line; behind the seventh the styles come again with other markers."""
+    style, _, color = STYLES[g % len(STYLES)]
+    return style, STYLES[(g + g // len(STYLES)) % len(STYLES)][1], color
+
+
+def logarithmic(ax):
+    """A logarithmic y axis whose ticks are plain numbers."""
+    ax.set_yscale('log')
+    ax.yaxis.set_major_formatter('{x:g}')
+    # Over many decades these would hide each other.
+    ax.yaxis.set_minor_formatter(lambda y, _: f'{y:g}' if f'{y:e}'[0] in '235' and ax.get_ylim()[1] < 300 * ax.get_ylim()[0] else '')
 
 
 def read_log(path):
@@ -76,7 +90,7 @@ def curves(groups, out, errors_only=False):
     losses = [(lambda line: line['test_loss'], '-'), (lambda line: line['train_loss'], ':')]
     for ax, pair in zip(axes, [quantities[:1]] if errors_only else [losses, quantities]):
         for g, (label, logs) in enumerate(groups.items()):
-            style, marker, color = STYLES[g % len(STYLES)]
+            style, marker, color = style_of(g)
             n = max(map(len, logs))
             for value, kind in pair:
                 if value(logs[0][0]) is None:
@@ -90,9 +104,12 @@ def curves(groups, out, errors_only=False):
                     ax.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, linewidth=0)
         ax.set_xlabel('epoch')
         ax.set_ylabel(('loss' if pair is losses else 'error, %') + (' (thin: training)' if not errors_only else ' (test)'))
-        ax.set_yscale('log')
+        logarithmic(ax)
+        ax.xaxis.get_major_locator().set_params(integer=True)
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
-    figure.legend(handles.values(), handles, loc='outside lower center', fontsize=8)
+    columns = max(1, min(3, 80 * len(axes) // (8 + max(map(len, handles)))))
+    figure.set_figheight(figure.get_figheight() + 0.16 * -(-len(handles) // columns))
+    figure.legend(handles.values(), handles, loc='outside lower center', fontsize=8, ncols=columns)
     return save(figure, out)
 
 
@@ -112,7 +129,7 @@ def draw_study(study, rows, runs, out):
     ticks = sorted({row[facts['x']] for row in rows}) if numeric else list(dict.fromkeys(str(row[facts['x']]) for row in rows))
     labels = list(dict.fromkeys(', '.join(str(row[name]) for name in lines) for row in rows))
     for g, label in enumerate(labels):
-        style, marker, color = STYLES[g % len(STYLES)]
+        style, marker, color = style_of(g)
         mine = [row for row in rows if ', '.join(str(row[name]) for name in lines) == label and row['error'] is not None]
         beside = 0.12 * (g - (len(labels) - 1) / 2)  # else the spreads of several lines hide each other
         x = [row[facts['x']] if numeric else ticks.index(str(row[facts['x']])) + beside for row in mine]
@@ -127,9 +144,7 @@ def draw_study(study, rows, runs, out):
         ax.set_xticks(range(len(ticks)), ticks, rotation=20)
     errors = [row[name] for row in rows for name in ('least', 'most') if row['error'] is not None]
     if errors and min(errors) > 0 and max(errors) > 3 * min(errors):  # less needs no logarithm
-        ax.set_yscale('log')
-        ax.yaxis.set_major_formatter('{x:g}')
-        ax.yaxis.set_minor_formatter(lambda error, _: f'{error:g}' if f'{error:e}'[0] in '235' else '')
+        logarithmic(ax)
     ax.set_xlabel(facts['x'])
     ax.set_ylabel('test error, % (median, least to most)')
     ax.set_title(textwrap.fill(study['title'], 60), fontsize=9)
@@ -180,6 +195,10 @@ def main(arguments=None):
     parser.add_argument('--median', action='store_true', help='median and band of the runs that differ in their seed alone')
     parser.add_argument('--graph', action='store_true', help="draw the network of a run's checkpoint instead")
     args = parser.parse_args(arguments)
+    if Path(args.out).suffix not in ('', '.png', '.svg'):
+        raise OptionError(f'--out {args.out} must end in .png or .svg; both are written')
+    if args.graph and (args.median or len(args.runs) > 1):
+        raise OptionError('--graph draws the network of one run, without --median')
     if args.graph:
         import torch
 
@@ -192,7 +211,7 @@ def main(arguments=None):
     options = {path: {key: value for key, value in lines[-1].items() if key not in NOT_TOLD_APART and not key.startswith(('train_', 'test_'))
                       and key not in ('epoch', 'n_parameters', 'broken_images')} for path, lines in logs.items()}
     differing = [key for key in dict.fromkeys(key for one in options.values() for key in one)
-                 if len({json.dumps(one.get(key)) for one in options.values()}) > 1]
+                 if len({json.dumps(one[key]) for one in options.values() if key in one}) > 1]
     groups = {}
     for path, lines in logs.items():
         label = ', '.join(f'{key} {options[path][key]}' for key in differing if key in options[path]) if args.median else path

@@ -179,6 +179,9 @@ def execute(runs, jobs, device):
                 if 'the loss is' not in last:  # a result, too: it diverged. All else is a mistake to mend.
                     raise UserError(f'{shlex.join(one.command(device)[1:])} ended with status {process.returncode}: {last}')
                 (one.folder / FAILED).write_text(last + '\n')
+    except (KeyboardInterrupt, SystemExit):
+        print('\nstopped: the same command goes on', file=sys.stderr)
+        raise
     finally:
         for process in under_way:  # they save, and go on next time
             process.send_signal(signal.SIGTERM)
