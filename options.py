@@ -66,9 +66,12 @@ def epoch_list(text):
 
 def momentum(text):
     """'cumulative', or a number in (0, 1]."""
-    value = text if text == 'cumulative' else float(text)
+    try:
+        value = text if text == 'cumulative' else float(text)
+    except ValueError:
+        value = 0
     if value != 'cumulative' and not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f'{text} must be more than 0 and at most 1, or cumulative')
+        raise argparse.ArgumentTypeError(f'{text} must be a number above 0 and at most 1, or cumulative')
     return value
 
 

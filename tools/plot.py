@@ -131,8 +131,8 @@ def draw_study(study, rows, runs, out):
     for g, label in enumerate(labels):
         style, marker, color = style_of(g)
         mine = [row for row in rows if ', '.join(str(row[name]) for name in lines) == label and row['error'] is not None]
-        beside = 0.12 * (g - (len(labels) - 1) / 2)  # else the spreads of several lines hide each other
-        x = [row[facts['x']] if numeric else ticks.index(str(row[facts['x']])) + beside for row in mine]
+        beside = g - (len(labels) - 1) / 2  # else the spreads of several lines hide each other
+        x = [row[facts['x']] * 1.04 ** beside if numeric else ticks.index(str(row[facts['x']])) + 0.12 * beside for row in mine]
         spread = [[row['error'] - row['least'] for row in mine], [row['most'] - row['error'] for row in mine]]
         ax.errorbar(x, [row['error'] for row in mine], yerr=spread, color=color, linestyle=style if numeric else 'none', marker=marker, capsize=3, label=label)
     if numeric:

@@ -18,6 +18,7 @@ The YAML file has
     figure           x: an option's name, or epoch; lines: the option that tells lines apart, or a list of them; or signal: true (tools.propagation's)
     keep             epochs whose checkpoints are kept, as epochN.pt7 in the run's folder
 """
+import argparse
 import csv
 import itertools
 import json
@@ -234,6 +235,13 @@ def write_tables(study, rows, dataset, folder):
     (folder / 'table.md').write_text('\n'.join(lines) + '\n')
 
 
+def seed_list(text):
+    try:
+        return [int(seed) for seed in text.split(',')]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text} must be whole numbers, as 1,2,3') from None
+
+
 def main(arguments=None):
     parser = OneLineParser(prog='-m tools.study', description=__doc__)
     parser.add_argument('study', metavar='STUDY.yaml', type=Path)
@@ -241,7 +249,7 @@ def main(arguments=None):
     parser.add_argument('--dataroot', help='folder of the data')
     parser.add_argument('--device', help='as for train.py')
     parser.add_argument('--jobs', type=int, default=1, help='trainings at once (default 1)')
-    parser.add_argument('--seeds', type=lambda text: [int(seed) for seed in text.split(',')], help='in place of its own: 1,2,3')
+    parser.add_argument('--seeds', type=seed_list, help='in place of its own: 1,2,3')
     parser.add_argument('--out', type=Path, help='folder for all of it (default: see above)')
     parser.add_argument('--table', action='store_true', help='only make table and figure anew, of the runs that are done')
     args = parser.parse_args(arguments)
