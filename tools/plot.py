@@ -157,29 +157,32 @@ def draw_graph(module, inputs, out):
     """The operations that a module does on its inputs, from top to bottom, with the shape of what they give, (C, H, W); what skips over others
     goes around them. What is done to weights alone is left out."""
     import torch
+    from matplotlib.patches import Rectangle
     graph = torch.export.export(module, (inputs,)).graph
     nodes = []
     for node in graph.nodes:  # in the order of the computation
         if node.op == 'placeholder' and isinstance(node.meta.get('val'), torch.Tensor) and node.meta['val'].shape == inputs.shape or any(
                 source in nodes for source in node.all_input_nodes):
             nodes.append(node)
-    place = {node: i for i, node in enumerate(nodes)}
+    place, half = {node: i for i, node in enumerate(nodes)}, 0.65  # half of a box's width
     figure, [ax] = new_figure(width=4, height=0.28 * len(nodes) + 0.5)
     for node, i in place.items():
         name = {'placeholder': 'images', 'output': 'logits'}.get(node.op) or getattr(node.target, '_opname', None) or getattr(
             node.target, '__name__', str(node.target)).split('.')[0]
         shape = getattr(node.meta.get('val'), 'shape', ())
-        ax.text(0, -i, f'{name.strip("_")}   {" x ".join(map(str, shape[1:]))}', ha='center', va='center', fontsize=7,
-                bbox={'boxstyle': 'round,pad=0.15', 'facecolor': 'white', 'edgecolor': '0.3'})
+        ax.text(0, -i, f'{name.strip("_")}   {" x ".join(map(str, shape[1:]))}', ha='center', va='center', fontsize=7)
+        ax.add_patch(Rectangle((-half, -i - 0.3), 2 * half, 0.6, facecolor='white', edgecolor='0.3', linewidth=0.8))
         for source in node.all_input_nodes:
             if source not in place:
                 continue
             above, apart = place[source], i - place[source]
+            arrow = {'arrowstyle': '->', 'linewidth': 0.7, 'shrinkA': 0, 'shrinkB': 0}
             if apart == 1:
-                ax.annotate('', (0, -i + 0.32), (0, -above - 0.32), arrowprops={'arrowstyle': '->', 'linewidth': 0.7})
+                ax.annotate('', (0, -i + 0.3), (0, -above - 0.3), arrowprops=arrow)
             else:
-                reach = 0.9 + 0.05 * min(apart, 12)
-                ax.plot([0.55, reach, reach, 0.55], [-above, -above, -i, -i], color='0.2', linewidth=0.8)
+                reach = half + 0.15 + 0.05 * min(apart, 12) + 0.02 * (above % 3)
+                ax.plot([half, reach, reach], [-above, -above, -i], color='0.2', linewidth=0.7)
+                ax.annotate('', (half, -i), (reach, -i), arrowprops=arrow)
     figure.set_layout_engine('none')  # its margins are the boxes' own
     ax.set_position([0, 0, 1, 1])
     ax.set_xlim(-0.9, 1.7)
