@@ -114,7 +114,7 @@ class Checkpoint:
 
     def fold(self):
         """The folded module in evaluation mode. Raises UserError for a network that doesn't fold."""
-        if self.network and self.network['model'] in resnet.OPTIONS:
+        if self.network and self.network['model'] not in resnet.CHAINS + resnet.VERSION_1:
             raise UserError(f'{self.path} can not be folded: it is of --model {self.network["model"]}, and only {", ".join(resnet.CHAINS + resnet.VERSION_1)} fold')
         try:
             if self.network and self.network['model'] in resnet.VERSION_1:

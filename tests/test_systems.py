@@ -36,9 +36,10 @@ def randomize(params):
 @pytest.mark.parametrize('model, depth, width, dataset, expected', [
     ('resnet', 20, 1, 'CIFAR10', 269_722), ('resnet', 110, 1, 'CIFAR10', 1_727_962), ('resnet', 18, 1, 'ImageNet', 11_689_512),
     ('resnet', 34, 1, 'ImageNet', 21_797_672), ('wrn', 28, 10, 'CIFAR10', 36_479_194), ('wrn', 28, 10, 'CIFAR100', 36_536_884),
-    ('wrn', 50, 2, 'ImageNet', 68_883_240)])
+    ('wrn', 50, 2, 'ImageNet', 68_883_240), ('plain', 16, 1, 'CIFAR10', 173_402 - 2 * 4 * (16 + 32 + 64)),
+    ('resnet-dirac', 20, 1, 'CIFAR10', 269_722 + 2 * 6 * (16 + 32 + 64))])
 def test_parameter_counts(model, depth, width, dataset, expected):
-    """As in the papers (0.27 M, 1.7 M, 36.5 M) and in torchvision."""
+    """As in the papers (0.27 M, 1.7 M, 36.5 M) and in torchvision; with and without an alpha and a beta for each channel of a block's convolution."""
     assert count(resnet.define(model, depth, width, dataset)[1]) == expected
 
 
@@ -211,7 +212,7 @@ def test_version_1_folds_into_the_printed_chain():
 SHORT = ['--dataset', 'digits', '--epochs', '5', '--epoch_step', '[4]', '--lr', '0.1', '--weight_decay', '0.0005']
 
 
-@pytest.mark.parametrize('options', [['--model', 'diracnet-v1', '--depth', '10'], ['--model', 'resnet', '--depth', '14'],
+@pytest.mark.parametrize('options', [['--model', 'diracnet-v1', '--depth', '10'], ['--model', 'plain', '--depth', '10'], ['--model', 'resnet', '--depth', '14'],
                                      ['--model', 'resnet-dirac', '--depth', '14', '--block', 'bn-add'],
                                      ['--model', 'wrn', '--depth', '10', '--width', '2', '--dropout', '0.3']])
 def test_trains_on_digits_is_tested_and_resumes(options, tmp_path, call):

@@ -140,7 +140,7 @@ def draw(measured, logs, out):
     for ax, (part, name) in zip(axes[0], parts):
         for e, (epoch, rows) in enumerate(epochs.items()):
             some = [row for row in rows if part in row]
-            style, marker, _ = plot.STYLES[e % len(plot.STYLES)]
+            style, marker, _ = plot.style_of(e)
             ax.plot([row['layer'] for row in some], [row[part] for row in some], linestyle=style, marker=marker, markevery=(e, max(1, len(some) // 6)), markersize=4,
                     color=pyplot.cm.viridis(0.9 * e / len(epochs)), linewidth=1.2, label=f'epoch {epoch}')
         ax.set_title(f'{label}: {name}', fontsize=10)
@@ -149,7 +149,7 @@ def draw(measured, logs, out):
 
     def lines(ax, value, title, **kwargs):
         for g, (label, epochs) in enumerate(measured.items()):
-            style, marker, color = plot.STYLES[g % len(plot.STYLES)]
+            style, marker, color = plot.style_of(g)
             x, y = value(label, epochs)
             ax.plot(x, y, linestyle=style, marker=marker, color=color, markevery=(g * max(1, len(x) // 40), max(1, len(x) // 7)), markersize=4, label=label, **kwargs)
         ax.set_title(title, fontsize=10)
