@@ -8,6 +8,7 @@ A Dirac convolution learns the difference from the identity, in the weight inste
 DiracConv1d, DiracConv2d and DiracConv3d are `torch.nn` convolutions whose effective weight it is, and
 `fold()` turns each into the plain convolution that computes the same. Depends on torch alone.
 """
+
 import inspect
 
 import torch
@@ -33,7 +34,11 @@ def dirac_weight(weight, alpha, beta, groups=1):
     """
     out, inside = weight.shape[:2]
     # Rows of taps, in the order in which they lie in memory, so that nothing is copied.
-    channels_last = weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+    channels_last = (
+        weight.ndim == 4
+        and not weight.is_contiguous()
+        and weight.is_contiguous(memory_format=torch.channels_last)
+    )
     ordered = weight.movedim(1, -1) if channels_last else weight
     flat = ordered.flatten(1)  # (out, taps)
     effective = _normalized(flat, beta) if torch.jit.is_tracing() else _Normalized.apply(flat, beta)
@@ -61,6 +66,7 @@ def _normalized(rows, scale):
 
 class _Normalized(torch.autograd.Function):
     """`_normalized`, with a backward pass in half as many passes over the weight as autograd's. (A trace can't be saved with it.)"""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -77,7 +83,9 @@ class _Normalized(torch.autograd.Function):
         norms = _norms(rows)
         grad_scale = torch.linalg.vecdot(grad, rows) / norms
         factor = scale / norms
-        grad_rows = (grad * factor[:, None]).addcmul_(rows, (grad_scale * factor / norms)[:, None], value=-1)
+        grad_rows = (grad * factor[:, None]).addcmul_(
+            rows, (grad_scale * factor / norms)[:, None], value=-1
+        )
         return grad_rows, grad_scale
 
 
@@ -99,7 +107,7 @@ def split_weight(weight, groups=1):
     weight = weight.detach().clone()
     alpha = torch.zeros(weight.shape[0], device=weight.device, dtype=weight.dtype)
     diagonal = _diagonal(weight, groups)  # (groups, n)
-    alpha.unflatten(0, (groups, -1))[:, :diagonal.shape[1]] = diagonal
+    alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]] = diagonal
     diagonal.zero_()
     return weight, alpha, torch.linalg.vector_norm(weight.flatten(1), dim=1)
 
@@ -113,8 +121,19 @@ def _diagonal(weight, groups):
 
 def plain_conv(kind, conv, weight):
     """A torch.nn.Conv1d, 2d or 3d (`kind`) with the arguments, bias and mode of `conv`, and a weight of its own."""
-    plain = kind(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-                 conv.bias is not None, conv.padding_mode, device='meta', dtype=weight.dtype)
+    plain = kind(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.bias is not None,
+        conv.padding_mode,
+        device='meta',
+        dtype=weight.dtype,
+    )
     plain.weight = nn.Parameter(weight.detach())
     if conv.bias is not None:
         plain.bias = nn.Parameter(conv.bias.detach().clone())
@@ -125,7 +144,9 @@ class _DiracConv:
     """What the three layers share; comes before the `torch.nn` convolution among the bases."""
 
     def __init_subclass__(cls):
-        cls.__signature__ = inspect.signature(cls.plain_class)  # the arguments are torch's, and help() says so
+        cls.__signature__ = inspect.signature(
+            cls.plain_class
+        )  # the arguments are torch's, and help() says so
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -155,25 +176,37 @@ class _DiracConv:
     def fold(self):
         """The plain convolution of the same arguments, device, dtype and mode that computes the same."""
         # Folding happens once and is read for ever: double precision costs nothing here.
-        weight = dirac_weight(self.weight.double(), self.alpha.double(), self.beta.double(), self.groups)
+        weight = dirac_weight(
+            self.weight.double(), self.alpha.double(), self.beta.double(), self.groups
+        )
         return plain_conv(self.plain_class, self, weight.to(self.weight.dtype))
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         # The original's modules keep the identity as a buffer. Ours is implied, so a stored one must agree with it.
         delta = state_dict.pop(prefix + 'delta', None)
         if delta is not None and not self._is_delta(delta):
-            error_msgs.append(f'{prefix}delta is not the identity of this layer, a Dirac delta of shape {tuple(self.weight.shape)}')
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            error_msgs.append(
+                f'{prefix}delta is not the identity of this layer, a Dirac delta of shape {tuple(self.weight.shape)}'
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _is_delta(self, delta):
         if delta.shape != self.weight.shape:
             return False
-        return delta.is_meta or torch.equal(delta, nn.init.dirac_(torch.empty_like(delta), self.groups))
+        return delta.is_meta or torch.equal(
+            delta, nn.init.dirac_(torch.empty_like(delta), self.groups)
+        )
 
     def extra_repr(self):
         text = super().extra_repr()
         if not self.alpha.is_meta:
-            text += f', alpha={self.alpha.detach().mean():.3g}, beta={self.beta.detach().mean():.3g}'
+            text += (
+                f', alpha={self.alpha.detach().mean():.3g}, beta={self.beta.detach().mean():.3g}'
+            )
         return text
 
 
@@ -183,6 +216,7 @@ class DiracConv1d(_DiracConv, nn.Conv1d):
     Input (N, in, L), output (N, out, L'). Parameters: weight, bias, and alpha and beta, (out,) each; give the last
     two no weight decay (with it both collapse to zero, paper section 3). repr shows their means.
     """
+
     plain_class = nn.Conv1d
 
 
@@ -191,6 +225,7 @@ class DiracConv2d(_DiracConv, nn.Conv2d):
 
     Input (N, in, H, W), output (N, out, H', W'). Parameters as of DiracConv1d.
     """
+
     plain_class = nn.Conv2d
 
 
@@ -199,6 +234,7 @@ class DiracConv3d(_DiracConv, nn.Conv3d):
 
     Input (N, in, D, H, W), output (N, out, D', H', W'). Parameters as of DiracConv1d.
     """
+
     plain_class = nn.Conv3d
 
 

@@ -10,6 +10,7 @@
 Zagoruyko and Komodakis, DiracNets: Training Very Deep Neural Networks Without Skip-Connections, arXiv 1706.00388.
 Depends on torch alone.
 """
+
 import hashlib
 import http.client
 import os
@@ -24,7 +25,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from diracconv import ALPHA, BETA, dirac_weight
-from malloc import release_freed_memory
+from lab.memory import release_freed_memory
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 
@@ -39,7 +40,10 @@ DATASETS = {
     'folder': ('imagenet', 3, None),  # anybody's images: num_classes must be given
 }
 BASE_WIDTHS = {'cifar': (16, 32, 64), 'imagenet': (64, 128, 256, 512)}
-IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}  # as ResNet counts them; a DiracNet has two for each
+IMAGENET_BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+}  # as ResNet counts them; a DiracNet has two for each
 
 model_urls = {  # the hexadecimal part is the beginning of the file's SHA-256
     'diracnet18': 'https://s3.amazonaws.com/modelzoo-networks/diracnet18v2folded-a2174e15.pth',
@@ -48,8 +52,9 @@ model_urls = {  # the hexadecimal part is the beginning of the file's SHA-256
 
 
 @dataclass(frozen=True)
-class Layout:
+class Architecture:
     """What determines the shapes of a network: everything but its weights."""
+
     form: str  # 'cifar': 3x3 stem, three groups; 'imagenet': 7x7 stem with stride, four groups
     depth: int
     width: float
@@ -64,15 +69,19 @@ class Layout:
     @property
     def groups(self):
         """Per group, a list of (name, in_channels, out_channels), one for each block."""
-        blocks = [(self.depth - 4) // 6] * 3 if self.form == 'cifar' else IMAGENET_BLOCKS[self.depth]
+        blocks = (
+            [(self.depth - 4) // 6] * 3 if self.form == 'cifar' else IMAGENET_BLOCKS[self.depth]
+        )
         groups, channels = [], self.widths[0]
         for g, (n, out) in enumerate(zip(blocks, self.widths)):
-            groups.append([(f'group{g}.block{b}', out if b else channels, out) for b in range(2 * n)])
+            groups.append(
+                [(f'group{g}.block{b}', out if b else channels, out) for b in range(2 * n)]
+            )
             channels = out
         return groups
 
 
-def layout(depth, width, dataset, num_classes=None, in_channels=None):
+def make_architecture(depth, width, dataset, num_classes=None, in_channels=None):
     """Check and complete a user's choice. Raises ValueError, with what is possible, for one that can't be built."""
     if dataset not in DATASETS:
         raise ValueError(f'unknown dataset {dataset!r}; there are {", ".join(DATASETS)}')
@@ -85,15 +94,21 @@ def layout(depth, width, dataset, num_classes=None, in_channels=None):
         raise ValueError(f'depth {depth} is impossible for {dataset}: it is 18 or 34')
     if form == 'cifar' and (depth != int(depth) or depth < 10 or (depth - 4) % 6):
         near = 6 * max(round((depth - 4) / 6), 1) + 4
-        raise ValueError(f'depth {depth} is impossible for {dataset}: it is 6n + 4 with n of 1 or more (10, 16, 22, 28, 34, ...); '
-                         f'the nearest is {near}')
+        raise ValueError(
+            f'depth {depth} is impossible for {dataset}: it is 6n + 4 with n of 1 or more (10, 16, 22, 28, 34, ...); '
+            f'the nearest is {near}'
+        )
     if not (0 < width < float('inf') and int(BASE_WIDTHS[form][0] * width) >= 1):
-        raise ValueError(f'width {width} is impossible for {dataset}: {BASE_WIDTHS[form][0]} times it, the channels of the first group, '
-                         'must be 1 or more')
+        raise ValueError(
+            f'width {width} is impossible for {dataset}: {BASE_WIDTHS[form][0]} times it, the channels of the first group, '
+            'must be 1 or more'
+        )
     for name, number in (('num_classes', classes), ('in_channels', channels)):
         if number != int(number) or number < 1:
-            raise ValueError(f'{name} {number} is impossible: it must be a whole number of 1 or more')
-    return Layout(form, int(depth), width, int(channels), int(classes))
+            raise ValueError(
+                f'{name} {number} is impossible: it must be a whole number of 1 or more'
+            )
+    return Architecture(form, int(depth), width, int(channels), int(classes))
 
 
 # --- parameters and functions ----------------------------------------------------------------------------------------
@@ -106,13 +121,20 @@ def conv_params(in_channels, out_channels, kernel_size):
 
 
 def bn_params(channels):
-    return {'weight': torch.rand(channels), 'bias': torch.zeros(channels),
-            'running_mean': torch.zeros(channels), 'running_var': torch.ones(channels)}
+    return {
+        'weight': torch.rand(channels),
+        'bias': torch.zeros(channels),
+        'running_mean': torch.zeros(channels),
+        'running_var': torch.ones(channels),
+    }
 
 
 def linear_params(in_features, out_features):
     weight = torch.empty(out_features, in_features)
-    return {'weight': nn.init.kaiming_normal_(weight, nonlinearity='relu'), 'bias': torch.zeros(out_features)}
+    return {
+        'weight': nn.init.kaiming_normal_(weight, nonlinearity='relu'),
+        'bias': torch.zeros(out_features),
+    }
 
 
 def flatten(tree, prefix=''):
@@ -159,16 +181,20 @@ class _Recomputed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         *given, weight = ctx.saved_tensors
-        if ctx.pool and not given[0].is_cuda and given[0].nbytes >= 2 ** 24:
+        if ctx.pool and not given[0].is_cuda and given[0].nbytes >= 2**24:
             release_freed_memory()  # activations become larger here, and the holes that smaller ones left are of no use
         x, bn_weight, bn_bias = (tensor.detach().requires_grad_() for tensor in given)
         with torch.enable_grad():
             # Running statistics have been updated before.
             inputs = activation(x, (bn_weight, bn_bias, None, None), True, ctx.pool, ctx.norm)
-        inner = inputs.detach().to(grad.dtype)  # under autocast the convolution was in a shorter type than its inputs
+        inner = inputs.detach().to(
+            grad.dtype
+        )  # under autocast the convolution was in a shorter type than its inputs
         short = weight.to(grad.dtype)
         grad_inputs = torch.nn.grad.conv2d_input(inner.shape, short, grad, padding=1)
-        grad_weight = torch.nn.grad.conv2d_weight(inner, weight.shape, grad, padding=1).to(weight.dtype)
+        grad_weight = torch.nn.grad.conv2d_weight(inner, weight.shape, grad, padding=1).to(
+            weight.dtype
+        )
         del inner
         grads = torch.autograd.grad(inputs, (x, bn_weight, bn_bias), grad_inputs.to(inputs.dtype))
         return *grads, None, None, grad_weight, None, None
@@ -181,10 +207,10 @@ def recomputed_block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
     return block(x, bn, weight, mode, pool, norm)
 
 
-def conv_weights(layout, params):
+def conv_weights(architecture, params):
     """The weight that each block convolves with, by the block's name: Dirac where there are scales, else (as in plain networks)
     as it is. The Dirac weights of all blocks of one shape are computed at once."""
-    names = [name for group in layout.groups for name, _, _ in group]
+    names = [name for group in architecture.groups for name, _, _ in group]
     if names[0] + '.alpha' not in params:
         return {name: params[name + '.conv'] for name in names}
     by_shape = {}
@@ -192,13 +218,16 @@ def conv_weights(layout, params):
         by_shape.setdefault(params[name + '.conv'].shape, []).append(name)
     weights = {}
     for shape, names in by_shape.items():
-        together = (torch.cat([params[f'{name}.{part}'] for name in names]) for part in ('conv', 'alpha', 'beta'))
+        together = (
+            torch.cat([params[f'{name}.{part}'] for name in names])
+            for part in ('conv', 'alpha', 'beta')
+        )
         weights.update(zip(names, dirac_weight(*together, groups=len(names)).split(shape[0])))
     return weights
 
 
-def chain(layout, inputs, params, mode, block=block, norm=F.batch_norm):
-    """The function of a DiracNet (and of the plain chain), as partial(chain, layout): f(inputs, params, mode).
+def chain(architecture, inputs, params, mode, block=block, norm=F.batch_norm):
+    """The function of a DiracNet (and of the plain chain), as partial(chain, architecture): f(inputs, params, mode).
 
     Args:
         inputs: (N, in_channels, H, W), normalized images.
@@ -210,16 +239,29 @@ def chain(layout, inputs, params, mode, block=block, norm=F.batch_norm):
     Returns:
         logits, (N, num_classes).
     """
+
     def bn(name):
-        return tuple(params[f'{name}.{part}'] for part in ('weight', 'bias', 'running_mean', 'running_var'))
-    weights = conv_weights(layout, params)
-    if layout.form == 'imagenet':
-        x, pool = F.conv2d(inputs, params['conv'], stride=2, padding=3), (3, 2, 1)  # (N, w0, H / 2, W / 2)
+        return tuple(
+            params[f'{name}.{part}'] for part in ('weight', 'bias', 'running_mean', 'running_var')
+        )
+
+    weights = conv_weights(architecture, params)
+    if architecture.form == 'imagenet':
+        x, pool = (
+            F.conv2d(inputs, params['conv'], stride=2, padding=3),
+            (3, 2, 1),
+        )  # (N, w0, H / 2, W / 2)
     else:
         x, pool = F.conv2d(inputs, params['conv'], padding=1), ()  # (N, w0, H, W)
     last = 'bn'
-    for group in layout.groups:
-        for name, _, _ in group:  # paper: a block is ReLU, convolution, batch norm; here cut behind the convolutions
+    for group in architecture.groups:
+        for (
+            name,
+            _,
+            _,
+        ) in (
+            group
+        ):  # paper: a block is ReLU, convolution, batch norm; here cut behind the convolutions
             x = block(x, bn(last), weights[name], mode, pool, norm)
             last, pool = name + '.bn', ()
         pool = (2,)  # height and width halve
@@ -227,18 +269,26 @@ def chain(layout, inputs, params, mode, block=block, norm=F.batch_norm):
     return F.linear(x, params['fc.weight'], params['fc.bias'])
 
 
-def define_chain(layout, dirac=True):
-    """f and params of the chain that `layout` describes; without `dirac`, ordinary convolutions (see resnet.py)."""
-    tree = {'conv': conv_params(layout.in_channels, layout.widths[0], 7 if layout.form == 'imagenet' else 3),
-            'bn': bn_params(layout.widths[0])}
-    for group in layout.groups:
+def define_chain(architecture, dirac=True):
+    """f and params of the chain that `architecture` describes; without `dirac`, ordinary convolutions (see resnet.py)."""
+    tree = {
+        'conv': conv_params(
+            architecture.in_channels,
+            architecture.widths[0],
+            7 if architecture.form == 'imagenet' else 3,
+        ),
+        'bn': bn_params(architecture.widths[0]),
+    }
+    for group in architecture.groups:
         for name, in_channels, out_channels in group:
             tree[name] = {'conv': conv_params(in_channels, out_channels, 3)}
             if dirac:
-                tree[name].update(alpha=torch.full((out_channels,), ALPHA), beta=torch.full((out_channels,), BETA))
+                tree[name].update(
+                    alpha=torch.full((out_channels,), ALPHA), beta=torch.full((out_channels,), BETA)
+                )
             tree[name]['bn'] = bn_params(out_channels)
-    tree['fc'] = linear_params(layout.widths[-1], layout.num_classes)
-    return partial(chain, layout), flatten(tree)
+    tree['fc'] = linear_params(architecture.widths[-1], architecture.num_classes)
+    return partial(chain, architecture), flatten(tree)
 
 
 def define_diracnet(depth, width, dataset, *, num_classes=None, in_channels=None):
@@ -257,7 +307,7 @@ def define_diracnet(depth, width, dataset, *, num_classes=None, in_channels=None
     Raises:
         ValueError: an impossible depth, width or data set; the message says what is possible.
     """
-    return define_chain(layout(depth, width, dataset, num_classes, in_channels))
+    return define_chain(make_architecture(depth, width, dataset, num_classes, in_channels))
 
 
 class Network(nn.Module):
@@ -273,7 +323,9 @@ class Network(nn.Module):
         self.f = f
         places = {}
         for key, tensor in params.items():
-            *path, name = key.split('.')  # PyTorch accepts no name with a dot: nested modules give the same keys
+            *path, name = key.split(
+                '.'
+            )  # PyTorch accepts no name with a dot: nested modules give the same keys
             places.setdefault(tuple(path), []).append((key, name))
             module = self
             for part in path:
@@ -304,8 +356,8 @@ class Network(nn.Module):
 # --- folding ---------------------------------------------------------------------------------------------------------
 
 
-def layout_of(params):
-    """The Layout of a DiracNet (or plain chain), read off its parameters or its folded state dict.
+def infer_architecture(params):
+    """The Architecture of a DiracNet (or plain chain), read off its parameters or its folded state dict.
 
     Raises:
         ValueError: these are not the parameters of such a network; the message names the first key that is wrong.
@@ -315,25 +367,53 @@ def layout_of(params):
     try:
         stem, fc = params[f'{prefix}conv{suffix}'], params['fc.weight']
         form = {3: 'cifar', 7: 'imagenet'}[stem.shape[-1]]
-        pattern = re.compile(re.escape(prefix) + r'group(\d+)\.block(\d+)\.conv' + re.escape(suffix) + '$')
+        pattern = re.compile(
+            re.escape(prefix) + r'group(\d+)\.block(\d+)\.conv' + re.escape(suffix) + '$'
+        )
         blocks = [match for match in map(pattern.match, params) if match]
-        per_group = [sum(int(match[1]) == g for match in blocks) for g in range(len(BASE_WIDTHS[form]))]
+        per_group = [
+            sum(int(match[1]) == g for match in blocks) for g in range(len(BASE_WIDTHS[form]))
+        ]
         if form == 'imagenet':
-            depth = {tuple(2 * n for n in counts): depth for depth, counts in IMAGENET_BLOCKS.items()}[tuple(per_group)]
+            depth = {
+                tuple(2 * n for n in counts): depth for depth, counts in IMAGENET_BLOCKS.items()
+            }[tuple(per_group)]
         else:
             depth = 3 * per_group[0] + 4
-        width = fc.shape[1] / BASE_WIDTHS[form][-1]  # of the truncated widths the last is the finest: it determines the others
-        found = Layout(form, depth, int(width) if width.is_integer() else width, stem.shape[1], fc.shape[0])
-        expected = {f'{prefix}conv{suffix}': (found.widths[0], found.in_channels, stem.shape[-1], stem.shape[-1])}
-        expected.update({f'{prefix}{name}.conv{suffix}': (out, inside, 3, 3)
-                         for group in found.groups for name, inside, out in group})
+        width = (
+            fc.shape[1] / BASE_WIDTHS[form][-1]
+        )  # of the truncated widths the last is the finest: it determines the others
+        found = Architecture(
+            form, depth, int(width) if width.is_integer() else width, stem.shape[1], fc.shape[0]
+        )
+        expected = {
+            f'{prefix}conv{suffix}': (
+                found.widths[0],
+                found.in_channels,
+                stem.shape[-1],
+                stem.shape[-1],
+            )
+        }
+        expected.update(
+            {
+                f'{prefix}{name}.conv{suffix}': (out, inside, 3, 3)
+                for group in found.groups
+                for name, inside, out in group
+            }
+        )
         for key, shape in expected.items():
             if tuple(params[key].shape) != shape:
-                raise ValueError(f'not the parameters of a DiracNet: {key} is {tuple(params[key].shape)} instead of {shape}')
+                raise ValueError(
+                    f'not the parameters of a DiracNet: {key} is {tuple(params[key].shape)} instead of {shape}'
+                )
         if len(blocks) != len(expected) - 1:
-            raise ValueError('not the parameters of a DiracNet: there are more blocks than its depth has')
+            raise ValueError(
+                'not the parameters of a DiracNet: there are more blocks than its depth has'
+            )
     except (KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f'not the parameters of a DiracNet: {error.args[0]!r} is missing or of an unknown form') from None
+        raise ValueError(
+            f'not the parameters of a DiracNet: {error.args[0]!r} is missing or of an unknown form'
+        ) from None
     return found
 
 
@@ -351,19 +431,36 @@ def fold(params):
     Raises:
         ValueError: not the parameters of such a network.
     """
-    names = ['', *(name + '.' for group in layout_of(params).groups for name, _, _ in group)]
+    names = [
+        '',
+        *(name + '.' for group in infer_architecture(params).groups for name, _, _ in group),
+    ]
     folded = OrderedDict()
     for name in names:
-        wide = {key[len(name):]: tensor.double() for key, tensor in params.items() if key.startswith(name)
-                and re.fullmatch(r'conv|alpha|beta|bn\.\w+', key[len(name):])}
-        missing = [key for key in ('conv', 'bn.running_mean', 'bn.running_var', 'bn.weight', 'bn.bias') if key not in wide]
+        wide = {
+            key[len(name) :]: tensor.double()
+            for key, tensor in params.items()
+            if key.startswith(name) and re.fullmatch(r'conv|alpha|beta|bn\.\w+', key[len(name) :])
+        }
+        missing = [
+            key
+            for key in ('conv', 'bn.running_mean', 'bn.running_var', 'bn.weight', 'bn.bias')
+            if key not in wide
+        ]
         if missing:
             raise ValueError(f'not the parameters of a DiracNet: {name}{missing[0]} is missing')
         weight = wide['conv']
         if 'alpha' in wide:
             weight = dirac_weight(weight, wide['alpha'], wide['beta'])
-        fused = fuse_conv_bn_weights(weight, None, wide['bn.running_mean'], wide['bn.running_var'], BN_EPS,
-                                     wide['bn.weight'], wide['bn.bias'])
+        fused = fuse_conv_bn_weights(
+            weight,
+            None,
+            wide['bn.running_mean'],
+            wide['bn.running_var'],
+            BN_EPS,
+            wide['bn.weight'],
+            wide['bn.bias'],
+        )
         for key, tensor in zip(('weight', 'bias'), fused):
             folded[f'features.{name}conv.{key}'] = tensor.detach().to(params[name + 'conv'].dtype)
     for key in ('fc.weight', 'fc.bias'):
@@ -381,37 +478,52 @@ class DiracNet(nn.Module):
 
     def __init__(self, depth, width=1, dataset='ImageNet', *, num_classes=None, in_channels=None):
         super().__init__()
-        self._build(layout(depth, width, dataset, num_classes, in_channels))
+        self._build(make_architecture(depth, width, dataset, num_classes, in_channels))
 
     @classmethod
     def from_state_dict(cls, state_dict):
         """The module that a folded state dict fits, with its weights. Raises ValueError if it is none."""
         net = cls.__new__(cls)
         nn.Module.__init__(net)
-        net._build(cls._layout_of(state_dict))
+        net._build(cls._infer(state_dict))
         net.to(state_dict['fc.weight'].dtype).load_state_dict(state_dict)
         return net
 
-    _layout_of = staticmethod(layout_of)
+    _infer = staticmethod(infer_architecture)
 
-    def _build(self, layout):
-        self.layout = layout
+    def _build(self, architecture):
+        self.architecture = architecture
         features = OrderedDict()
-        if layout.form == 'imagenet':
-            features['conv'] = nn.Conv2d(layout.in_channels, layout.widths[0], 7, stride=2, padding=3)
+        if architecture.form == 'imagenet':
+            features['conv'] = nn.Conv2d(
+                architecture.in_channels, architecture.widths[0], 7, stride=2, padding=3
+            )
             features['max_pool0'] = nn.MaxPool2d(3, 2, 1)
         else:
-            features['conv'] = nn.Conv2d(layout.in_channels, layout.widths[0], 3, padding=1)
-        for g, group in enumerate(layout.groups):
+            features['conv'] = nn.Conv2d(
+                architecture.in_channels, architecture.widths[0], 3, padding=1
+            )
+        for g, group in enumerate(architecture.groups):
             if g > 0:
                 features[f'max_pool{g}'] = nn.MaxPool2d(2)
-            features[f'group{g}'] = nn.Sequential(OrderedDict(
-                (name.split('.')[1], nn.Sequential(OrderedDict(relu=nn.ReLU(inplace=True), conv=nn.Conv2d(inside, out, 3, padding=1))))
-                for name, inside, out in group))
+            features[f'group{g}'] = nn.Sequential(
+                OrderedDict(
+                    (
+                        name.split('.')[1],
+                        nn.Sequential(
+                            OrderedDict(
+                                relu=nn.ReLU(inplace=True),
+                                conv=nn.Conv2d(inside, out, 3, padding=1),
+                            )
+                        ),
+                    )
+                    for name, inside, out in group
+                )
+            )
         features['last_relu'] = nn.ReLU(inplace=True)
         features['avg_pool'] = nn.AdaptiveAvgPool2d(1)
         self.features = nn.Sequential(features)
-        self.fc = nn.Linear(layout.widths[-1], layout.num_classes)
+        self.fc = nn.Linear(architecture.widths[-1], architecture.num_classes)
 
     def forward(self, inputs):
         return self.fc(self.features(inputs).flatten(1))
@@ -427,14 +539,18 @@ def _published(name):
         with open(path, 'rb') as file:
             digest = hashlib.sha256(file.read()).hexdigest()
         if not digest.startswith(prefix):  # torch.hub takes what is there unseen
-            raise RuntimeError(f'{path} is not the file of {url}: its SHA-256 begins with {digest[:8]} instead of {prefix}; remove it')
+            raise RuntimeError(
+                f'{path} is not the file of {url}: its SHA-256 begins with {digest[:8]} instead of {prefix}; remove it'
+            )
     else:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, path, prefix)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
-            raise RuntimeError(f'{url} could not be fetched ({error}); get it by other means, save it as {path}, and see that its SHA-256 '
-                               f'begins with {prefix}') from error
+            raise RuntimeError(
+                f'{url} could not be fetched ({error}); get it by other means, save it as {path}, and see that its SHA-256 '
+                f'begins with {prefix}'
+            ) from error
     return torch.load(path, map_location='cpu', weights_only=True)
 
 
@@ -442,10 +558,12 @@ def _folded(name, depth, pretrained, **kwargs):
     model = DiracNet(depth, **kwargs)
     if pretrained:
         weights = _published(name)
-        found = layout_of(weights)
-        if found != model.layout:
-            raise ValueError(f'the published weights of {name} are for {found.num_classes} classes, {found.in_channels} channels and width '
-                             f'{found.width}: pretrained=True goes without other arguments')
+        found = infer_architecture(weights)
+        if found != model.architecture:
+            raise ValueError(
+                f'the published weights of {name} are for {found.num_classes} classes, {found.in_channels} channels and width '
+                f'{found.width}: pretrained=True goes without other arguments'
+            )
         model.load_state_dict(weights)
     return model
 

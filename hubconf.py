@@ -1,4 +1,5 @@
 """Entry points of torch.hub: torch.hub.load(REPOSITORY, 'diracnet18', pretrained=True)."""
+
 dependencies = ['torch']
 
 from diracnet import DiracNet, Network, define_diracnet, diracnet18, diracnet34  # noqa: E402, F401  torch.hub reads dependencies first

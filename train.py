@@ -11,10 +11,13 @@ trains DiracNet-16-1 on scikit-learn's 8 x 8 digits, nothing to download. See RE
     python train.py --resume logs/RUN           # go on with a run that was stopped
     python train.py --evaluate logs/RUN         # test a checkpoint
 """
+
 import signal
 
 if __name__ == '__main__':
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a training listens to it: no traceback from amid the imports
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # until a training listens to it: no traceback from amid the imports
 
 import json
 import sys
@@ -26,19 +29,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import data
+from lab.runs import checkpoint
+from lab.data import datasets as data
 import diracnet
-import distributed
-import images
+from lab import distributed
 from diracnet import Network
-from distributed import say, world
-from errors import OptionError, UserError, run
-from measuring import Broken, Progress, Tally
-from options import BOUND_TO_MACHINE, DTYPES, GENERAL, RECIPES, build_parser, choose_device, complete, set_up
-from resnet import CHAINS, VERSION_1, define
-from resnet import OPTIONS as MODEL_OPTIONS
-from runs import LOG, RunFolder, Stop, find, resume_command
+from lab.distributed import say, world
+from lab.errors import OptionError, UserError, run
+from lab.training.meters import Broken, Progress, Tally
+from lab.training.options import (
+    BOUND_TO_MACHINE,
+    DTYPES,
+    GENERAL,
+    RECIPES,
+    build_parser,
+    choose_device,
+    complete,
+    set_up,
+)
+from lab.models.registry import CHAINS, VERSION_1, define
+from lab.models.registry import OPTIONS as MODEL_OPTIONS
+from lab.data.preprocessing import Preprocessing
+from lab.runs.folder import LOG, RunFolder, find, resume_command
+from lab.runs.signals import Stop
 
 # --- network and optimizer -------------------------------------------------------------------------------------------
 
@@ -52,22 +65,35 @@ def parameter_table(module, weight_decay, model='diracnet'):
     """Lines of name, shape and whether decayed, of every parameter; the last has their number."""
     named = list(module.named_parameters())
     wide = max(len(name) for name, _ in named)
-    lines = [f'{name:{wide}}  {"x".join(map(str, tensor.shape)):>15}  {f"decay {weight_decay:g}" if decayed(tensor, model) else "-"}'
-             for name, tensor in named]
+    lines = [
+        f'{name:{wide}}  {"x".join(map(str, tensor.shape)):>15}  {f"decay {weight_decay:g}" if decayed(tensor, model) else "-"}'
+        for name, tensor in named
+    ]
     return [*lines, f'{sum(tensor.numel() for _, tensor in named):,} parameters']
 
 
 OPTIMIZERS = {  # the settings of torch-residual-networks' comparison, and AdamW
-    'sgd': partial(torch.optim.SGD, momentum=0.9, fused=True), 'nesterov': partial(torch.optim.SGD, momentum=0.9, nesterov=True, fused=True),
-    'rmsprop': torch.optim.RMSprop, 'adadelta': partial(torch.optim.Adadelta, rho=0.3), 'adagrad': torch.optim.Adagrad,
-    'adamw': torch.optim.AdamW}
+    'sgd': partial(torch.optim.SGD, momentum=0.9, fused=True),
+    'nesterov': partial(torch.optim.SGD, momentum=0.9, nesterov=True, fused=True),
+    'rmsprop': torch.optim.RMSprop,
+    'adadelta': partial(torch.optim.Adadelta, rho=0.3),
+    'adagrad': torch.optim.Adagrad,
+    'adamw': torch.optim.AdamW,
+}
 
 
 def make_optimizer(module, options):
     model = options.get('model', 'diracnet')
-    groups = [{'params': [p for p in module.parameters() if decayed(p, model)], 'weight_decay': options['weight_decay']},
-              {'params': [p for p in module.parameters() if not decayed(p, model)], 'weight_decay': 0.0}]
-    return OPTIMIZERS[options.get('optim', 'sgd')]([group for group in groups if group['params']], lr=options['lr'])
+    groups = [
+        {
+            'params': [p for p in module.parameters() if decayed(p, model)],
+            'weight_decay': options['weight_decay'],
+        },
+        {'params': [p for p in module.parameters() if not decayed(p, model)], 'weight_decay': 0.0},
+    ]
+    return OPTIMIZERS[options.get('optim', 'sgd')](
+        [group for group in groups if group['params']], lr=options['lr']
+    )
 
 
 class Scaled:
@@ -98,7 +124,10 @@ def choose_functions(options):
     norm = distributed.sync_batch_norm if options['sync_bn'] else F.batch_norm
     if options['bn_momentum'] != diracnet.BN_MOMENTUM:
         norm = BatchNorm(norm, options['bn_momentum'])
-    return {'norm': norm, **({'block': choose_block(options)} if options['model'] in CHAINS else {})}
+    return {
+        'norm': norm,
+        **({'block': choose_block(options)} if options['model'] in CHAINS else {}),
+    }
 
 
 def choose_block(options):
@@ -108,6 +137,7 @@ def choose_block(options):
     if options['compile']:
         # Block by block: a network compiles in the time of one block of each shape, however deep it is.
         import torch._dynamo  # not imported with torch: it takes its time
+
         torch._dynamo.config.recompile_limit = 1000  # shapes of blocks, batches and modes
         return torch.compile(diracnet.block, dynamic=False)
     return diracnet.block
@@ -118,12 +148,16 @@ def learning_rate(options, epoch, step=0):
     momentum where the rate falls (the original made a new one, so that its momentum restarted)."""
     if step < options.get('warmup', 0):
         return options['lr'] / 100
-    return options['lr'] * options['lr_decay_ratio'] ** sum(epoch >= step for step in options['epoch_step'])
+    return options['lr'] * options['lr_decay_ratio'] ** sum(
+        epoch >= step for step in options['epoch_step']
+    )
 
 
 def load_data(options):
     with distributed.first_on_this_machine():
-        source = data.load(options['dataset'], options['dataroot'], image_size=options['image_size'])
+        source = data.load(
+            options['dataset'], options['dataroot'], image_size=options['image_size']
+        )
         if options['holdout']:
             source = source.holdout(options['holdout'])
         return source.whitened(options['dataroot']) if options['preprocess'] == 'zca' else source
@@ -136,20 +170,40 @@ class Training:
     """A training: what torchnet's engine calls, and what travels in a checkpoint."""
 
     def __init__(self, options, resumed, device, folder, stop):
-        self.options, self.resumed, self.device, self.folder, self.stop = options, resumed, device, folder, stop
+        self.options, self.resumed, self.device, self.folder, self.stop = (
+            options,
+            resumed,
+            device,
+            folder,
+            stop,
+        )
         self.dtype, self.short = DTYPES[options['dtype']]
         self.source = source = load_data(options)
         if resumed:
             check_classes(source, resumed, options)
-        self.batches = {mode: source.batches(mode, batch_size=options['batch_size'], device=device, seed=options['seed'],
-                                             pad=options['randomcrop_pad'], workers=options['nthread'],
-                                             shard=(distributed.rank(), world())) for mode in (True, False)}
+        self.batches = {
+            mode: source.batches(
+                mode,
+                batch_size=options['batch_size'],
+                device=device,
+                seed=options['seed'],
+                pad=options['randomcrop_pad'],
+                workers=options['nthread'],
+                shard=(distributed.rank(), world()),
+            )
+            for mode in (True, False)
+        }
         distributed.check_batches(self.batches[True].n, options['batch_size'])
 
         torch.manual_seed(options['seed'])
-        self.definition = {'depth': options['depth'], 'width': options['width'], 'dataset': options['dataset'],
-                           'num_classes': len(source.classes), 'in_channels': source.preprocessing.channels,
-                           **{name: options[name] for name in MODEL_OPTIONS.get(options['model'], ())}}
+        self.definition = {
+            'depth': options['depth'],
+            'width': options['width'],
+            'dataset': options['dataset'],
+            'num_classes': len(source.classes),
+            'in_channels': source.preprocessing.channels,
+            **{name: options[name] for name in MODEL_OPTIONS.get(options['model'], ())},
+        }
         try:
             f, params = define(options['model'], init=options['init'], **self.definition)
         except ValueError as error:
@@ -169,9 +223,13 @@ class Training:
                 if resumed.progress:
                     self.tally.load_state(resumed.progress['tally'])
             except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-                raise UserError(f'{resumed.path} is not a state that this run can go on from: {error}') from None
+                raise UserError(
+                    f'{resumed.path} is not a state that this run can go on from: {error}'
+                ) from None
         if resumed and not all(tensor.isfinite().all() for tensor in resumed.params.values()):
-            raise UserError(f'{resumed.path} has parameters that are not finite: there is nothing to go on from')
+            raise UserError(
+                f'{resumed.path} has parameters that are not finite: there is nothing to go on from'
+            )
         self.shared = distributed.share_gradients(self.module, device)
 
         self.n_parameters = sum(p.numel() for p in self.module.parameters())
@@ -181,12 +239,28 @@ class Training:
 
     def run(self):
         from torchnet.engine import Engine
+
         self.engine = Engine()
-        self.engine.hooks.update({name: getattr(self, name) for name in (
-            'on_start', 'on_start_epoch', 'on_forward', 'on_update', 'on_end_epoch')})
+        self.engine.hooks.update(
+            {
+                name: getattr(self, name)
+                for name in (
+                    'on_start',
+                    'on_start_epoch',
+                    'on_forward',
+                    'on_update',
+                    'on_end_epoch',
+                )
+            }
+        )
         self.next_save = time.monotonic() + 60 * self.options['checkpoint_minutes']
         try:
-            self.engine.train(self.network, self.batches[True], self.options['epochs'], Scaled(self.optimizer, self.scaler))
+            self.engine.train(
+                self.network,
+                self.batches[True],
+                self.options['epochs'],
+                Scaled(self.optimizer, self.scaler),
+            )
         finally:
             self.engine.hooks.clear()  # they refer to this training, which would outlive its end
 
@@ -198,7 +272,9 @@ class Training:
         with autocast(self.device, self.short):
             logits = (self.shared if training else self.module)(inputs.to(self.dtype))
         self.loss = loss = F.cross_entropy(logits.to(self.dtype), targets)
-        if training and world() > 1:  # gradients are averaged over processes, whose shares of a batch may differ by one sample
+        if (
+            training and world() > 1
+        ):  # gradients are averaged over processes, whose shares of a batch may differ by one sample
             loss = loss * (len(targets) * world() / self.batches[True].size(self.step))
         return self.scaler.scale(loss), logits
 
@@ -211,7 +287,9 @@ class Training:
             self.functions['norm'].momentum = 1 / (1 + self.step)
 
     def set_learning_rate(self):
-        rate = learning_rate(self.options, self.epoch + 1, self.epoch * len(self.batches[True]) + self.step)
+        rate = learning_rate(
+            self.options, self.epoch + 1, self.epoch * len(self.batches[True]) + self.step
+        )
         for group in self.optimizer.param_groups:
             group['lr'] = rate
 
@@ -226,7 +304,9 @@ class Training:
             self.tally.load_state(progress['tally'])
             elapsed = progress['time']
         batches.broken_before = progress['broken'] if progress else {}
-        self.bar = Progress(label, batches.n, self.tally, min(self.step * batches.batch_size, batches.n))
+        self.bar = Progress(
+            label, batches.n, self.tally, min(self.step * batches.batch_size, batches.n)
+        )
         self.started = time.perf_counter() - elapsed
 
     def end_pass(self):
@@ -271,14 +351,24 @@ class Training:
             self.leave(number)
 
     def measure_progress(self):
-        return {'step': self.step, 'tally': self.tally.state(), 'time': time.perf_counter() - self.started,
-                'broken': distributed.union(self.batches[True].broken)}
+        return {
+            'step': self.step,
+            'tally': self.tally.state(),
+            'time': time.perf_counter() - self.started,
+            'broken': distributed.union(self.batches[True].broken),
+        }
 
     def fail(self):
         step, value = self.tally.broke
-        stands = f'the last good checkpoint is {self.folder.stands}' if self.folder.stands else 'there is no checkpoint yet'
-        raise UserError(f'the loss is {value} at step {step} of epoch {self.epoch + 1}: the run stops; {stands}; --resume goes on from there, a new '
-                        'run with a smaller --lr may do better')
+        stands = (
+            f'the last good checkpoint is {self.folder.stands}'
+            if self.folder.stands
+            else 'there is no checkpoint yet'
+        )
+        raise UserError(
+            f'the loss is {value} at step {step} of epoch {self.epoch + 1}: the run stops; {stands}; --resume goes on from there, a new '
+            'run with a smaller --lr may do better'
+        )
 
     def on_end_epoch(self, state):
         train_loss, train_acc, train_top5, train_time = self.end_pass()
@@ -290,21 +380,43 @@ class Training:
         with torch.inference_mode():
             self.engine.test(self.network, self.batches[False])
         test_loss, test_acc, test_top5, test_time = self.end_pass()
-        n_broken, newly_broken = zip(*(self.broken.report(self.batches[mode]) for mode in (True, False)))
-        stats = {**self.options, 'train_loss': train_loss, 'train_acc': train_acc, 'train_top5': train_top5, 'test_loss': test_loss,
-                 'test_acc': test_acc, 'test_top5': test_top5, 'epoch': state['epoch'], 'num_classes': len(self.source.classes),
-                 'n_parameters': self.n_parameters, 'train_time': train_time, 'test_time': test_time}
+        n_broken, newly_broken = zip(
+            *(self.broken.report(self.batches[mode]) for mode in (True, False))
+        )
+        stats = {
+            **self.options,
+            'train_loss': train_loss,
+            'train_acc': train_acc,
+            'train_top5': train_top5,
+            'test_loss': test_loss,
+            'test_acc': test_acc,
+            'test_top5': test_top5,
+            'epoch': state['epoch'],
+            'num_classes': len(self.source.classes),
+            'n_parameters': self.n_parameters,
+            'train_time': train_time,
+            'test_time': test_time,
+        }
         if any(n_broken):
-            stats.update(train_broken=n_broken[0], test_broken=n_broken[1], broken_images=sum(newly_broken, []))
+            stats.update(
+                train_broken=n_broken[0],
+                test_broken=n_broken[1],
+                broken_images=sum(newly_broken, []),
+            )
         self.log.append(f'json_stats: {json.dumps(stats)}')
         self.epoch, self.progress = state['epoch'], None
         self.write_log()
         if self.options['tensorboard']:
             self.folder.write_events(stats)
         self.save()
-        self.stop.say(f'epoch {self.epoch}/{state["maxepoch"]}: train loss {train_loss:.4f}, accuracy {train_acc:.2f} %; test loss '
-                      f'{test_loss:.4f}, accuracy {test_acc:.2f} %, top-{self.tally.topk[-1]} {test_top5:.2f} %; {train_time + test_time:.1f} s')
-        for mode in (True, False):  # with everything saved: such a run goes on once its data are mended
+        self.stop.say(
+            f'epoch {self.epoch}/{state["maxepoch"]}: train loss {train_loss:.4f}, accuracy {train_acc:.2f} %; test loss '
+            f'{test_loss:.4f}, accuracy {test_acc:.2f} %, top-{self.tally.topk[-1]} {test_top5:.2f} %; {train_time + test_time:.1f} s'
+        )
+        for mode in (
+            True,
+            False,
+        ):  # with everything saved: such a run goes on once its data are mended
             self.broken.check(self.batches[mode])
 
     def write_log(self):
@@ -312,16 +424,25 @@ class Training:
 
     def save(self):
         """Write a checkpoint of this moment; of all parameters finite, so that one can go on from it."""
-        params = {key: tensor.detach().cpu().contiguous() for key, tensor in self.module.params().items()}
+        params = {
+            key: tensor.detach().cpu().contiguous() for key, tensor in self.module.params().items()
+        }
         if self.progress and self.tally.broke:
             self.fail()
         if not all(tensor.isfinite().all() for tensor in params.values()):
             self.tally.broke = self.step, 'finite, but not the parameters behind it'
             self.fail()
         content = {  # as checkpoint.py says
-            'params': params, 'epoch': self.epoch, 'optimizer': self.optimizer.state_dict(), 'scaler': self.scaler.state_dict(),
-            'options': self.options, 'network': {'model': self.options['model'], **self.definition}, 'classes': list(self.source.classes),
-            'preprocessing': self.source.preprocessing.as_dict(), 'log': self.log}
+            'params': params,
+            'epoch': self.epoch,
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            'options': self.options,
+            'network': {'model': self.options['model'], **self.definition},
+            'classes': list(self.source.classes),
+            'preprocessing': self.source.preprocessing.as_dict(),
+            'log': self.log,
+        }
         if self.progress:
             content['progress'] = self.progress
         self.folder.save(content, checkpoint.place(self.epoch, self.progress))
@@ -330,8 +451,10 @@ class Training:
     def leave(self, number):
         self.bar.close()
         distributed.barrier()  # torchrun ends them all when the first is gone
-        self.stop.say(f'stopped by {signal.Signals(number).name} at {checkpoint.place(self.epoch, self.progress)}; this goes on:\n'
-                      f'    {resume_command(self.options, self.folder)}')
+        self.stop.say(
+            f'stopped by {signal.Signals(number).name} at {checkpoint.place(self.epoch, self.progress)}; this goes on:\n'
+            f'    {resume_command(self.options, self.folder)}'
+        )
         raise SystemExit(128 + number)
 
 
@@ -340,14 +463,18 @@ def train(options, arguments, resumed, device, folder):
     options['save'] = str(folder.path)
     with Stop() as stop:
         training = Training(options, resumed, device, folder, stop)
-        stop.say('\n'.join(parameter_table(training.module, options['weight_decay'], options['model'])))
+        stop.say(
+            '\n'.join(parameter_table(training.module, options['weight_decay'], options['model']))
+        )
         folder.open()
         folder.record_command(arguments, device)
         training.write_log()
         n = {mode: batches.n for mode, batches in training.batches.items()}
-        stop.say(f'{options["model"]}-{options["depth"]}-{options["width"]:g} on {options["dataset"]}, {n[True]} training and {n[False]} '
-                 f'{"held-out training" if options["holdout"] else "test"} images, {device}'
-                 f'{f", {world()} processes" if world() > 1 else ""}, in {folder.path}')
+        stop.say(
+            f'{options["model"]}-{options["depth"]}-{options["width"]:g} on {options["dataset"]}, {n[True]} training and {n[False]} '
+            f'{"held-out training" if options["holdout"] else "test"} images, {device}'
+            f'{f", {world()} processes" if world() > 1 else ""}, in {folder.path}'
+        )
         training.run()
         folder.finish()
         stop.say(f'done: {folder.path}')
@@ -355,8 +482,10 @@ def train(options, arguments, resumed, device, folder):
 
 def check_classes(source, found, options):
     if found.classes and list(source.classes) != list(found.classes):
-        raise UserError(f'{found.path} was trained on other classes ({", ".join(found.classes[:3])}, ...) than are under '
-                        f'{options["dataroot"]} ({", ".join(source.classes[:3])}, ...)')
+        raise UserError(
+            f'{found.path} was trained on other classes ({", ".join(found.classes[:3])}, ...) than are under '
+            f'{options["dataroot"]} ({", ".join(source.classes[:3])}, ...)'
+        )
 
 
 def autocast(device, short):
@@ -370,9 +499,14 @@ def evaluate(options, found, device):
     source = load_data(options)
     check_classes(source, found, options)
     if found.preprocessing:  # of its own training set, where it was whitened
-        source = replace(source, preprocessing=images.Preprocessing.from_dict(found.preprocessing))
-    batches = source.batches(False, batch_size=options['batch_size'], device=device, workers=options['nthread'],
-                             shard=(distributed.rank(), world()))
+        source = replace(source, preprocessing=Preprocessing.from_dict(found.preprocessing))
+    batches = source.batches(
+        False,
+        batch_size=options['batch_size'],
+        device=device,
+        workers=options['nthread'],
+        shard=(distributed.rank(), world()),
+    )
     tally = Tally(len(source.classes))
     progress = Progress('test', batches.n, tally)
     with torch.inference_mode(), autocast(device, short), distributed.one_line_errors():
@@ -386,8 +520,20 @@ def evaluate(options, found, device):
     broken.report(batches)
     broken.check(batches)
     loss, top1, top5 = tally.values()
-    say('json_stats: ' + json.dumps({'checkpoint': str(found.path), 'dataset': options['dataset'], 'test_loss': loss,
-                                     'test_acc': top1, 'test_top5': top5, 'holdout': options['holdout'], 'n': batches.n}))
+    say(
+        'json_stats: '
+        + json.dumps(
+            {
+                'checkpoint': str(found.path),
+                'dataset': options['dataset'],
+                'test_loss': loss,
+                'test_acc': top1,
+                'test_top5': top5,
+                'holdout': options['holdout'],
+                'n': batches.n,
+            }
+        )
+    )
 
 
 def options_of_test(found, given):
@@ -395,7 +541,9 @@ def options_of_test(found, given):
         raise UserError(f'{found.path} holds no network that is known here')
     found.network.update(found.network_options(given))
     stored = {name: value for name, value in found.options.items() if name not in BOUND_TO_MACHINE}
-    return complete(given, {**GENERAL, **RECIPES[found.network['dataset']], **found.network, **stored, **given})
+    return complete(
+        given, {**GENERAL, **RECIPES[found.network['dataset']], **found.network, **stored, **given}
+    )
 
 
 def options_of_resumed(found, given):
@@ -403,13 +551,23 @@ def options_of_resumed(found, given):
     if found.is_run:
         found.network_options(given)  # says of another network what is different
         # Of one process --sync_bn changes nothing: such a run may go on in several.
-        free = (*BOUND_TO_MACHINE, 'save', *(['sync_bn'] if found.options.get('ngpu', 1) == 1 else []))
-        return complete(given, {name: value for name, value in found.options.items() if name not in free})
+        free = (
+            *BOUND_TO_MACHINE,
+            'save',
+            *(['sync_bn'] if found.options.get('ngpu', 1) == 1 else []),
+        )
+        return complete(
+            given, {name: value for name, value in found.options.items() if name not in free}
+        )
     if found.folded or found.network is None:
-        raise UserError(f'{found.path} is {"folded: it can be tested (--evaluate)" if found.folded else "no network that is known here"}, '
-                        'but not trained on')
+        raise UserError(
+            f'{found.path} is {"folded: it can be tested (--evaluate)" if found.folded else "no network that is known here"}, '
+            'but not trained on'
+        )
     found.optimizer = None
-    say(f'{found.path} is no run of train.py: training goes on from its tensors at epoch {found.epoch}, with a new optimizer')
+    say(
+        f'{found.path} is no run of train.py: training goes on from its tensors at epoch {found.epoch}, with a new optimizer'
+    )
     return complete({**found.network_options(given), **given})
 
 
@@ -419,23 +577,42 @@ def whole(number):
 
 def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
-    given = {name: value for name, value in vars(build_parser(__doc__).parse_args(arguments)).items() if value is not None}
+    given = {
+        name: value
+        for name, value in vars(build_parser(__doc__).parse_args(arguments)).items()
+        if value is not None
+    }
     device = choose_device(given)
     with distributed.one_line_errors():
         distributed.start(device)
-        tested, launching = given.pop('evaluate', None), given.get('ngpu', 1) > distributed.local_world()
+        tested, launching = (
+            given.pop('evaluate', None),
+            given.get('ngpu', 1) > distributed.local_world(),
+        )
         folder = RunFolder(given)
         try:
             if tested or launching:
-                found = distributed.from_first(lambda: checkpoint.load(tested) if tested else find(given))
+                found = distributed.from_first(
+                    lambda: checkpoint.load(tested) if tested else find(given)
+                )
             else:
                 found = distributed.from_first(lambda: folder.lock() or find(given))
-            options = options_of_test(found, given) if tested else options_of_resumed(found, given) if found else complete(given)
+            options = (
+                options_of_test(found, given)
+                if tested
+                else options_of_resumed(found, given)
+                if found
+                else complete(given)
+            )
             options['width'] = whole(options['width'])
             if not tested and found and found.epoch >= options['epochs']:
                 if given['resume'] != 'auto':
-                    raise OptionError(f'{found.path} has {found.epoch} epochs already, and --epochs {options["epochs"]} asks for no more')
-                return say(f'{found.path} has all its {found.epoch} epochs: there is nothing left to do')
+                    raise OptionError(
+                        f'{found.path} has {found.epoch} epochs already, and --epochs {options["epochs"]} asks for no more'
+                    )
+                return say(
+                    f'{found.path} has all its {found.epoch} epochs: there is nothing left to do'
+                )
             set_up(options, device)
             if launching:
                 return distributed.launch(options['ngpu'], [__file__, *arguments])

@@ -1,4 +1,5 @@
 """Shared by the tests: calling the programs as a user does, and small data sets in the real formats."""
+
 import hashlib
 import json
 import os
@@ -8,7 +9,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-if 'PYTEST_XDIST_WORKER' in os.environ:  # tests run beside each other: a thread each, in the processes that they start, too
+if (
+    'PYTEST_XDIST_WORKER' in os.environ
+):  # tests run beside each other: a thread each, in the processes that they start, too
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
@@ -23,7 +26,7 @@ DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 @pytest.fixture
 def call(capfd):
     """call(main, *args): a program's exit status, stdout and stderr, in this process (a traceback fails the test)."""
-    from errors import run
+    from lab.errors import run
 
     def call(main, *args):
         capfd.readouterr()
@@ -31,12 +34,14 @@ def call(capfd):
             run(lambda: main([str(arg) for arg in args]), 'program')
         captured = capfd.readouterr()
         return SimpleNamespace(status=exit.value.code or 0, out=captured.out, err=captured.err)
+
     return call
 
 
 @pytest.fixture
 def refused(call):
     """refused(status, words, main, *args): the program ends with that status and one line on stderr, which has the words."""
+
     def refused(status, words, main, *args):
         result = call(main, *args)
         lines = [line for line in result.err.splitlines() if line]
@@ -45,13 +50,20 @@ def refused(call):
         for word in words if isinstance(words, (list, tuple)) else [words]:
             assert str(word) in lines[0], lines[0]
         return result
+
     return refused
 
 
 def start(*args, **kwargs):
     """python ARGS in the repository's root, as a real process."""
-    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            **kwargs)
+    return subprocess.Popen(
+        [sys.executable, *map(str, args)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
 
 
 def python(*args, **kwargs):
@@ -69,23 +81,37 @@ def read_log(folder):
 def same(left, right):
     """Bitwise equality of two checkpoints' tensors, the optimizer's included."""
     left, right = (torch.load(folder / 'model.pt7', weights_only=True) for folder in (left, right))
-    momenta = [[state['momentum_buffer'] for state in content['optimizer']['state'].values()] for content in (left, right)]
+    momenta = [
+        [state['momentum_buffer'] for state in content['optimizer']['state'].values()]
+        for content in (left, right)
+    ]
     assert len(momenta[0]) == len(momenta[1]) > 0
-    return (left['epoch'] == right['epoch'] and list(left['params']) == list(right['params'])
-            and all(torch.equal(left['params'][key], right['params'][key]) for key in left['params'])
-            and all(map(torch.equal, *momenta)))
+    return (
+        left['epoch'] == right['epoch']
+        and list(left['params']) == list(right['params'])
+        and all(torch.equal(left['params'][key], right['params'][key]) for key in left['params'])
+        and all(map(torch.equal, *momenta))
+    )
 
 
 def without_times(folder):
-    return [{key: value for key, value in line.items() if not key.endswith('_time') and key not in ('save', 'resume')}
-            for line in read_log(folder)]
+    return [
+        {
+            key: value
+            for key, value in line.items()
+            if not key.endswith('_time') and key not in ('save', 'resume')
+        }
+        for line in read_log(folder)
+    ]
 
 
 @pytest.fixture(scope='session')
 def digits_run(tmp_path_factory):
     """The folder of a short real run on digits."""
     folder = tmp_path_factory.mktemp('runs') / 'digits'
-    result = python('train.py', '--dataset', 'digits', '--epochs', 8, '--epoch_step', '[6]', '--save', folder)
+    result = python(
+        'train.py', '--dataset', 'digits', '--epochs', 8, '--epoch_step', '[6]', '--save', folder
+    )
     assert result.status == 0, result.err
     return folder
 
@@ -95,7 +121,8 @@ def digit_files(tmp_path_factory):
     """The first 40 test digits as PNG files, named by their class."""
     import cv2
 
-    import data
+    from lab.data import datasets as data
+
     folder = tmp_path_factory.mktemp('digits')
     images, targets = data.load('digits', '.').test
     for i in range(40):
@@ -107,6 +134,7 @@ def digit_files(tmp_path_factory):
 def photographs():
     """scikit-learn's two photographs, RGB uint8 (427, 640, 3)."""
     from sklearn.datasets import load_sample_images
+
     return load_sample_images().images
 
 
@@ -131,12 +159,26 @@ def cifar(tmp_path, monkeypatch):
             labels = random.integers(0, 10 if name == 'CIFAR10' else 100, n).tolist()
             data = random.integers(0, 256, (n, 3072)).astype(np.uint8)
             key = 'labels' if name == 'CIFAR10' else 'fine_labels'
-            return [file_name, write(file_name, {'data': data, key: labels, 'filenames': [f'{i}.png' for i in range(n)]})]
+            return [
+                file_name,
+                write(
+                    file_name,
+                    {'data': data, key: labels, 'filenames': [f'{i}.png' for i in range(n)]},
+                ),
+            ]
+
         for part in ('train_list', 'test_list'):
-            monkeypatch.setattr(reader, part, [batch(file_name) for file_name, _ in getattr(reader, part)])
+            monkeypatch.setattr(
+                reader, part, [batch(file_name) for file_name, _ in getattr(reader, part)]
+            )
         names = [f'class{i}' for i in range(10 if name == 'CIFAR10' else 100)]
-        monkeypatch.setattr(reader, 'meta', {**reader.meta, 'md5': write(reader.meta['filename'], {reader.meta['key']: names})})
+        monkeypatch.setattr(
+            reader,
+            'meta',
+            {**reader.meta, 'md5': write(reader.meta['filename'], {reader.meta['key']: names})},
+        )
         return folder.parent
+
     return make
 
 
@@ -145,20 +187,31 @@ def svhn(tmp_path, monkeypatch):
     """A folder with a small SVHN in its real format, MATLAB files."""
     from scipy.io import savemat
     from torchvision.datasets import SVHN
+
     folder = tmp_path / 'svhn'
     folder.mkdir()
     random = np.random.default_rng(0)
     split_list = {}
     for part, (url, file_name, _) in SVHN.split_list.items():
-        savemat(folder / file_name, {'X': random.integers(0, 256, (32, 32, 3, 30)).astype(np.uint8),
-                                     'y': np.arange(30)[:, None] % 10 + 1})
-        split_list[part] = [url, file_name, hashlib.md5((folder / file_name).read_bytes()).hexdigest()]
+        savemat(
+            folder / file_name,
+            {
+                'X': random.integers(0, 256, (32, 32, 3, 30)).astype(np.uint8),
+                'y': np.arange(30)[:, None] % 10 + 1,
+            },
+        )
+        split_list[part] = [
+            url,
+            file_name,
+            hashlib.md5((folder / file_name).read_bytes()).hexdigest(),
+        ]
     monkeypatch.setattr(SVHN, 'split_list', split_list)
     return folder
 
 
 def write_idx(path, array):
     import gzip
+
     header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, '>i4').tobytes()
     with (gzip.open if path.suffix == '.gz' else open)(path, 'wb') as file:
         file.write(header + array.astype(np.uint8).tobytes())
@@ -171,7 +224,10 @@ def fashion_mnist(tmp_path, request):
     folder.mkdir()
     random = np.random.default_rng(0)
     for part, n in (('train', 50), ('t10k', 20)):
-        write_idx(folder / f'{part}-images-idx3-ubyte{request.param}', random.integers(0, 256, (n, 28, 28)))
+        write_idx(
+            folder / f'{part}-images-idx3-ubyte{request.param}',
+            random.integers(0, 256, (n, 28, 28)),
+        )
         write_idx(folder / f'{part}-labels-idx1-ubyte{request.param}', np.arange(n) % 10)
     return folder
 
@@ -180,6 +236,7 @@ def fashion_mnist(tmp_path, request):
 def image_folder(tmp_path, photographs):
     """train/CLASS and val/CLASS with JPEGs cut from the photographs."""
     import cv2
+
     folder = tmp_path / 'images'
     random = np.random.default_rng(0)
     for part, n in (('train', 4), ('val', 3)):
@@ -187,7 +244,10 @@ def image_folder(tmp_path, photographs):
             (folder / part / label).mkdir(parents=True)
             for i in range(n):
                 top, left = random.integers(0, 120), random.integers(0, 140)
-                cv2.imwrite(str(folder / part / label / f'{i}.jpg'), photograph[top:top + 300, left:left + 480, ::-1])
+                cv2.imwrite(
+                    str(folder / part / label / f'{i}.jpg'),
+                    photograph[top : top + 300, left : left + 480, ::-1],
+                )
     return folder
 
 

@@ -1,4 +1,5 @@
 """The benchmark's own machinery, on the smallest network: what it measures really runs, and is what it says."""
+
 import pytest
 import torch
 
@@ -6,7 +7,9 @@ from diracnet import define_diracnet
 from tools import benchmark, contestants, references
 
 
-@pytest.mark.parametrize('kind', ['DiracNet', 'textbook', 'plain', 'floor', '--recompute', '--dtype bfloat16'])
+@pytest.mark.parametrize(
+    'kind', ['DiracNet', 'textbook', 'plain', 'floor', '--recompute', '--dtype bfloat16']
+)
 def test_contestants_step(kind):
     torch.manual_seed(0)
     network = (10, 1, 'digits')
@@ -21,9 +24,16 @@ def test_contestants_learn_the_same():
     network = (10, 1, 'digits')
     inputs, targets = contestants.random_batch(network, 16)
     f, ours = define_diracnet(*network)
-    params = references.with_deltas({key: tensor.detach().clone().requires_grad_(tensor.requires_grad) for key, tensor in ours.items()})
+    params = references.with_deltas(
+        {
+            key: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            for key, tensor in ours.items()
+        }
+    )
     theirs = contestants.textbook_step(params)
-    step = contestants.training_step(f, ours)  # its module shares the memory of `ours`, but for convolutions
+    step = contestants.training_step(
+        f, ours
+    )  # its module shares the memory of `ours`, but for convolutions
     for _ in range(3):
         theirs(inputs, targets)
         step(inputs, targets)
@@ -36,5 +46,5 @@ def test_contestant_is_a_process_with_a_peak():
     samples = benchmark.alternate({'step': contestant}, 3)
     assert len(samples['step']) == 3 and min(samples['step']) > 0
     # At least the activations that the backward pass needs: two for each of 7 convolutions, floats.
-    least = 64 * 4 * 2 * (3 * 16 * 64 + 2 * 32 * 16 + 2 * 64 * 4) / 2 ** 20
+    least = 64 * 4 * 2 * (3 * 16 * 64 + 2 * 32 * 16 + 2 * 64 * 4) / 2**20
     assert least < contestant.close() < 500

@@ -1,4 +1,5 @@
 """Data: the same pixels every time, the distributions they are drawn from, every kind of file, and bad ones."""
+
 import contextlib
 import io
 import os
@@ -12,9 +13,10 @@ import torch
 from PIL import Image, ImageOps
 from scipy.stats import chi2_contingency, chisquare
 
-import data
-import images
+from lab.data import datasets as data
+from lab.data import image_files as images
 import train
+from lab.data.preprocessing import normalize
 from conftest import DEVICES, python, read_log, write_idx
 
 
@@ -25,7 +27,9 @@ def small_set(n=300, size=32, channels=3, seed=0):
 
 
 def cifar_like(n=300, **kwargs):
-    source = data.Data('CIFAR10', small_set(n), small_set(50), tuple('0123456789'), data.PREPROCESSING['CIFAR10'])
+    source = data.Data(
+        'CIFAR10', small_set(n), small_set(50), tuple('0123456789'), data.PREPROCESSING['CIFAR10']
+    )
     return source.batches(True, **{'batch_size': 64, 'seed': 3, 'pad': 4, **kwargs})
 
 
@@ -51,7 +55,10 @@ def many_files(tmp_path, photographs):
             (root / part / label).mkdir(parents=True)
             for i in range(n):
                 top, left = random.integers(0, 380), random.integers(0, 590)
-                cv2.imwrite(str(root / part / label / f'{i:03}.png'), photographs[label == 'b'][top:top + 40, left:left + 48, ::-1])
+                cv2.imwrite(
+                    str(root / part / label / f'{i:03}.png'),
+                    photographs[label == 'b'][top : top + 40, left : left + 48, ::-1],
+                )
     return root
 
 
@@ -71,7 +78,10 @@ def test_pixels_do_not_depend_on_workers_history_or_shards(image_folder):
             shard.epoch = 1
         position = 0
         for parts in zip(*shards):  # of every global batch, each process has its share
-            inputs, targets = expected[1][0][position:position + 5], expected[1][1][position:position + 5]
+            inputs, targets = (
+                expected[1][0][position : position + 5],
+                expected[1][1][position : position + 5],
+            )
             for rank, (x, y) in enumerate(parts):
                 assert torch.equal(x, inputs[rank::world]) and torch.equal(y, targets[rank::world])
             position += 5
@@ -90,14 +100,21 @@ def test_small_images_likewise(device):
     for actual, wanted in zip(epoch_of(again, 5), (inputs, targets)):
         assert torch.equal(actual, wanted)
     for world in (2, 3):
-        shards = [epoch_of(cifar_like(device=device, shard=(rank, world)), 5) for rank in range(world)]
+        shards = [
+            epoch_of(cifar_like(device=device, shard=(rank, world)), 5) for rank in range(world)
+        ]
         together = {int(y): x for part in shards for x, y in zip(*part)}
-        assert len(together) == 300 and all(torch.equal(together[int(y)], x) for x, y in zip(inputs, targets))
+        assert len(together) == 300 and all(
+            torch.equal(together[int(y)], x) for x, y in zip(inputs, targets)
+        )
     by_index = {int(y): x for x, y in zip(inputs, targets)}
     # the augmentation is the sample's, whatever the batch size or the order
     for x, y in zip(*epoch_of(cifar_like(device=device, batch_size=7), 5)):
         assert torch.equal(by_index[int(y)], x)
-    changed = [not torch.equal(by_index[int(y)], x) for x, y in zip(*epoch_of(cifar_like(device=device), 6))]
+    changed = [
+        not torch.equal(by_index[int(y)], x)
+        for x, y in zip(*epoch_of(cifar_like(device=device), 6))
+    ]
     assert sum(changed) > 280
     batch, _ = next(iter(cifar_like(device=device)))
     assert batch.is_contiguous(memory_format=torch.channels_last) and batch.device.type == device
@@ -105,7 +122,12 @@ def test_small_images_likewise(device):
 
 def denormalized(inputs):
     facts = data.PREPROCESSING['CIFAR10']
-    return (inputs.permute(0, 2, 3, 1) * torch.tensor(facts.std) + torch.tensor(facts.mean)).round().to(torch.uint8).numpy()
+    return (
+        (inputs.permute(0, 2, 3, 1) * torch.tensor(facts.std) + torch.tensor(facts.mean))
+        .round()
+        .to(torch.uint8)
+        .numpy()
+    )
 
 
 def test_crop_is_out_of_the_reflected_image():
@@ -114,8 +136,13 @@ def test_crop_is_out_of_the_reflected_image():
     inputs, targets = epoch_of(batches, 2)
     for image, index in zip(denormalized(inputs), targets.tolist()):
         padded = np.pad(batches.images[index].numpy(), ((4, 4), (4, 4), (0, 0)), mode='reflect')
-        found = [(top, left, step) for step in (1, -1) for top in range(9) for left in range(9)
-                 if np.array_equal(padded[top:top + 32, left:left + 32][:, ::step], image)]
+        found = [
+            (top, left, step)
+            for step in (1, -1)
+            for top in range(9)
+            for left in range(9)
+            if np.array_equal(padded[top : top + 32, left : left + 32][:, ::step], image)
+        ]
         assert len(found) == 1
 
 
@@ -126,17 +153,29 @@ def windows_of(epoch, n=2000):
     inputs, targets = epoch_of(batches, epoch)
     rows, columns = denormalized(inputs)[:, 12, :, :2].transpose(2, 0, 1).astype(int)
     mirrored = columns[:, 12] > columns[:, 13]
-    windows = np.stack([rows[:, 12] - 12 + 4, np.where(mirrored, columns[:, 19], columns[:, 12]) - 12 + 4, mirrored], 1)
+    windows = np.stack(
+        [
+            rows[:, 12] - 12 + 4,
+            np.where(mirrored, columns[:, 19], columns[:, 12]) - 12 + 4,
+            mirrored,
+        ],
+        1,
+    )
     return windows[np.argsort(targets.numpy())]
 
 
 def test_crops_and_mirroring_are_uniform_and_independent():
     drawn = [windows_of(epoch) for epoch in (1, 2, 3)]
     windows = np.concatenate(drawn)
-    assert chisquare(np.bincount(windows[:, 0] * 9 + windows[:, 1], minlength=81)).pvalue > 1e-3  # each offset
+    assert (
+        chisquare(np.bincount(windows[:, 0] * 9 + windows[:, 1], minlength=81)).pvalue > 1e-3
+    )  # each offset
     assert chisquare(np.bincount(windows[:, 2], minlength=2)).pvalue > 1e-3
     for a, b in ((0, 2), (1, 2)):
-        assert chi2_contingency(np.histogram2d(windows[:, a], windows[:, b], bins=(9, 2))[0]).pvalue > 1e-3
+        assert (
+            chi2_contingency(np.histogram2d(windows[:, a], windows[:, b], bins=(9, 2))[0]).pvalue
+            > 1e-3
+        )
     # epochs of the same sample are independent, and neighbouring samples of the same epoch
     for a, b in ((drawn[0], drawn[1]), (drawn[1], drawn[2]), (drawn[0][:-1], drawn[0][1:])):
         assert chi2_contingency(np.histogram2d(a[:, 0], b[:, 0], bins=(9, 9))[0]).pvalue > 1e-3
@@ -148,7 +187,10 @@ def test_digits_and_svhn_are_not_mirrored():
             continue
         source = data.Data(name, small_set(), small_set(), (), data.PREPROCESSING['CIFAR10'])
         assert source.batches(True, batch_size=9).flip == (name not in ('digits', 'SVHN'))
-        assert not source.batches(False, batch_size=9, pad=4).flip and not source.batches(False, batch_size=9, pad=4).pad
+        assert (
+            not source.batches(False, batch_size=9, pad=4).flip
+            and not source.batches(False, batch_size=9, pad=4).pad
+        )
 
 
 def test_order_is_a_uniform_permutation():
@@ -164,14 +206,26 @@ def test_order_is_a_uniform_permutation():
 
 def test_crop_geometry_is_torchvisions():
     from torchvision.transforms import RandomResizedCrop
+
     torch.manual_seed(0)
     random = np.random.default_rng(0)
-    for width, height in ((500, 375), (64, 64), (800, 150)):  # the last often falls back to the center
+    for width, height in (
+        (500, 375),
+        (64, 64),
+        (800, 150),
+    ):  # the last often falls back to the center
         ours = np.array([images.crop_window(height, width, random) for _ in range(5000)], float)
         blank = Image.new('RGB', (width, height))
-        theirs = np.array([RandomResizedCrop.get_params(blank, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(5000)], float)
-        for quantity in (lambda w: w[:, 2] * w[:, 3], lambda w: w[:, 3] / w[:, 2], lambda w: w[:, 0] / (height - w[:, 2] + 1),
-                         lambda w: w[:, 1] / (width - w[:, 3] + 1)):
+        theirs = np.array(
+            [RandomResizedCrop.get_params(blank, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(5000)],
+            float,
+        )
+        for quantity in (
+            lambda w: w[:, 2] * w[:, 3],
+            lambda w: w[:, 3] / w[:, 2],
+            lambda w: w[:, 0] / (height - w[:, 2] + 1),
+            lambda w: w[:, 1] / (width - w[:, 3] + 1),
+        ):
             a, b = quantity(ours), quantity(theirs)
             edges = np.unique(np.quantile(np.concatenate([a, b]), np.linspace(0, 1, 13)[1:-1]))
             table = [np.bincount(np.digitize(x, edges), minlength=len(edges) + 1) for x in (a, b)]
@@ -183,11 +237,16 @@ def test_training_crop_draws_area_aspect_and_mirroring(tmp_path):
     """From the pixels themselves: an image whose colors are coordinates tells what was cut out of it."""
     height, width = 300, 400
     ramp = np.zeros((height, width, 3), np.uint8)
-    ramp[..., 0], ramp[..., 1] = np.linspace(0, 250, width)[None], np.linspace(0, 250, height)[:, None]
+    ramp[..., 0], ramp[..., 1] = (
+        np.linspace(0, 250, width)[None],
+        np.linspace(0, 250, height)[:, None],
+    )
     cv2.imwrite(str(tmp_path / 'ramp.png'), ramp[..., ::-1])
     areas, aspects, flips = [], [], []
     for index in range(1500):
-        crop = images.training_crop(tmp_path / 'ramp.png', 32, np.random.default_rng((1, 1, 1, index))).astype(float)
+        crop = images.training_crop(
+            tmp_path / 'ramp.png', 32, np.random.default_rng((1, 1, 1, index))
+        ).astype(float)
         w = (crop[16, -1, 0] - crop[16, 0, 0]) / 250 * width * 32 / 31
         h = (crop[-1, 16, 1] - crop[0, 16, 1]) / 250 * height * 32 / 31
         flips.append(w < 0)
@@ -196,7 +255,16 @@ def test_training_crop_draws_area_aspect_and_mirroring(tmp_path):
     assert chisquare(np.bincount(flips, minlength=2)).pvalue > 1e-3
     assert 0.07 < min(areas) and max(areas) < 1.02
     # log-uniform aspects; areas are uniform up to where the image's own shape begins to refuse windows
-    assert chisquare(np.histogram([a for a, s in zip(aspects, areas) if s < 0.5], bins=6, range=(np.log(3 / 4), np.log(4 / 3)))[0]).pvalue > 1e-3
+    assert (
+        chisquare(
+            np.histogram(
+                [a for a, s in zip(aspects, areas) if s < 0.5],
+                bins=6,
+                range=(np.log(3 / 4), np.log(4 / 3)),
+            )[0]
+        ).pvalue
+        > 1e-3
+    )
     assert chisquare(np.histogram(areas, bins=5, range=(0.1, 0.5))[0]).pvalue > 1e-3
 
 
@@ -208,7 +276,9 @@ def test_normalization():
     for name in ('CIFAR10', 'ImageNet'):
         facts = data.PREPROCESSING[name]
         expected = (pixels.double() - torch.tensor(facts.mean)) / torch.tensor(facts.std)
-        torch.testing.assert_close(images.normalize(pixels, facts), expected.permute(0, 3, 1, 2).float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            normalize(pixels, facts), expected.permute(0, 3, 1, 2).float(), rtol=1e-5, atol=1e-6
+        )
 
 
 def test_constants_are_those_of_the_data():
@@ -222,17 +292,27 @@ def test_constants_are_those_of_the_data():
 
 def test_evaluation_is_the_originals(photographs, tmp_path):
     path = tmp_path / 'photo.jpg'
-    for image in (photographs[0], photographs[0].transpose(1, 0, 2), photographs[1][:200, :333], np.tile(photographs[1], (4, 4, 1))):
+    for image in (
+        photographs[0],
+        photographs[0].transpose(1, 0, 2),
+        photographs[1][:200, :333],
+        np.tile(photographs[1], (4, 4, 1)),
+    ):
         cv2.imwrite(str(path), np.ascontiguousarray(image[..., ::-1]))
         rgb = cv2.imread(str(path))[..., ::-1]
         height, width = rgb.shape[:2]
         scale = 256 / min(height, width)
-        size = (int(width * scale + 1e-9), int(height * scale + 1e-9))  # shorter side 256, the longer truncated
+        size = (
+            int(width * scale + 1e-9),
+            int(height * scale + 1e-9),
+        )  # shorter side 256, the longer truncated
         resized = cv2.resize(np.ascontiguousarray(rgb), size, interpolation=cv2.INTER_CUBIC)
         top, left = (size[1] - 224) // 2, (size[0] - 224) // 2
-        expected = resized[top:top + 224, left:left + 224]
+        expected = resized[top : top + 224, left : left + 224]
         # also of a large file: no scaled decoding here
-        np.testing.assert_array_equal(images.prepare(images.read_image(path), data.PREPROCESSING['ImageNet']), expected)
+        np.testing.assert_array_equal(
+            images.prepare(images.read_image(path), data.PREPROCESSING['ImageNet']), expected
+        )
 
 
 def test_scaled_decoding_changes_little(photographs, tmp_path):
@@ -242,8 +322,15 @@ def test_scaled_decoding_changes_little(photographs, tmp_path):
     assert (tmp_path / 'large.jpg').stat().st_size > images.LARGE_FILE
     differences = []
     for index in range(20):
-        crops = [images.training_crop(tmp_path / f'large.{suffix}', 96, np.random.default_rng(index)).astype(float) for suffix in ('jpg', 'png')]
-        smooth = [cv2.blur(crop, (5, 5)) for crop in crops]  # shrinking by more leaves other aliases in the details
+        crops = [
+            images.training_crop(
+                tmp_path / f'large.{suffix}', 96, np.random.default_rng(index)
+            ).astype(float)
+            for suffix in ('jpg', 'png')
+        ]
+        smooth = [
+            cv2.blur(crop, (5, 5)) for crop in crops
+        ]  # shrinking by more leaves other aliases in the details
         differences.append(np.abs(smooth[0] - smooth[1]).mean())
     assert max(differences) < 12 and np.median(differences) < 6, differences
 
@@ -269,9 +356,21 @@ def test_every_kind_of_image_arrives_as_rgb(photographs, tmp_path):
     palette = photo.quantize(60)
     transparent = palette.copy()
     transparent.info['transparency'] = 3
-    kinds = {'rgb.png': photo, 'gray.png': photo.convert('L'), 'rgba.png': rgba, 'la.png': rgba.convert('LA'), 'palette.png': palette,
-             'palette-transparent.png': transparent, 'bilevel.png': photo.convert('1'), 'rgb.webp': photo, 'rgba.webp': rgba,
-             'rgb.tif': photo, 'gray.tif': photo.convert('L'), 'rgb.bmp': photo, 'rgb.ppm': photo}
+    kinds = {
+        'rgb.png': photo,
+        'gray.png': photo.convert('L'),
+        'rgba.png': rgba,
+        'la.png': rgba.convert('LA'),
+        'palette.png': palette,
+        'palette-transparent.png': transparent,
+        'bilevel.png': photo.convert('1'),
+        'rgb.webp': photo,
+        'rgba.webp': rgba,
+        'rgb.tif': photo,
+        'gray.tif': photo.convert('L'),
+        'rgb.bmp': photo,
+        'rgb.ppm': photo,
+    }
     for name, image in kinds.items():
         image.save(tmp_path / name, **({'lossless': True} if name.endswith('webp') else {}))
     (tmp_path / 'gray.jpg').write_bytes(jpeg(photo.convert('L')))
@@ -298,10 +397,19 @@ def test_sixteen_bits(photographs, tmp_path):
     cv2.imwrite(str(tmp_path / 'rgb.png'), deep[..., ::-1])
     cv2.imwrite(str(tmp_path / 'gray.png'), deep[..., 0])
     cv2.imwrite(str(tmp_path / 'rgb.tif'), deep[..., ::-1])
-    cv2.imwrite(str(tmp_path / 'rgba.png'), np.dstack([deep[..., ::-1], np.full(deep.shape[:2], 65535, np.uint16)]))
+    cv2.imwrite(
+        str(tmp_path / 'rgba.png'),
+        np.dstack([deep[..., ::-1], np.full(deep.shape[:2], 65535, np.uint16)]),
+    )
     for name in ('rgb.png', 'rgb.tif', 'rgba.png'):
-        np.testing.assert_allclose(images.read_image(tmp_path / name).astype(int), photographs[0], atol=1)
-    np.testing.assert_allclose(images.read_image(tmp_path / 'gray.png').astype(int), photographs[0][..., :1].repeat(3, 2), atol=1)
+        np.testing.assert_allclose(
+            images.read_image(tmp_path / name).astype(int), photographs[0], atol=1
+        )
+    np.testing.assert_allclose(
+        images.read_image(tmp_path / 'gray.png').astype(int),
+        photographs[0][..., :1].repeat(3, 2),
+        atol=1,
+    )
 
 
 # --- whitening -------------------------------------------------------------------------------------------------------
@@ -311,11 +419,15 @@ def test_zca_whitens(tmp_path):
     source = data.load('digits', '.').whitened(tmp_path)
     x = next(iter(source.batches(True, batch_size=1437)))[0].permute(0, 2, 3, 1).flatten(1).double()
     normalized = source.train[0].flatten(1).double()
-    normalized = (normalized - normalized.mean(1, keepdim=True)) / normalized.std(1, correction=0, keepdim=True)
+    normalized = (normalized - normalized.mean(1, keepdim=True)) / normalized.std(
+        1, correction=0, keepdim=True
+    )
     eigenvalues, vectors = torch.linalg.eigh(torch.cov(normalized.T, correction=0))
     # in the eigenvectors of the images the variances become eigenvalue / (eigenvalue + 0.1), uncorrelated
     covariance = vectors.T @ torch.cov(x.T, correction=0) @ vectors
-    torch.testing.assert_close(covariance, torch.diag(eigenvalues / (eigenvalues + 0.1)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        covariance, torch.diag(eigenvalues / (eigenvalues + 0.1)), rtol=0, atol=1e-4
+    )
     # in the pixels' own axes (ZCA, not PCA): the matrix is symmetric
     matrix = source.preprocessing.whitening['matrix']
     torch.testing.assert_close(matrix, matrix.T, rtol=0, atol=1e-4)
@@ -325,25 +437,49 @@ def test_zca_cache_is_checked(tmp_path, capsys):
     whitening = data.load('digits', '.').whitened(tmp_path).preprocessing.whitening
     [cache] = tmp_path.iterdir()
     stamp = cache.stat().st_mtime_ns
-    assert torch.equal(data.load('digits', '.').whitened(tmp_path).preprocessing.whitening['matrix'], whitening['matrix'])
+    assert torch.equal(
+        data.load('digits', '.').whitened(tmp_path).preprocessing.whitening['matrix'],
+        whitening['matrix'],
+    )
     assert cache.stat().st_mtime_ns == stamp and capsys.readouterr().err == ''
     # other training images, other statistics: of the part that is not held out
     part = data.load('digits', '.').holdout(300).whitened(tmp_path).preprocessing.whitening
-    assert len(list(tmp_path.iterdir())) == 2 and not torch.equal(part['matrix'], whitening['matrix'])
+    assert len(list(tmp_path.iterdir())) == 2 and not torch.equal(
+        part['matrix'], whitening['matrix']
+    )
     content = torch.load(cache, weights_only=True)
     content['matrix'][3, 4] += 1e-3
     torch.save(content, cache)
     for broken in (cache.read_bytes(), b'nothing', cache.read_bytes()[:2000]):
         cache.write_bytes(broken)
-        assert torch.equal(data.load('digits', '.').whitened(tmp_path).preprocessing.whitening['matrix'], whitening['matrix'])
+        assert torch.equal(
+            data.load('digits', '.').whitened(tmp_path).preprocessing.whitening['matrix'],
+            whitening['matrix'],
+        )
         assert 'is broken' in capsys.readouterr().err
 
 
 def test_zca_trains_predicts_and_is_logged(tmp_path, call):
     from tools import predict
+
     root = tmp_path / 'data'
     root.mkdir()
-    train.main(['--dataset', 'digits', '--preprocess', 'zca', '--dataroot', str(root), '--epochs', '8', '--epoch_step', '[6]', '--save', str(tmp_path / 'run')])
+    train.main(
+        [
+            '--dataset',
+            'digits',
+            '--preprocess',
+            'zca',
+            '--dataroot',
+            str(root),
+            '--epochs',
+            '8',
+            '--epoch_step',
+            '[6]',
+            '--save',
+            str(tmp_path / 'run'),
+        ]
+    )
     assert {line['preprocess'] for line in read_log(tmp_path / 'run')} == {'zca'}
     assert read_log(tmp_path / 'run')[-1]['test_acc'] > 75
     pixels, targets = data.load('digits', '.').test
@@ -361,10 +497,37 @@ def test_zca_trains_predicts_and_is_logged(tmp_path, call):
 
 def test_folder_of_anybodys_images(many_files, tmp_path, call):
     from tools import predict
-    train.main(['--dataset', 'folder', '--dataroot', str(many_files), '--image_size', '64', '--epochs', '3', '--epoch_step', '[3]', '--batch_size', '15',
-                '--width', '0.25', '--nthread', '1', '--lr', '0.05', '--save', str(tmp_path / 'run')])
+
+    train.main(
+        [
+            '--dataset',
+            'folder',
+            '--dataroot',
+            str(many_files),
+            '--image_size',
+            '64',
+            '--epochs',
+            '3',
+            '--epoch_step',
+            '[3]',
+            '--batch_size',
+            '15',
+            '--width',
+            '0.25',
+            '--nthread',
+            '1',
+            '--lr',
+            '0.05',
+            '--save',
+            str(tmp_path / 'run'),
+        ]
+    )
     last = read_log(tmp_path / 'run')[-1]
-    assert (last['num_classes'], last['image_size'], last['preprocess']) == (2, 64, 'meanstd') and 'train_broken' not in last
+    assert (last['num_classes'], last['image_size'], last['preprocess']) == (
+        2,
+        64,
+        'meanstd',
+    ) and 'train_broken' not in last
     out = call(predict.main, tmp_path / 'run', many_files / 'val').out.splitlines()
     assert len(out) == 20 and all(' a ' in line and ' b ' in line for line in out)
     result = call(train.main, '--evaluate', tmp_path / 'run', '--nthread', 0)
@@ -376,7 +539,15 @@ def test_other_classes_are_noticed(many_files, tmp_path, refused):
     for part in ('train', 'val'):
         (many_files / part / 'b').rename(many_files / part / 'c')
     refused(1, ['other classes', 'a, b', 'a, c'], train.main, '--evaluate', tmp_path / 'run')
-    refused(1, ['other classes', 'a, b', 'a, c'], train.main, '--resume', tmp_path / 'run', '--epochs', 3)
+    refused(
+        1,
+        ['other classes', 'a, b', 'a, c'],
+        train.main,
+        '--resume',
+        tmp_path / 'run',
+        '--epochs',
+        3,
+    )
 
 
 def age(root):
@@ -388,25 +559,38 @@ def age(root):
 def test_list_of_files_is_cached_and_notices_changes(many_files, monkeypatch):
     walks = []
     walk = os.walk
-    monkeypatch.setattr(os, 'walk', lambda *args, **kwargs: walks.append(args) or walk(*args, **kwargs))
+    monkeypatch.setattr(
+        os, 'walk', lambda *args, **kwargs: walks.append(args) or walk(*args, **kwargs)
+    )
 
     def listed():
         walks.clear()
         names, targets = images.list_files(many_files, 'train', ['a', 'b'])
         return [os.fsdecode(name) for name in names], targets.tolist(), bool(walks)
+
     fresh = listed()
-    assert fresh[2] and not (many_files / '.diracnets-train.npz').exists()  # just made: a change might go unnoticed
+    assert (
+        fresh[2] and not (many_files / '.diracnets-train.npz').exists()
+    )  # just made: a change might go unnoticed
     age(many_files / 'train')
     assert listed() == fresh and (many_files / '.diracnets-train.npz').exists()
     assert listed() == (*fresh[:2], False)
     assert len(fresh[0]) == 150 and fresh[0][0] == 'a/000.png' and fresh[1] == [0] * 75 + [1] * 75
     (many_files / 'train' / 'a' / '000.png').rename(many_files / 'train' / 'b' / 'new.PNG')
     names, targets, walked = listed()
-    assert walked and len(names) == 150 and names[0] == 'a/001.png' and names[-1] == 'b/new.PNG' and sum(targets) == 76
+    assert (
+        walked
+        and len(names) == 150
+        and names[0] == 'a/001.png'
+        and names[-1] == 'b/new.PNG'
+        and sum(targets) == 76
+    )
     age(many_files / 'train')
     listed()
     (many_files / 'train' / 'b' / 'deeper').mkdir()
-    (many_files / 'train' / 'b' / '001.png').rename(many_files / 'train' / 'b' / 'deeper' / '001.png')
+    (many_files / 'train' / 'b' / '001.png').rename(
+        many_files / 'train' / 'b' / 'deeper' / '001.png'
+    )
     assert 'b/deeper/001.png' in listed()[0]
     age(many_files / 'train')
     assert listed()[2] and not listed()[2]
@@ -419,15 +603,22 @@ def test_list_of_files_is_cached_and_notices_changes(many_files, monkeypatch):
 
 def test_read_only_folder_is_cached_elsewhere(many_files, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    monkeypatch.setattr(os, 'access', lambda path, mode: mode != os.W_OK)  # the tests may run as root, whom nothing stops
+    monkeypatch.setattr(
+        os, 'access', lambda path, mode: mode != os.W_OK
+    )  # the tests may run as root, whom nothing stops
     age(many_files)
     images.list_files(many_files, 'val', ['a', 'b'])
-    assert not list(many_files.glob('.diracnets*')) and len(list((tmp_path / 'cache' / 'diracnets').iterdir())) == 1
+    assert (
+        not list(many_files.glob('.diracnets*'))
+        and len(list((tmp_path / 'cache' / 'diracnets').iterdir())) == 1
+    )
 
 
 def rss(pid):
     with open(f'/proc/{pid}/smaps_rollup') as file:
-        return sum(int(line.split()[1]) for line in file if line.startswith('Pss:')) / 1024  # MB, shared pages counted in parts
+        return (
+            sum(int(line.split()[1]) for line in file if line.startswith('Pss:')) / 1024
+        )  # MB, shared pages counted in parts
 
 
 def test_memory_does_not_grow(many_files):
@@ -444,26 +635,62 @@ def test_memory_does_not_grow(many_files):
 
 
 def run_folder(root, save, *options):
-    return ('--dataset', 'folder', '--dataroot', root, '--image_size', 64, '--width', 0.25, '--batch_size', 15, '--epochs', 2,
-            '--nthread', 1, '--save', save, *options)
+    return (
+        '--dataset',
+        'folder',
+        '--dataroot',
+        root,
+        '--image_size',
+        64,
+        '--width',
+        0.25,
+        '--batch_size',
+        15,
+        '--epochs',
+        2,
+        '--nthread',
+        1,
+        '--save',
+        save,
+        *options,
+    )
 
 
 def whole_jpeg(size=(48, 40), thumbnail=False):
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8))
+    image = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    )
     content = jpeg(image)
     if thumbnail:  # a whole JPEG inside the header
         inner = b'Exif\0\0' + jpeg(image.resize((16, 16)))
-        content = content[:2] + b'\xff\xe1' + (len(inner) + 2).to_bytes(2, 'big') + inner + content[2:]
+        content = (
+            content[:2] + b'\xff\xe1' + (len(inner) + 2).to_bytes(2, 'big') + inner + content[2:]
+        )
     return content
 
 
-@pytest.mark.parametrize('kind', ['truncated', 'truncated behind a thumbnail', 'text', 'empty', 'truncated png', 'deleted'])
+@pytest.mark.parametrize(
+    'kind',
+    ['truncated', 'truncated behind a thumbnail', 'text', 'empty', 'truncated png', 'deleted'],
+)
 def test_one_broken_image_is_named_once_counted_and_replaced(kind, many_files, tmp_path, call):
     bad = many_files / 'train' / 'b' / ('bad.png' if kind == 'truncated png' else 'bad.jpg')
     whole_png = (many_files / 'train' / 'b' / '000.png').read_bytes()
-    assert images.decode(np.frombuffer(whole_jpeg(thumbnail=True), np.uint8), 'whole').shape == (40, 48, 3)
-    bad.write_bytes({'truncated': whole_jpeg()[:-500], 'truncated behind a thumbnail': whole_jpeg(thumbnail=True)[:-500], 'text': b'hello',
-                     'empty': b'', 'truncated png': whole_png[:-200], 'deleted': whole_jpeg()}[kind])
+    assert images.decode(np.frombuffer(whole_jpeg(thumbnail=True), np.uint8), 'whole').shape == (
+        40,
+        48,
+        3,
+    )
+    bad.write_bytes(
+        {
+            'truncated': whole_jpeg()[:-500],
+            'truncated behind a thumbnail': whole_jpeg(thumbnail=True)[:-500],
+            'text': b'hello',
+            'empty': b'',
+            'truncated png': whole_png[:-200],
+            'deleted': whole_jpeg(),
+        }[kind]
+    )
     if kind == 'deleted':
         source = data.load('folder', many_files, image_size=32)
         bad.unlink()
@@ -475,7 +702,11 @@ def test_one_broken_image_is_named_once_counted_and_replaced(kind, many_files, t
     assert result.status == 0 and result.err == ''
     assert result.out.count(f'broken image: {bad} ') == 1
     first, second = read_log(tmp_path / 'run')
-    assert (first['train_broken'], first['test_broken'], first['broken_images']) == (1, 0, [str(bad)])
+    assert (first['train_broken'], first['test_broken'], first['broken_images']) == (
+        1,
+        0,
+        [str(bad)],
+    )
     assert (second['train_broken'], second['broken_images']) == (1, [])
 
 
@@ -484,18 +715,24 @@ def test_replacement_is_the_same_every_time(many_files):
     expected = epoch_of(folder_batches(many_files, batch_size=15), 2)
     assert len(expected[0]) == 150
     for workers in (1, 3):
-        for actual, wanted in zip(epoch_of(folder_batches(many_files, batch_size=15, workers=workers), 2), expected):
+        for actual, wanted in zip(
+            epoch_of(folder_batches(many_files, batch_size=15, workers=workers), 2), expected
+        ):
             assert torch.equal(actual, wanted)
 
 
 def test_many_broken_images_end_the_run_with_a_checkpoint(many_files, tmp_path, refused):
     for name in ('001', '002'):
         (many_files / 'train' / 'a' / f'{name}.png').write_text('no image')
-    result = refused(1, ['2 of 150', '--resume'], train.main, *run_folder(many_files, tmp_path / 'run'))
+    result = refused(
+        1, ['2 of 150', '--resume'], train.main, *run_folder(many_files, tmp_path / 'run')
+    )
     assert 'broken image' in result.out
     assert [line['train_broken'] for line in read_log(tmp_path / 'run')] == [2]
     for name in ('001', '002'):
-        shutil.copy(many_files / 'train' / 'a' / '003.png', many_files / 'train' / 'a' / f'{name}.png')
+        shutil.copy(
+            many_files / 'train' / 'a' / '003.png', many_files / 'train' / 'a' / f'{name}.png'
+        )
     train.main(['--resume', str(tmp_path / 'run')])
     assert len(read_log(tmp_path / 'run')) == 2
 
@@ -510,7 +747,8 @@ def test_data_that_vanish(many_files, tmp_path, refused):
     """A disk that is gone ends the run at once, whatever stood on it."""
     source = data.load('folder', many_files, image_size=32)
     shutil.rmtree(many_files / 'train')
-    from errors import UserError
+    from lab.errors import UserError
+
     with pytest.raises(UserError, match='are broken'):
         epoch_of(source.batches(True, batch_size=15), 1)
 
@@ -554,25 +792,37 @@ def nobody(tmp_path):
             yield
         finally:
             os.seteuid(0)
+
     return nobody
 
 
 def test_permissions(many_files, tmp_path, nobody, call, refused):
     from tools import predict
+
     out = tmp_path / 'out'
     out.mkdir()
     out.chmod(0o777)
     options = ('--epochs', 1, '--nthread', 0)
-    assert call(train.main, *run_folder(many_files, out / 'whole', *options)).status == 0  # and everything is imported
+    assert (
+        call(train.main, *run_folder(many_files, out / 'whole', *options)).status == 0
+    )  # and everything is imported
     secret = many_files / 'train' / 'a' / '000.png'
     secret.chmod(0)
     with nobody():
         result = call(train.main, *run_folder(many_files, out / 'run', *options))
-        assert result.status == 0 and f'broken image: {secret} can not be read (Permission denied)' in result.out, result
+        assert (
+            result.status == 0
+            and f'broken image: {secret} can not be read (Permission denied)' in result.out
+        ), result
         refused(1, [secret, 'Permission denied'], predict.main, out / 'run', secret)
     (many_files / 'train' / 'a').chmod(0)
     with nobody():
-        refused(1, [many_files / 'train' / 'a', 'Permission denied'], train.main, *run_folder(many_files, out / 'other', *options))
+        refused(
+            1,
+            [many_files / 'train' / 'a', 'Permission denied'],
+            train.main,
+            *run_folder(many_files, out / 'other', *options),
+        )
     (out / 'run' / 'model.pt7').chmod(0)
     with nobody():
         refused(1, [out / 'run', 'can not be read'], train.main, '--evaluate', out / 'run')
@@ -581,13 +831,42 @@ def test_permissions(many_files, tmp_path, nobody, call, refused):
     (out / data.IDX_FILES[2]).chmod(0)
     (many_files / 'train').chmod(0o555)
     with nobody():
-        refused(1, data.IDX_FILES[2], train.main, '--dataset', 'FashionMNIST', '--dataroot', out, '--save', out / 'fashion')
-        refused(1, ['--save', 'Permission denied'], train.main, '--dataset', 'digits', '--save', many_files / 'train' / 'run')
+        refused(
+            1,
+            data.IDX_FILES[2],
+            train.main,
+            '--dataset',
+            'FashionMNIST',
+            '--dataroot',
+            out,
+            '--save',
+            out / 'fashion',
+        )
+        refused(
+            1,
+            ['--save', 'Permission denied'],
+            train.main,
+            '--dataset',
+            'digits',
+            '--save',
+            many_files / 'train' / 'run',
+        )
 
 
 def test_swapped_idx_files(fashion_mnist, tmp_path, refused):
     def refuse(words):
-        refused(1, words, train.main, '--dataset', 'FashionMNIST', '--dataroot', fashion_mnist, '--save', tmp_path / 'run')
+        refused(
+            1,
+            words,
+            train.main,
+            '--dataset',
+            'FashionMNIST',
+            '--dataroot',
+            fashion_mnist,
+            '--save',
+            tmp_path / 'run',
+        )
+
     files = {name: next(fashion_mnist.glob(name + '*')) for name in data.IDX_FILES}
     a, b = files['train-images-idx3-ubyte'], files['train-labels-idx1-ubyte']
     swap = a.read_bytes(), b.read_bytes()

@@ -1,4 +1,5 @@
 """diracnet-export.ipynb runs offline from top to bottom, its assertions can fail, and what is committed is what it gives."""
+
 import re
 from copy import deepcopy
 
@@ -25,16 +26,25 @@ def execute(tmp_path, monkeypatch):
     for name in ('no_proxy', 'NO_PROXY'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')  # the network is small; threads that wait for a busy machine take far longer
+    monkeypatch.setenv(
+        'OMP_NUM_THREADS', '1'
+    )  # the network is small; threads that wait for a busy machine take far longer
     monkeypatch.setenv('PYTHONDONTWRITEBYTECODE', '1')
 
     def execute(notebook, **options):
         copy = tmp_path / NAME
         nbformat.write(notebook, copy)
         notebook = nbformat.read(copy, as_version=4)
-        nbclient.NotebookClient(notebook, timeout=180, kernel_name='python3', record_timing=False,
-                                resources={'metadata': {'path': str(ROOT)}}, **options).execute()
+        nbclient.NotebookClient(
+            notebook,
+            timeout=180,
+            kernel_name='python3',
+            record_timing=False,
+            resources={'metadata': {'path': str(ROOT)}},
+            **options,
+        ).execute()
         return {cell.id: cell for cell in notebook.cells}
+
     return execute
 
 
@@ -56,7 +66,9 @@ def text(cell):
 
 
 def pictures(cell):
-    return [output.data['image/png'] for output in cell.outputs if 'image/png' in output.get('data', {})]
+    return [
+        output.data['image/png'] for output in cell.outputs if 'image/png' in output.get('data', {})
+    ]
 
 
 def test_committed_with_its_outputs():
@@ -64,13 +76,17 @@ def test_committed_with_its_outputs():
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == 'python3'
     code = [cell for cell in notebook.cells if cell.cell_type == 'code']
-    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))  # one run, from top to bottom
+    assert [cell.execution_count for cell in code] == list(
+        range(1, len(code) + 1)
+    )  # one run, from top to bottom
     for cell in code:
         assert 'execution' not in cell.metadata  # times of a run
         if SHOWS.search(cell.source):
             assert cell.outputs, f'{cell.id} has no output'
         for output in cell.outputs:
-            assert output.output_type in ('stream', 'display_data') and output.get('name') != 'stderr', (cell.id, output)
+            assert (
+                output.output_type in ('stream', 'display_data') and output.get('name') != 'stderr'
+            ), (cell.id, output)
     assert sum(len(pictures(cell)) for cell in code) >= 2
     for cell in notebook.cells:
         shown = cell.source + (text(cell) if cell.cell_type == 'code' else '')
@@ -84,7 +100,9 @@ def test_runs_from_top_to_bottom_offline(execute):
             new = cells[old.id]
             assert len(pictures(new)) == len(pictures(old)), old.id
             if old.id != 'onnx' or 'not installed' not in text(new):
-                assert text(new) == text(old), f'{old.id} prints something else than is committed: run it again'
+                assert text(new) == text(old), (
+                    f'{old.id} prints something else than is committed: run it again'
+                )
     assert 'can not be had' in text(cells['published'])
 
 
@@ -95,27 +113,52 @@ def cell(id, source):
 def test_planted_faults_fail_its_assertions(execute):
     notebook = blank()
     cells = {cell.id: cell for cell in notebook.cells}
-    last = notebook.cells.index(cells['filters'])  # what comes after needs time and is not asked for
+    last = notebook.cells.index(
+        cells['filters']
+    )  # what comes after needs time and is not asked for
     altered = deepcopy(notebook.cells[:last])
     where = [cell.id for cell in altered].index('compare')
     compare = cells['compare'].source
-    altered[where + 1:where + 1] = [
-        cell('hand', "key = 'group1.block2.conv.weight'\nwhole = folded[key]\nfolded[key] = whole * 1.01\n" + compare),
-        cell('bias', "folded[key] = whole\nwhole = folded['conv.bias']\nfolded['conv.bias'] = whole + 0.01\n" + compare),
-        cell('module-weight', "folded['conv.bias'] = whole\nmodule.features.group2.block5.conv.weight.mul_(1.01)\n" + compare),
+    altered[where + 1 : where + 1] = [
+        cell(
+            'hand',
+            "key = 'group1.block2.conv.weight'\nwhole = folded[key]\nfolded[key] = whole * 1.01\n"
+            + compare,
+        ),
+        cell(
+            'bias',
+            "folded[key] = whole\nwhole = folded['conv.bias']\nfolded['conv.bias'] = whole + 0.01\n"
+            + compare,
+        ),
+        cell(
+            'module-weight',
+            "folded['conv.bias'] = whole\nmodule.features.group2.block5.conv.weight.mul_(1.01)\n"
+            + compare,
+        ),
         cell('repaired', 'module.load_state_dict(diracnet.fold(params))\n' + compare),
-        cell('block', cells['fold-block'].source.replace('fold_batch_norm(w_hat', "fold_batch_norm(params[f'{name}.conv']")),
+        cell(
+            'block',
+            cells['fold-block'].source.replace(
+                'fold_batch_norm(w_hat', "fold_batch_norm(params[f'{name}.conv']"
+            ),
+        ),
         # Where the published file can be had, the last section draws it; here, a network of its shapes.
         cell('filters-defined', cells['filters'].source),
         cell('stand-in', 'diracnet.diracnet18 = lambda pretrained: diracnet.DiracNet(18)'),
-        cell('published', cells['published'].source)]
+        cell('published', cells['published'].source),
+    ]
     notebook.cells = altered
     ran = execute(notebook, allow_errors=True)
 
-    errors = {id: cell.outputs[-1] for id, cell in ran.items()
-              if cell.cell_type == 'code' and cell.outputs and cell.outputs[-1].output_type == 'error'}
+    errors = {
+        id: cell.outputs[-1]
+        for id, cell in ran.items()
+        if cell.cell_type == 'code' and cell.outputs and cell.outputs[-1].output_type == 'error'
+    }
     assert set(errors) == {'hand', 'bias', 'module-weight', 'block'}, errors
     assert all(error.ename == 'AssertionError' for error in errors.values()), errors
     for id in ('hand', 'bias', 'module-weight'):
         assert 'of the largest logit' in errors[id].evalue
-    assert '11,511,784 parameters' in text(ran['published']) and len(pictures(ran['published'])) == 1
+    assert (
+        '11,511,784 parameters' in text(ran['published']) and len(pictures(ran['published'])) == 1
+    )

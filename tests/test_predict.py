@@ -1,14 +1,15 @@
 """Predict and export: from a run, and from what is exported of it."""
+
 import json
 
 import cv2
 import numpy as np
 import torch
 
-import data
+from lab.data import datasets as data
 from conftest import python
 from diracnet import DiracNet
-from images import Preprocessing
+from lab.data.preprocessing import Preprocessing
 from tools import export, predict
 
 
@@ -18,15 +19,21 @@ def test_classifies_files(digits_run, digit_files, tmp_path, call):
     bare = tmp_path / 'bare.pth'
     torch.save(torch.load(tmp_path / 'new' / 'digits.pth', weights_only=True)['state_dict'], bare)
     outputs = []
-    for path, options in ((digits_run, ()), (digits_run / 'model.pt7', ()), (tmp_path / 'new' / 'digits.pth', ()),
-                          (bare, ('--dataset', 'digits'))):
+    for path, options in (
+        (digits_run, ()),
+        (digits_run / 'model.pt7', ()),
+        (tmp_path / 'new' / 'digits.pth', ()),
+        (bare, ('--dataset', 'digits')),
+    ):
         result = call(predict.main, path, digit_files, '--json', *options)
         lines = [json.loads(line) for line in result.out.splitlines()]
         assert len(lines) == 40
         right = sum(line['image'].endswith(f'-{line["classes"][0]}.png') for line in lines)
         assert right >= 34  # the network has seen other writers, and tests at about 95 %
         for line in lines:
-            assert len(line['classes']) == 5 and line['probabilities'] == sorted(line['probabilities'], reverse=True)
+            assert len(line['classes']) == 5 and line['probabilities'] == sorted(
+                line['probabilities'], reverse=True
+            )
             assert sum(line['probabilities']) <= 1 + 1e-6
         outputs.append([line['classes'][0] for line in lines])
     assert all(output == outputs[0] for output in outputs)
@@ -63,7 +70,11 @@ def test_imagenet_form(photographs, tmp_path, call):
     probabilities = json.loads(result.out)['probabilities']
     # by hand: the shorter side of 427 x 640 to 256, the longer truncated to 383, the center of 224
     image = cv2.resize(photographs[0], (383, 256), interpolation=cv2.INTER_CUBIC)[16:240, 79:303]
-    inputs = torch.from_numpy((image / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)).float().permute(2, 0, 1)[None]
+    inputs = (
+        torch.from_numpy((image / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225))
+        .float()
+        .permute(2, 0, 1)[None]
+    )
     with torch.no_grad():
         expected = net.eval()(inputs).softmax(1).topk(5).values[0]
     np.testing.assert_allclose(probabilities, expected, rtol=1e-4)

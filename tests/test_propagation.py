@@ -1,17 +1,18 @@
 """How signals travel: what is measured, on networks whose answer is known."""
+
 import csv
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import data
-import resnet
-from checkpoint import Checkpoint
+from lab.data import datasets as data
+from lab.models import registry as resnet
+from lab.runs.checkpoint import Checkpoint
 from conftest import read_log
 from tools import propagation, study
 
-STUDY = '''
+STUDY = """
 title: A try
 dataset: digits
 seeds: [1]
@@ -23,13 +24,18 @@ runs:
   - {model: diracnet}
 table: [model]
 figure: {signal: true}
-'''
+"""
 
 
 def fresh(model, depth):
     torch.manual_seed(1)
     network = {'model': model, 'depth': depth, 'width': 1, 'dataset': 'digits'}
-    return Checkpoint('', {key: tensor.detach() for key, tensor in resnet.define(**network)[1].items()}, False, network)
+    return Checkpoint(
+        '',
+        {key: tensor.detach() for key, tensor in resnet.define(**network)[1].items()},
+        False,
+        network,
+    )
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +57,10 @@ def test_correlations_are_numpys():
 def test_measures_of_a_fresh_network(model, batch):
     found = fresh(model, 10)
     rows = propagation.measure(found, *batch)
-    assert [row['name'] for row in rows] == ['conv', *(f'group{g}.block{b}.conv' for g in range(3) for b in range(2))]
+    assert [row['name'] for row in rows] == [
+        'conv',
+        *(f'group{g}.block{b}.conv' for g in range(3) for b in range(2)),
+    ]
     for row in rows[1:]:
         weight = found.params[row['name']]
         if model == 'diracnet':
@@ -61,30 +70,44 @@ def test_measures_of_a_fresh_network(model, batch):
             n = min(weight.shape[:2])
             central = unit[:, :, 1, 1].diagonal()[:n]
             on = scale[:n] * (1 + central) ** 2
-            off = (scale * (unit ** 2).sum((1, 2, 3))).sum() - (scale[:n] * central ** 2).sum()
+            off = (scale * (unit**2).sum((1, 2, 3))).sum() - (scale[:n] * central**2).sum()
             assert row['identity'] == pytest.approx((on.sum() / (on.sum() + off)).item(), rel=1e-4)
             assert (row['alpha'], row['beta']) == (1, pytest.approx(0.1))
         elif model == 'diracnet-v1':
-            assert row['identity'] > 0.999 and (row['alpha'], row['beta']) == (5, pytest.approx(1e-3))
+            assert row['identity'] > 0.999 and (row['alpha'], row['beta']) == (
+                5,
+                pytest.approx(1e-3),
+            )
         else:
             assert row['identity'] < 0.05 and 'alpha' not in row
-    assert all(0 < row['responding'] <= 1 and row['gradient'] > 0 and sum(row['correlation']) <= 1 + 1e-5 for row in rows)
+    assert all(
+        0 < row['responding'] <= 1 and row['gradient'] > 0 and sum(row['correlation']) <= 1 + 1e-5
+        for row in rows
+    )
 
 
 def test_gradients_are_those_of_the_outputs(batch):
     """The last batch norm's by its own formula, from the logits' softmax."""
     found, (images, targets) = fresh('diracnet', 10), batch
     f, _ = resnet.define(**found.network)
-    outputs = propagation.layer_outputs(f, {key: tensor.clone() for key, tensor in found.params.items()}, images)
-    logits = F.linear(outputs[-1].relu().mean((2, 3)), found.params['fc.weight'], found.params['fc.bias'])
+    outputs = propagation.layer_outputs(
+        f, {key: tensor.clone() for key, tensor in found.params.items()}, images
+    )
+    logits = F.linear(
+        outputs[-1].relu().mean((2, 3)), found.params['fc.weight'], found.params['fc.bias']
+    )
     grad = (logits.softmax(1) - F.one_hot(targets, 10)) / len(targets) @ found.params['fc.weight']
     size = outputs[-1][0, 0].numel()
     expected = (grad[:, :, None, None] / size * (outputs[-1] > 0)).norm()
-    assert propagation.measure(found, images, targets)[-1]['gradient'] == pytest.approx(expected.item(), rel=1e-4)
+    assert propagation.measure(found, images, targets)[-1]['gradient'] == pytest.approx(
+        expected.item(), rel=1e-4
+    )
 
 
 def test_dirac_weights_carry_a_signal_deeper(batch):
-    last = {model: propagation.measure(fresh(model, 64), *batch)[-1] for model in ('diracnet', 'plain')}
+    last = {
+        model: propagation.measure(fresh(model, 64), *batch)[-1] for model in ('diracnet', 'plain')
+    }
     assert last['plain']['responding'] < 0.05 < 0.2 < last['diracnet']['responding']
 
 
@@ -94,7 +117,9 @@ def test_a_study_of_signals(tmp_path, call, refused):
     result = call(study.main, tmp_path / 'tiny.yaml', '--out', out)
     assert result.status == 0, result.err
     run = out / 'diracnet' / 'seed1'
-    assert len(read_log(run)) == 2 and sorted(path.name for path in run.glob('epoch*')) == ['epoch1.pt7']
+    assert len(read_log(run)) == 2 and sorted(path.name for path in run.glob('epoch*')) == [
+        'epoch1.pt7'
+    ]
     assert torch.load(run / 'epoch1.pt7', weights_only=True)['epoch'] == 1
     assert all((out / f'figure.{suffix}').stat().st_size > 5000 for suffix in ('png', 'svg'))
     with open(out / 'figure.csv') as file:
@@ -108,5 +133,16 @@ def test_a_study_of_signals(tmp_path, call, refused):
     for path in out.glob('*/seed1/*.pt7'):
         path.unlink()
     result = call(study.main, tmp_path / 'tiny.yaml', '--out', out)
-    assert result.status == 0 and 'checkpoints' in result.err and (out / 'figure.png').read_bytes() == drawn
-    refused(1, 'does not exist', propagation.main, out / 'diracnet' / 'seed1', '--out', tmp_path / 'x.png')
+    assert (
+        result.status == 0
+        and 'checkpoints' in result.err
+        and (out / 'figure.png').read_bytes() == drawn
+    )
+    refused(
+        1,
+        'does not exist',
+        propagation.main,
+        out / 'diracnet' / 'seed1',
+        '--out',
+        tmp_path / 'x.png',
+    )

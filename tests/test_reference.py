@@ -1,4 +1,5 @@
 """The README's numbers are those of the committed runs."""
+
 import json
 import statistics
 
@@ -26,7 +27,11 @@ def test_reference_runs_stand_in_the_readme(name):
     for line, folder in zip(last, folders):
         assert line['epoch'] == line['epochs'] and line['holdout'] == 0
         command = json.loads((folder / 'run.json').read_text())[0]
-        assert command['commit'] and 'dirty' not in command['commit'] and f'--seed {line["seed"]}' in command['command']
+        assert (
+            command['commit']
+            and 'dirty' not in command['commit']
+            and f'--seed {line["seed"]}' in command['command']
+        )
     accuracies = [line['test_acc'] for line in last]
     assert least <= statistics.median(accuracies) <= most
     rows = [row for row in (ROOT / 'README.md').read_text().splitlines() if f'`{name}-seed' in row]
@@ -56,13 +61,19 @@ def test_studies_stand_in_the_readme_as_their_logs_say(name, tmp_path):
     rows = collect(study, runs)
     write_tables(study, rows, study['dataset'], tmp_path)
     for table in ('table.csv', 'table.md'):
-        assert (folder / table).read_text() == (tmp_path / table).read_text(), f'make it anew: python -m tools.study studies/{name}.yaml --table'
+        assert (folder / table).read_text() == (tmp_path / table).read_text(), (
+            f'make it anew: python -m tools.study studies/{name}.yaml --table'
+        )
     assert all(row['n'] + row['diverged'] == len(study['seeds']) for row in rows)
 
-    table = [line for line in (folder / 'table.md').read_text().splitlines() if line.startswith('|')]
+    table = [
+        line for line in (folder / 'table.md').read_text().splitlines() if line.startswith('|')
+    ]
     assert len(table) == 2 + len(rows) and '\n'.join(table) in readme
     for row, line in zip(rows, table[2:]):
         for number in ('error', 'least', 'most', 'train_error'):
             assert row[number] is None or f' {row[number]:.2f} ' in line
     assert ' '.join(study['note'].split()) in ' '.join(readme.split())
-    assert (folder / 'figure.png').stat().st_size > 10_000 and '</svg>' in (folder / 'figure.svg').read_text()
+    assert (folder / 'figure.png').stat().st_size > 10_000 and '</svg>' in (
+        folder / 'figure.svg'
+    ).read_text()

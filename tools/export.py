@@ -12,6 +12,7 @@ The suffix says what is written:
 Each file is loaded in a new process and compared with the unfolded network on test images. One whose logits are off by more than 1e-4
 of the largest, or an int8 one that loses more than 0.5 points of top-1, is not put in place, and the exit status is 1.
 """
+
 import io
 import json
 import os
@@ -25,11 +26,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import data
-import images
-from diracnet_v1 import DiracNetV1
-from errors import OneLineParser, OptionError, UserError, run
+from lab.runs import checkpoint
+from lab.data.batches import ImageFolder
+from lab.data.preprocessing import Preprocessing, normalize
+from lab.data import datasets as data
+from lab.data import image_files as images
+from lab.models.diracnet_v1 import DiracNetV1
+from lab.errors import OneLineParser, OptionError, UserError, run
 from tools import predict, quantize
 
 SUFFIXES = ('.int8.onnx', '.onnx', '.pt2', '.pth')  # in the order they are tried
@@ -42,11 +45,12 @@ ROOT = Path(__file__).resolve().parent.parent
 @dataclass
 class Study:
     """A checkpoint's two networks, float32 on the CPU, and the data set they are for; without it, `source` is None and `missing` says why."""
+
     found: checkpoint.Checkpoint
     folded: torch.nn.Module
     unfolded: torch.nn.Module
     name: str
-    preprocessing: images.Preprocessing
+    preprocessing: Preprocessing
     classes: list
     source: data.Data = None
     missing: str = ''
@@ -54,48 +58,64 @@ class Study:
     @property
     def facts(self):
         """What travels in the files."""
-        return {'network': {**(self.found.network or {}), 'dataset': self.name}, 'classes': self.classes,
-                'preprocessing': self.preprocessing.as_dict()}
+        return {
+            'network': {**(self.found.network or {}), 'dataset': self.name},
+            'classes': self.classes,
+            'preprocessing': self.preprocessing.as_dict(),
+        }
 
 
 def study(found, dataset=None, dataroot=None):
     """The Study of a checkpoint; `dataset` names its data set where it has no facts, `dataroot` the place of its files."""
     folded = found.fold().float()
     preprocessing = predict.preprocessing_of(found, dataset)
-    predict.check_channels(found.path, folded.layout.in_channels, preprocessing)
+    predict.check_channels(found.path, folded.architecture.in_channels, preprocessing)
     recorded = (found.network or {}).get('dataset')
     name = recorded if found.preprocessing and recorded else dataset or 'ImageNet'
     about = Study(found, folded, found.module().float(), name, preprocessing, found.classes)
     try:
-        about.source = data.load(name, dataroot or found.options.get('dataroot', './data'), download=False,
-                               image_size=preprocessing.image_size)
+        about.source = data.load(
+            name,
+            dataroot or found.options.get('dataroot', './data'),
+            download=False,
+            image_size=preprocessing.image_size,
+        )
     except UserError as error:
         about.missing = str(error)
         return about
-    n_classes, n_outputs = len(about.source.classes), folded.layout.num_classes
+    n_classes, n_outputs = len(about.source.classes), folded.architecture.num_classes
     if n_classes != n_outputs:
-        raise UserError(f'{found.path} tells {n_outputs} classes apart, and the {name} that was found has {n_classes}: name another '
-                        'with --dataset or --dataroot')
+        raise UserError(
+            f'{found.path} tells {n_outputs} classes apart, and the {name} that was found has {n_classes}: name another '
+            'with --dataset or --dataroot'
+        )
     return replace(about, classes=list(about.classes or about.source.classes))
 
 
 def targets_of(part):
-    return part.targets if isinstance(part, images.ImageFolder) else part[1]
+    return part.targets if isinstance(part, ImageFolder) else part[1]
 
 
 def pictures(about, train, n, span=None):
     """At most n images, evenly over the training or test set (or its part from span[0] to before span[1]), without augmentation:
     normalized (n, C, H, W), and their classes (n,). Of image files, FILE_IMAGES at most."""
     part = about.source.train if train else about.source.test
-    n = min(n, FILE_IMAGES) if isinstance(part, images.ImageFolder) else n
+    n = min(n, FILE_IMAGES) if isinstance(part, ImageFolder) else n
     begin, end = span or (0, len(targets_of(part)))
     chosen = np.linspace(begin, end - 1, min(n, end - begin)).astype(int)
-    if isinstance(part, images.ImageFolder):
-        pixels = np.stack([images.prepare(images.read_image(part.root / os.fsdecode(part.names[i])), about.preprocessing) for i in chosen])
+    if isinstance(part, ImageFolder):
+        pixels = np.stack(
+            [
+                images.prepare(
+                    images.read_image(part.root / os.fsdecode(part.names[i])), about.preprocessing
+                )
+                for i in chosen
+            ]
+        )
     else:
         pixels = part[0].numpy()[chosen]
     targets = torch.as_tensor(np.asarray(targets_of(part))[chosen])
-    return images.normalize(torch.from_numpy(pixels), about.preprocessing).contiguous(), targets
+    return normalize(torch.from_numpy(pixels), about.preprocessing).contiguous(), targets
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -111,11 +131,19 @@ def content(about, suffix):
         file = io.BytesIO()
         torch.save({'state_dict': about.folded.state_dict(), **about.facts}, file)
         return file.getvalue()
-    shape = (about.preprocessing.channels, about.preprocessing.image_size, about.preprocessing.image_size)
+    shape = (
+        about.preprocessing.channels,
+        about.preprocessing.image_size,
+        about.preprocessing.image_size,
+    )
     if suffix == '.pt2':
         file = io.BytesIO()
         with quantize.quiet():
-            program = torch.export.export(about.folded, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim('batch')},))
+            program = torch.export.export(
+                about.folded,
+                (torch.zeros(2, *shape),),
+                dynamic_shapes=({0: torch.export.Dim('batch')},),
+            )
             torch.export.save(program, file, extra_files={'metadata.json': json.dumps(about.facts)})
         return file.getvalue()
     if suffix == '.onnx':
@@ -164,9 +192,23 @@ def measure_file(path, suffix, inputs):
     with tempfile.TemporaryDirectory() as folder:
         inputs_path, result_path = Path(folder) / 'inputs.npy', Path(folder) / 'result.npz'
         np.save(inputs_path, inputs.numpy())
-        command = 'import sys; from tools.export import measure_in_child; measure_in_child(*sys.argv[1:])'
-        child = subprocess.run([sys.executable, '-c', command, str(Path(path).absolute()), suffix, inputs_path, result_path], cwd=ROOT,
-                               capture_output=True, text=True)
+        command = (
+            'import sys; from tools.export import measure_in_child; measure_in_child(*sys.argv[1:])'
+        )
+        child = subprocess.run(
+            [
+                sys.executable,
+                '-c',
+                command,
+                str(Path(path).absolute()),
+                suffix,
+                inputs_path,
+                result_path,
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         if child.returncode:
             reason = child.stderr.strip().splitlines()[-1:] or [f'exit status {child.returncode}']
             raise UserError(f'{path} was written, but a new process can not use it: {reason[0]}')
@@ -176,7 +218,9 @@ def measure_file(path, suffix, inputs):
 
 def relative_error(logits, reference):
     """The largest difference of a logit, over the largest logit of its image; of all images the largest. NaN counts as infinite."""
-    error = np.abs(logits - reference).max(1) / np.maximum(np.abs(reference).max(1), np.finfo(np.float32).tiny)
+    error = np.abs(logits - reference).max(1) / np.maximum(
+        np.abs(reference).max(1), np.finfo(np.float32).tiny
+    )
     return float(np.nan_to_num(error, nan=np.inf).max())
 
 
@@ -191,15 +235,29 @@ def table_row(name, error, accuracy, before, size, times):
 
 def main(arguments=None):
     parser = OneLineParser(prog='-m tools.export', description=__doc__)
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help="a run's folder, its model.pt7 or a state dict")
-    parser.add_argument('outs', metavar='OUT', type=Path, nargs='+', help='files to write, .pth, .pt2, .onnx or .int8.onnx')
+    parser.add_argument(
+        'checkpoint', metavar='CHECKPOINT', help="a run's folder, its model.pt7 or a state dict"
+    )
+    parser.add_argument(
+        'outs',
+        metavar='OUT',
+        type=Path,
+        nargs='+',
+        help='files to write, .pth, .pt2, .onnx or .int8.onnx',
+    )
     parser.add_argument('--force', action='store_true', help='replace OUT if it exists')
-    parser.add_argument('--dataset', choices=data.PREPROCESSING, help='the data set, where CHECKPOINT does not say')
-    parser.add_argument('--dataroot', help='where the data set is, if not where it was for the training')
+    parser.add_argument(
+        '--dataset', choices=data.PREPROCESSING, help='the data set, where CHECKPOINT does not say'
+    )
+    parser.add_argument(
+        '--dataroot', help='where the data set is, if not where it was for the training'
+    )
     args = parser.parse_args(arguments)
     for out in args.outs:
         if suffix_of(out) is None:
-            raise OptionError(f'{out} must end in .pth, .pt2, .onnx or .int8.onnx: the suffix says what is written')
+            raise OptionError(
+                f'{out} must end in .pth, .pt2, .onnx or .int8.onnx: the suffix says what is written'
+            )
         if out.exists() and not args.force:
             raise OptionError(f'{out} exists; --force replaces it')
     if any(out.name.endswith('.onnx') for out in args.outs):
@@ -207,25 +265,46 @@ def main(arguments=None):
     about = study(checkpoint.load(args.checkpoint), args.dataset, args.dataroot)
     for out in args.outs:
         if suffix_of(out) == '.int8.onnx' and about.source is None:
-            raise UserError(f'{out} needs training images of {about.name} to calibrate: {about.missing}')
+            raise UserError(
+                f'{out} needs training images of {about.name} to calibrate: {about.missing}'
+            )
         if suffix_of(out) == '.int8.onnx' and isinstance(about.folded, DiracNetV1):
-            raise UserError(f'{out}: int8 is for version 2 of DiracNets and for plain networks, without NCReLU; .onnx is for all')
+            raise UserError(
+                f'{out}: int8 is for version 2 of DiracNets and for plain networks, without NCReLU; .onnx is for all'
+            )
         if suffix_of(out) != '.pth' and about.preprocessing.whitening:
-            raise UserError(f'{out} can not hold the matrix of --preprocess zca in its metadata; export .pth')
+            raise UserError(
+                f'{out} can not hold the matrix of --preprocess zca in its metadata; export .pth'
+            )
     if about.source is None:
-        shape = (about.preprocessing.channels, about.preprocessing.image_size, about.preprocessing.image_size)
-        inputs, targets = torch.randn(RANDOM_IMAGES, *shape, generator=torch.Generator().manual_seed(0)), None
+        shape = (
+            about.preprocessing.channels,
+            about.preprocessing.image_size,
+            about.preprocessing.image_size,
+        )
+        inputs, targets = (
+            torch.randn(RANDOM_IMAGES, *shape, generator=torch.Generator().manual_seed(0)),
+            None,
+        )
         what = f'{len(inputs)} images of normal noise, as {about.name} was not found'
     else:
         inputs, targets = pictures(about, False, TEST_IMAGES)
         what = f'{len(inputs)} test images of {about.name}'
     reference, times = measure(about.unfolded, inputs)
     before = top1(reference, targets)
-    print(f'{args.outs[0]}: {sum(tensor.numel() for tensor in about.folded.parameters()):,} parameters; compared on {what}\n')
-    print('| file | largest relative error | top-1 | unfolded | bytes | '
-          + ' | '.join(f'ms for {n} image{"s" * (n > 1)}' for n in LATENCIES) + ' |')
+    print(
+        f'{args.outs[0]}: {sum(tensor.numel() for tensor in about.folded.parameters()):,} parameters; compared on {what}\n'
+    )
+    print(
+        '| file | largest relative error | top-1 | unfolded | bytes | '
+        + ' | '.join(f'ms for {n} image{"s" * (n > 1)}' for n in LATENCIES)
+        + ' |'
+    )
     print('| --- | --- | --- | --- | --- | --- | --- |')
-    print(table_row('(unfolded)', '', before, before, os.path.getsize(about.found.path), times), flush=True)
+    print(
+        table_row('(unfolded)', '', before, before, os.path.getsize(about.found.path), times),
+        flush=True,
+    )
     failures = []
     for out in args.outs:
         suffix = suffix_of(out)
@@ -241,9 +320,13 @@ def main(arguments=None):
             error, accuracy = relative_error(logits, reference), top1(logits, targets)
             print(table_row(out, f'{error:.1e}', accuracy, before, len(written), times), flush=True)
             if suffix == '.int8.onnx' and not before - accuracy <= INT8_LIMIT:
-                failures.append(f'{out} loses {before - accuracy:.2f} points of top-1, more than {INT8_LIMIT}')
+                failures.append(
+                    f'{out} loses {before - accuracy:.2f} points of top-1, more than {INT8_LIMIT}'
+                )
             elif suffix != '.int8.onnx' and not error <= FLOAT_LIMIT:
-                failures.append(f'{out} is off by {error:.1e} of the largest logit, more than {FLOAT_LIMIT}')
+                failures.append(
+                    f'{out} is off by {error:.1e} of the largest logit, more than {FLOAT_LIMIT}'
+                )
             else:
                 os.replace(temporary, out)
         except OSError as error:

@@ -16,6 +16,7 @@ behind every convolution of the chain:
 
 Batches are 256 training images, in the order of the first epoch; batch norm takes their statistics.
 """
+
 import csv
 import re
 from pathlib import Path
@@ -23,11 +24,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import checkpoint
-import data
-from diracnet_v1 import ncrelu, tiled_delta
-from errors import OneLineParser, UserError, run
-from resnet import CHAINS, VERSION_1, define
+from lab.runs import checkpoint
+from lab.data import datasets as data
+from lab.models.diracnet_v1 import ncrelu, tiled_delta
+from lab.errors import OneLineParser, UserError, run
+from lab.models.registry import CHAINS, VERSION_1, define
 from tools import plot
 
 IMAGES, NOISE, RESPONDS = 256, 0.1, 0.9
@@ -36,7 +37,11 @@ BINS = 20
 
 def kept_checkpoints(folder):
     """The checkpoints of a run, by their epoch, with what it began with as that of epoch 0. Raises UserError."""
-    paths = {int(match[1]): path for path in Path(folder).glob('epoch*.pt7') if (match := re.fullmatch(r'epoch(\d+)\.pt7', path.name))}
+    paths = {
+        int(match[1]): path
+        for path in Path(folder).glob('epoch*.pt7')
+        if (match := re.fullmatch(r'epoch(\d+)\.pt7', path.name))
+    }
     found = {epoch: checkpoint.load(path) for epoch, path in sorted(paths.items())}
     newest = checkpoint.load(folder)
     if not newest.is_run or newest.network['model'] not in CHAINS + VERSION_1:
@@ -44,7 +49,9 @@ def kept_checkpoints(folder):
     found[newest.epoch] = newest
     torch.manual_seed(newest.options['seed'])  # as the training did
     _, params = define(init=newest.options.get('init'), **newest.network)
-    first = checkpoint.Checkpoint(newest.path, {key: tensor.detach() for key, tensor in params.items()}, False, newest.network)
+    first = checkpoint.Checkpoint(
+        newest.path, {key: tensor.detach() for key, tensor in params.items()}, False, newest.network
+    )
     return {0: first, **found}
 
 
@@ -58,6 +65,7 @@ def layer_outputs(f, params, images, targets=None):
             output.retain_grad()
         outputs.append(output)
         return output.clone()  # the ReLU behind works in place
+
     with torch.set_grad_enabled(targets is not None):
         logits = f(images, params, True, norm=norm)
         if targets is not None:
@@ -80,22 +88,50 @@ def measure(found, images, targets):
     """One dict for each convolution of a checkpoint's chain, from the first on, as this module's docstring says."""
     version_1 = found.network['model'] in VERSION_1
     f, _ = define(**found.network)
-    params = {key: tensor.clone().requires_grad_(not key.rpartition('.')[2].startswith('running_')) for key, tensor in found.params.items()}
+    params = {
+        key: tensor.clone().requires_grad_(not key.rpartition('.')[2].startswith('running_'))
+        for key, tensor in found.params.items()
+    }
     clean = layer_outputs(f, params, images, targets)
-    noise = NOISE * images.std() * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+    noise = (
+        NOISE
+        * images.std()
+        * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
+    )
     noisy = layer_outputs(f, params, images + noise)
     activation = ncrelu if version_1 else F.relu
     names = ['', *(re.match(r'(.*)conv$', key)[1] for key in params if key.endswith('.conv'))]
-    folded = {name: tensor for name, tensor in found.fold().named_parameters() if name.endswith('conv.weight')}
+    folded = {
+        name: tensor
+        for name, tensor in found.fold().named_parameters()
+        if name.endswith('conv.weight')
+    }
     rows = []
-    for layer, (name, weight, one, other) in enumerate(zip(names, folded.values(), clean, noisy, strict=True)):
+    for layer, (name, weight, one, other) in enumerate(
+        zip(names, folded.values(), clean, noisy, strict=True)
+    ):
         r = correlations(activation(one.detach()), activation(other))
-        row = {'layer': layer, 'name': f'{name}conv', 'responding': (r > RESPONDS).double().mean().item(), 'gradient': one.grad.norm().item()}
+        row = {
+            'layer': layer,
+            'name': f'{name}conv',
+            'responding': (r > RESPONDS).double().mean().item(),
+            'gradient': one.grad.norm().item(),
+        }
         if name:
-            delta = tiled_delta(weight) if version_1 else torch.nn.init.dirac_(torch.empty_like(weight))
+            delta = (
+                tiled_delta(weight) if version_1 else torch.nn.init.dirac_(torch.empty_like(weight))
+            )
             row['identity'] = identity_share(weight.detach(), delta)
-            row.update({part: params[f'{name}{part}'].detach().abs().mean().item() for part in ('alpha', 'beta') if f'{name}{part}' in params})
-        row['correlation'] = (torch.histc(r[r.isfinite()].clamp(-1, 1), BINS, -1, 1) / len(r)).tolist()
+            row.update(
+                {
+                    part: params[f'{name}{part}'].detach().abs().mean().item()
+                    for part in ('alpha', 'beta')
+                    if f'{name}{part}' in params
+                }
+            )
+        row['correlation'] = (
+            torch.histc(r[r.isfinite()].clamp(-1, 1), BINS, -1, 1) / len(r)
+        ).tolist()
         rows.append(row)
     return rows
 
@@ -108,7 +144,18 @@ def measure_runs(folders, dataroot=None):
         options = checkpoint.load(folder).options
         if batch is None:
             source = data.load(options['dataset'], dataroot or options['dataroot'])
-            batch = next(iter(source.batches(True, batch_size=IMAGES, device=torch.device('cpu'), seed=options['seed'], pad=0, workers=0)))
+            batch = next(
+                iter(
+                    source.batches(
+                        True,
+                        batch_size=IMAGES,
+                        device=torch.device('cpu'),
+                        seed=options['seed'],
+                        pad=0,
+                        workers=0,
+                    )
+                )
+            )
         label = f'{options["model"]}-{options["depth"]}'
         if label in measured:
             raise UserError(f'{folder} is a second run of {label}: give one of each')
@@ -117,32 +164,67 @@ def measure_runs(folders, dataroot=None):
 
 
 def write_csv(measured, path):
-    names = ['run', 'epoch', 'layer', 'name', 'alpha', 'beta', 'identity', 'responding', 'gradient', 'correlation']
+    names = [
+        'run',
+        'epoch',
+        'layer',
+        'name',
+        'alpha',
+        'beta',
+        'identity',
+        'responding',
+        'gradient',
+        'correlation',
+    ]
     with open(path, 'w', newline='') as file:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         for label, epochs in measured.items():
             for epoch, rows in epochs.items():
                 for row in rows:
-                    writer.writerow({'run': label, 'epoch': epoch, **{key: f'{value:.4g}' if isinstance(value, float) else value for key, value in row.items()},
-                                     'correlation': ' '.join(f'{share:.3f}' for share in row['correlation'])})
+                    writer.writerow(
+                        {
+                            'run': label,
+                            'epoch': epoch,
+                            **{
+                                key: f'{value:.4g}' if isinstance(value, float) else value
+                                for key, value in row.items()
+                            },
+                            'correlation': ' '.join(f'{share:.3f}' for share in row['correlation']),
+                        }
+                    )
 
 
 def draw(measured, logs, out):
     """The figure. Above: the first run's scales and share of the identity over depth, in several epochs, and the error of all runs; below: all runs'
     responding units before and after training, their histograms, and gradients at the beginning."""
     import matplotlib
+
     matplotlib.use('Agg')
     from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(2, 4, figsize=(17, 7.5), layout='constrained')
     label, epochs = next(iter(measured.items()))
-    parts = [('alpha', 'mean |alpha|'), ('beta', 'mean |beta|'), ('identity', "identity's share of the folded weight")]
+    parts = [
+        ('alpha', 'mean |alpha|'),
+        ('beta', 'mean |beta|'),
+        ('identity', "identity's share of the folded weight"),
+    ]
     for ax, (part, name) in zip(axes[0], parts):
         for e, (epoch, rows) in enumerate(epochs.items()):
             some = [row for row in rows if part in row]
             style, marker, _ = plot.style_of(e)
-            ax.plot([row['layer'] for row in some], [row[part] for row in some], linestyle=style, marker=marker, markevery=(e, max(1, len(some) // 6)), markersize=4,
-                    color=pyplot.cm.viridis(0.9 * e / len(epochs)), linewidth=1.2, label=f'epoch {epoch}')
+            ax.plot(
+                [row['layer'] for row in some],
+                [row[part] for row in some],
+                linestyle=style,
+                marker=marker,
+                markevery=(e, max(1, len(some) // 6)),
+                markersize=4,
+                color=pyplot.cm.viridis(0.9 * e / len(epochs)),
+                linewidth=1.2,
+                label=f'epoch {epoch}',
+            )
         ax.set_title(f'{label}: {name}', fontsize=10)
         ax.set_xlabel('layer')
     axes[0][0].legend(fontsize=8)
@@ -151,17 +233,39 @@ def draw(measured, logs, out):
         for g, (label, epochs) in enumerate(measured.items()):
             style, marker, color = plot.style_of(g)
             x, y = value(label, epochs)
-            ax.plot(x, y, linestyle=style, marker=marker, color=color, markevery=(g * max(1, len(x) // 40), max(1, len(x) // 7)), markersize=4, label=label, **kwargs)
+            ax.plot(
+                x,
+                y,
+                linestyle=style,
+                marker=marker,
+                color=color,
+                markevery=(g * max(1, len(x) // 40), max(1, len(x) // 7)),
+                markersize=4,
+                label=label,
+                **kwargs,
+            )
         ax.set_title(title, fontsize=10)
-    lines(axes[0][3], lambda label, _: zip(*[(line['epoch'], 100 - line['test_acc']) for line in logs[label]]), 'test error, %')
+
+    lines(
+        axes[0][3],
+        lambda label, _: zip(*[(line['epoch'], 100 - line['test_acc']) for line in logs[label]]),
+        'test error, %',
+    )
     axes[0][3].set_xlabel('epoch')
     axes[0][3].set_yscale('log')
     axes[0][3].legend(fontsize=8)
 
     def over_depth(part, which):
         return lambda _, epochs: zip(*[(row['layer'], row[part]) for row in epochs[which(epochs)]])
-    lines(axes[1][0], over_depth('responding', min), 'units that respond to the input, before training')
-    lines(axes[1][1], over_depth('responding', max), 'units that respond to the input, after training')
+
+    lines(
+        axes[1][0],
+        over_depth('responding', min),
+        'units that respond to the input, before training',
+    )
+    lines(
+        axes[1][1], over_depth('responding', max), 'units that respond to the input, after training'
+    )
     lines(axes[1][3], over_depth('gradient', min), 'norm of the gradient, before training')
     axes[1][3].set_yscale('log')
     for ax in axes[1][:2]:
@@ -170,7 +274,12 @@ def draw(measured, logs, out):
         ax.set_xlabel('layer')
     middle = len(next(iter(measured.values()))[0]) // 2
     centres = [-1 + (b + 0.5) * 2 / BINS for b in range(BINS)]
-    lines(axes[1][2], lambda _, epochs: (centres, epochs[0][middle]['correlation']), f'histogram of units, layer {middle}, before training', drawstyle='steps-mid')
+    lines(
+        axes[1][2],
+        lambda _, epochs: (centres, epochs[0][middle]['correlation']),
+        f'histogram of units, layer {middle}, before training',
+        drawstyle='steps-mid',
+    )
     axes[1][2].set_xlabel('correlation of a unit with and without noise in the input')
     for ax in axes.flat:
         ax.grid(True, color='0.9')
@@ -190,8 +299,12 @@ def report(folders, out, dataroot=None):
 def main(arguments=None):
     parser = OneLineParser(prog='-m tools.propagation', description=__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN')
-    parser.add_argument('--out', required=True, type=Path, help='file of the picture; PNG, SVG and CSV are written')
-    parser.add_argument('--dataroot', help='folder of the data, where it is another than in training')
+    parser.add_argument(
+        '--out', required=True, type=Path, help='file of the picture; PNG, SVG and CSV are written'
+    )
+    parser.add_argument(
+        '--dataroot', help='folder of the data, where it is another than in training'
+    )
     args = parser.parse_args(arguments)
     print(*report(args.runs, args.out, args.dataroot))
 

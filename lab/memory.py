@@ -1,4 +1,5 @@
 """What Linux's malloc does with the memory of tensors on the CPU. Elsewhere these functions do nothing."""
+
 import ctypes
 import sys
 
@@ -14,7 +15,11 @@ def keep_freed_memory():
     mallopt = _libc('mallopt')
     if mallopt:
         trim_threshold, mmap_threshold = -1, -3  # M_ constants of malloc.h
-        for option, size in ((mmap_threshold, 2 ** 25), (mmap_threshold, 2 ** 30), (trim_threshold, 2 ** 31 - 1)):
+        for option, size in (
+            (mmap_threshold, 2**25),
+            (mmap_threshold, 2**30),
+            (trim_threshold, 2**31 - 1),
+        ):
             mallopt(option, size)  # a size that is too large for an older glibc changes nothing
 
 

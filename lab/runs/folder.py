@@ -1,14 +1,14 @@
 """A run's folder, written so that nothing is lost, and the signals that stop a run.
 
-    model.pt7     the newest checkpoint; previous.pt7 the one before it (see checkpoint.py)
-    log.txt       a line of JSON for each epoch
-    run.json      how the run was called, each time, and on what
+model.pt7     the newest checkpoint; previous.pt7 the one before it (see checkpoint.py)
+log.txt       a line of JSON for each epoch
+run.json      how the run was called, each time, and on what
 """
+
 import json
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -17,9 +17,11 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-from distributed import launched_here, local_world, rank, say, under_torchrun, world
-from errors import OptionError, UserError
+from lab.runs import checkpoint
+from lab.runs.signals import tell
+from lab.distributed import launched_here, local_world, rank, world
+from lab.errors import OptionError, UserError
+from lab.files import write_atomically
 
 LOG, COMMANDS = 'log.txt', 'run.json'
 
@@ -50,8 +52,12 @@ def resume_command(options, folder):
     if launched_here():
         return shlex.join(['python', 'train.py', *flags, '--ngpu', str(world())])
     nodes = world() // local_world()
-    return ('torchrun ' + (f'--nnodes={nodes} (and the same rendezvous) ' if nodes > 1 else '') + f'--nproc_per_node={local_world()} '
-            + shlex.join(['train.py', *flags]))
+    return (
+        'torchrun '
+        + (f'--nnodes={nodes} (and the same rendezvous) ' if nodes > 1 else '')
+        + f'--nproc_per_node={local_world()} '
+        + shlex.join(['train.py', *flags])
+    )
 
 
 class RunFolder:
@@ -60,6 +66,7 @@ class RunFolder:
 
     First of all it is locked, if it is there, then what it holds is looked at (`lock`, `settle`); it is made when all else is clear (`open`).
     """
+
     PATIENCE = 15  # seconds, for the processes of a run that was just killed to be gone
 
     def __init__(self, given):
@@ -76,8 +83,12 @@ class RunFolder:
             return
         try:
             import fcntl
+
             self.handle = os.open(self.path, os.O_RDONLY)
-        except (ImportError, OSError):  # not on this system; or not for this user, which will be said when something is written
+        except (
+            ImportError,
+            OSError,
+        ):  # not on this system; or not for this user, which will be said when something is written
             return
         for attempt in range(1 + int(10 * self.PATIENCE)):
             try:
@@ -90,13 +101,21 @@ class RunFolder:
 
     def settle(self, options, resumed, auto):
         """The folder that it is, for these options. Raises OptionError where it holds another run."""
-        own = resumed and resumed.is_run and resumed.path.name in (checkpoint.FILE_NAME, checkpoint.PREVIOUS)
+        own = (
+            resumed
+            and resumed.is_run
+            and resumed.path.name in (checkpoint.FILE_NAME, checkpoint.PREVIOUS)
+        )
         if 'save' in options:
             path = Path(options['save']).expanduser()
-        elif own and (resumed.path.parent / COMMANDS).exists():  # not a copy, which may lie anywhere
+        elif (
+            own and (resumed.path.parent / COMMANDS).exists()
+        ):  # not a copy, which may lie anywhere
             path = resumed.path.parent
         else:
-            path = Path(f'logs/{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}-{datetime.now():%Y%m%d-%H%M%S}')
+            path = Path(
+                f'logs/{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}-{datetime.now():%Y%m%d-%H%M%S}'
+            )
         if path != self.path:
             self.close()
             self.path = path
@@ -104,15 +123,19 @@ class RunFolder:
         self.auto = auto
         if resumed and resumed.is_run:
             self.stands = f'{resumed.path}, saved after {resumed.place}'
-            self.keep = resumed.path.name != checkpoint.PREVIOUS  # else the newest is broken, and must not take the good one's place
+            self.keep = (
+                resumed.path.name != checkpoint.PREVIOUS
+            )  # else the newest is broken, and must not take the good one's place
         self.refuse_another()
 
     def refuse_another(self):
         """Raises OptionError where the folder holds another run. (One that was killed before its first checkpoint is begun anew by auto.)"""
         if rank() == 0 and not self.goes_on:
-            for file in ((checkpoint.FILE_NAME,) if self.auto else (LOG, checkpoint.FILE_NAME)):
+            for file in (checkpoint.FILE_NAME,) if self.auto else (LOG, checkpoint.FILE_NAME):
                 if (self.path / file).exists():
-                    raise OptionError(f'{self.path} holds a run already; --resume {self.path} goes on with it, another --save makes a new one')
+                    raise OptionError(
+                        f'{self.path} holds a run already; --resume {self.path} goes on with it, another --save makes a new one'
+                    )
 
     def open(self):
         """Make the folder."""
@@ -145,7 +168,7 @@ class RunFolder:
 
     def write(self, name, text):
         if rank() == 0:
-            self._try(name, lambda: checkpoint.write(self.path / name, text.encode()))
+            self._try(name, lambda: write_atomically(self.path / name, text.encode()))
 
     def save(self, content, place):
         if rank() == 0:
@@ -160,7 +183,9 @@ class RunFolder:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError('--tensorboard needs a package that is not there; pip install tensorboard') from None
+            raise UserError(
+                '--tensorboard needs a package that is not there; pip install tensorboard'
+            ) from None
 
         def write():
             # Opened for each epoch: of a run that was killed, what is behind the epoch that it goes on with is hidden.
@@ -168,6 +193,7 @@ class RunFolder:
                 for part in ('train', 'test'):
                     for name in ('loss', 'acc', 'top5', 'time'):
                         writer.add_scalar(f'{name}/{part}', stats[f'{part}_{name}'], stats['epoch'])
+
         self._try('events.out.tfevents', write)
 
     def read_log(self, resumed):
@@ -178,16 +204,25 @@ class RunFolder:
             return list(resumed.log)
         path = resumed.path.parent / LOG  # a checkpoint that doesn't hold them
         lines = path.read_text().splitlines() if path.exists() else []
-        return [line for line in lines if json.loads(line.removeprefix('json_stats: '))['epoch'] <= resumed.epoch]
+        return [
+            line
+            for line in lines
+            if json.loads(line.removeprefix('json_stats: '))['epoch'] <= resumed.epoch
+        ]
 
     def record_command(self, arguments, device):
         """Append to run.json how this run was called, and on what: command, versions, commit, device, processes and threads of each."""
         if rank() > 0:
             return
-        here = Path(__file__).resolve().parent
+        here = Path(__file__).resolve().parent.parent.parent
         try:
-            commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--abbrev=40'], cwd=here, capture_output=True,
-                                    text=True, check=True).stdout.strip()
+            commit = subprocess.run(
+                ['git', 'describe', '--always', '--dirty', '--abbrev=40'],
+                cwd=here,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             commit = None  # not a checkout, or no git
         from importlib.metadata import PackageNotFoundError, version
@@ -197,11 +232,20 @@ class RunFolder:
                 return version(name)
             except PackageNotFoundError:  # under another name
                 return None
+
         packages = ('torch', 'torchvision', 'torchnet', 'opencv-python', 'tqdm', 'numpy')
-        entry = {'command': shlex.join(['python', 'train.py', *arguments]), 'time': datetime.now().isoformat(timespec='seconds'),
-                 'commit': commit, 'python': platform.python_version(), 'versions': {name: version_of(name) for name in packages},
-                 'device': torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type} ({platform.machine()})',
-                 'processes': world(), 'threads': torch.get_num_threads()}
+        entry = {
+            'command': shlex.join(['python', 'train.py', *arguments]),
+            'time': datetime.now().isoformat(timespec='seconds'),
+            'commit': commit,
+            'python': platform.python_version(),
+            'versions': {name: version_of(name) for name in packages},
+            'device': torch.cuda.get_device_name(device)
+            if device.type == 'cuda'
+            else f'{device.type} ({platform.machine()})',
+            'processes': world(),
+            'threads': torch.get_num_threads(),
+        }
         path = self.path / COMMANDS
         try:
             entries = json.loads(path.read_text())
@@ -212,62 +256,6 @@ class RunFolder:
     def finish(self):
         """Raises UserError where something could not be written."""
         if self.faults:
-            raise UserError(f'{len(self.faults)} times a file could not be written, at first: {self.faults[0]}; {self.stands} stands')
-
-
-class Stop:
-    """Inside its `with`, SIGTERM, SIGINT and SIGHUP only leave their number in `signal`.
-
-    A repetition is left unheard for some seconds: torchrun, and programs that pass signals on, send them twice. After that it ends the process.
-    """
-    DEAF = 5  # seconds
-
-    def __enter__(self):
-        self.signal, self.before, self.heard = 0, {}, None
-        self.parent = os.getppid()
-        for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                try:
-                    self.before[number] = signal.signal(number, self._note)
-                except ValueError:  # not the main thread: signals are somebody else's
-                    break
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        if self.heard is None:
-            self.signal, self.heard = number, time.monotonic()
-        elif time.monotonic() > self.heard + self.DEAF:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    def leaving(self):
-        """From now on no signal is heard: all is saved, and then the process ends."""
-        for number in self.before:
-            signal.signal(number, signal.SIG_IGN)
-
-    def say(self, text):
-        """Print, whatever becomes of the output: where nobody reads it any more, the run stops, as at a signal; a full disk is no reason to."""
-        try:
-            say(text)
-        except BrokenPipeError:
-            self.signal = self.signal or signal.SIGPIPE
-        except OSError:
-            pass
-
-    def check_parent(self):
-        """Raises UserError where torchrun, which started this process, is gone: another run may begin in this folder any time."""
-        if under_torchrun() and os.getppid() != self.parent:
-            raise UserError('torchrun is gone: the run stops')
-
-
-def tell(text, file):
-    """Print, if it can be."""
-    try:
-        print(text, file=file, flush=True)
-    except OSError:
-        pass
+            raise UserError(
+                f'{len(self.faults)} times a file could not be written, at first: {self.faults[0]}; {self.stands} stands'
+            )

@@ -1,4 +1,5 @@
 """How a user's mistake ends: one line on standard error, exit status 1 or 2, no traceback."""
+
 import argparse
 import os
 import sys
@@ -6,11 +7,13 @@ import sys
 
 class UserError(Exception):
     """Bad data, file or environment. The message names the thing, its value and the remedy, in one line."""
+
     status = 1
 
 
 class OptionError(UserError):
     """A command line that can't be done."""
+
     status = 2
 
 
@@ -18,7 +21,9 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors are OptionErrors, and which takes no abbreviated flags; its description keeps its lines."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+        )
 
     def error(self, message):
         raise OptionError(f'{message} (see python {self.prog} --help)')
@@ -31,7 +36,9 @@ def run(main, name):
     try:
         status = main()
     except UserError as error:
-        sys.stderr.write(f'{name}: {" ".join(str(error).split())}\n')  # at once: other processes may write, too
+        sys.stderr.write(
+            f'{name}: {" ".join(str(error).split())}\n'
+        )  # at once: other processes may write, too
         status = error.status
     except BrokenPipeError:  # the reader of our output (head, say) has seen enough
         sys.stderr.close()

@@ -5,6 +5,7 @@
 
 Keys are those of torchvision's ResNets (conv1.weight, bn1.weight, layer1.0.conv1.weight, ..., fc.weight), whose state dicts load.
 """
+
 import re
 from functools import partial
 
@@ -12,22 +13,23 @@ import torch
 import torch.nn.functional as F
 
 from diracconv import ALPHA, BETA, dirac_weight
-from diracnet import (BASE_WIDTHS, BN_EPS, BN_MOMENTUM, DATASETS, IMAGENET_BLOCKS, bn_params, conv_params, define_chain, define_diracnet, flatten, layout,
-                      linear_params)
-from diracnet_v1 import define_diracnet_v1, define_plain_ncrelu
+from diracnet import (
+    BASE_WIDTHS,
+    BN_EPS,
+    BN_MOMENTUM,
+    DATASETS,
+    IMAGENET_BLOCKS,
+    bn_params,
+    conv_params,
+    flatten,
+    linear_params,
+    make_architecture,
+)
 
 # A residual block's end: batch norm before or behind the addition, and a ReLU or none (torch-residual-networks compares the four).
 BLOCKS = ('bn-add-relu', 'bn-add', 'add-bn-relu', 'add-bn')
 # Blocks of each group by depth, basic (two 3x3 convolutions) or bottleneck (1x1, 3x3, 1x1).
 IMAGENET = {**IMAGENET_BLOCKS, 50: (3, 4, 6, 3)}
-
-
-def define_plain(depth, width, dataset, *, num_classes=None, in_channels=None):
-    """The chain of `diracnet.define_diracnet` with ordinary convolutions instead of Dirac ones, all else the same.
-
-    Arguments, returns and errors are those of `define_diracnet`; params has no alpha and no beta.
-    """
-    return define_chain(layout(depth, width, dataset, num_classes, in_channels), dirac=False)
 
 
 # --- what residual networks are made of ------------------------------------------------------------------------------
@@ -42,19 +44,27 @@ def conv(x, params, name, stride=1):
 
 
 def batch_norm(x, params, name, mode, norm):
-    weight, bias, mean, var = (params[f'{name}.{part}'] for part in ('weight', 'bias', 'running_mean', 'running_var'))
+    weight, bias, mean, var = (
+        params[f'{name}.{part}'] for part in ('weight', 'bias', 'running_mean', 'running_var')
+    )
     return norm(x, mean, var, weight, bias, training=mode, momentum=BN_MOMENTUM, eps=BN_EPS)
 
 
 def relu(x):
-    return F.relu(x, inplace=True)  # batch norm, in front of every one, doesn't look at its output again
+    return F.relu(
+        x, inplace=True
+    )  # batch norm, in front of every one, doesn't look at its output again
 
 
 def shortcut(x, params, name, stride, channels, mode, norm):
     """Past a block: a projection if there is one, else the identity, strided and filled up with zeros (option A)."""
     if f'{name}.downsample.0.weight' in params:
         x = conv(x, params, f'{name}.downsample.0', stride)
-        return batch_norm(x, params, f'{name}.downsample.1', mode, norm) if f'{name}.downsample.1.weight' in params else x
+        return (
+            batch_norm(x, params, f'{name}.downsample.1', mode, norm)
+            if f'{name}.downsample.1.weight' in params
+            else x
+        )
     if stride > 1:
         x = x[:, :, ::stride, ::stride]
     return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1])) if channels > x.shape[1] else x
@@ -62,7 +72,9 @@ def shortcut(x, params, name, stride, channels, mode, norm):
 
 def basic_block(x, params, name, stride, mode, norm, end):
     """(N, C, H, W) to (N, C', H / stride, W / stride): two convolutions and the shortcut around them, and `end`, one of BLOCKS."""
-    y = relu(batch_norm(conv(x, params, f'{name}.conv1', stride), params, f'{name}.bn1', mode, norm))
+    y = relu(
+        batch_norm(conv(x, params, f'{name}.conv1', stride), params, f'{name}.bn1', mode, norm)
+    )
     y = conv(y, params, f'{name}.conv2')
     past = shortcut(x, params, name, stride, y.shape[1], mode, norm)
     if end.startswith('bn-add'):
@@ -74,7 +86,9 @@ def basic_block(x, params, name, stride, mode, norm, end):
 
 def bottleneck_block(x, params, name, stride, mode, norm):
     y = relu(batch_norm(conv(x, params, f'{name}.conv1'), params, f'{name}.bn1', mode, norm))
-    y = relu(batch_norm(conv(y, params, f'{name}.conv2', stride), params, f'{name}.bn2', mode, norm))
+    y = relu(
+        batch_norm(conv(y, params, f'{name}.conv2', stride), params, f'{name}.bn2', mode, norm)
+    )
     y = batch_norm(conv(y, params, f'{name}.conv3'), params, f'{name}.bn3', mode, norm)
     return F.relu(y + shortcut(x, params, name, stride, y.shape[1], mode, norm))
 
@@ -83,7 +97,9 @@ def preactivated_block(x, params, name, stride, mode, norm, dropout):
     """Batch norm and ReLU before each of the two convolutions, dropout between them; a projection sees the first ReLU's output."""
     y = relu(batch_norm(x, params, f'{name}.bn1', mode, norm))
     past = y if f'{name}.downsample.0.weight' in params else x
-    y = relu(batch_norm(conv(y, params, f'{name}.conv1', stride), params, f'{name}.bn2', mode, norm))
+    y = relu(
+        batch_norm(conv(y, params, f'{name}.conv1', stride), params, f'{name}.bn2', mode, norm)
+    )
     if dropout:
         y = F.dropout(y, dropout, training=mode)
     y = conv(y, params, f'{name}.conv2')
@@ -112,12 +128,19 @@ def ones_bn(channels):
 def conv_tree(in_channels, out_channels, kernel_size, dirac=False):
     tree = {'weight': conv_params(in_channels, out_channels, kernel_size)}
     if dirac:
-        tree.update(alpha=torch.full((out_channels,), ALPHA), beta=torch.full((out_channels,), BETA))
+        tree.update(
+            alpha=torch.full((out_channels,), ALPHA), beta=torch.full((out_channels,), BETA)
+        )
     return tree
 
 
 def projection(in_channels, out_channels, normalized):
-    return {'downsample': {'0': conv_tree(in_channels, out_channels, 1), **({'1': ones_bn(out_channels)} if normalized else {})}}
+    return {
+        'downsample': {
+            '0': conv_tree(in_channels, out_channels, 1),
+            **({'1': ones_bn(out_channels)} if normalized else {}),
+        }
+    }
 
 
 # --- definitions -----------------------------------------------------------------------------------------------------
@@ -126,18 +149,32 @@ def projection(in_channels, out_channels, normalized):
 def check_depth(name, form, depth, remainder, imagenet):
     """Raises ValueError for an impossible depth."""
     if form == 'imagenet' and depth not in imagenet:
-        raise ValueError(f'depth {depth} is impossible for a {name} on ImageNet: it is {" or ".join(map(str, imagenet))}')
-    if form == 'cifar' and (depth != int(depth) or depth < 6 + remainder or (depth - remainder) % 6):
+        raise ValueError(
+            f'depth {depth} is impossible for a {name} on ImageNet: it is {" or ".join(map(str, imagenet))}'
+        )
+    if form == 'cifar' and (
+        depth != int(depth) or depth < 6 + remainder or (depth - remainder) % 6
+    ):
         near = 6 * max(round((depth - remainder) / 6), 1) + remainder
-        raise ValueError(f'depth {depth} is impossible for a {name} of small images: it is 6n + {remainder} with n of 1 or more; the nearest is {near}')
+        raise ValueError(
+            f'depth {depth} is impossible for a {name} of small images: it is 6n + {remainder} with n of 1 or more; the nearest is {near}'
+        )
 
 
 def shape_of(width, dataset, num_classes, in_channels):
-    """The Layout of a DiracNet of this width, for all but its depth. Raises ValueError."""
-    return layout(18 if DATASETS.get(dataset, ('cifar',))[0] == 'imagenet' else 10, width, dataset, num_classes, in_channels)
+    """The Architecture of a DiracNet of this width, for all but its depth. Raises ValueError."""
+    return make_architecture(
+        18 if DATASETS.get(dataset, ('cifar',))[0] == 'imagenet' else 10,
+        width,
+        dataset,
+        num_classes,
+        in_channels,
+    )
 
 
-def define_resnet(depth, width, dataset, *, num_classes=None, in_channels=None, block='bn-add-relu', dirac=False):
+def define_resnet(
+    depth, width, dataset, *, num_classes=None, in_channels=None, block='bn-add-relu', dirac=False
+):
     """A ResNet: on small images of depth 6n + 2, with parameter-free shortcuts (option A); on ImageNet ResNet-18 or -34, with
     torchvision's parameters.
 
@@ -152,12 +189,20 @@ def define_resnet(depth, width, dataset, *, num_classes=None, in_channels=None, 
     if block not in BLOCKS:
         raise ValueError(f'block {block!r} is none of {", ".join(BLOCKS)}')
     counts = [(depth - 2) // 6] * 3 if form == 'cifar' else IMAGENET[depth]
-    tree = {'conv1': conv_tree(shape.in_channels, widths[0], 7 if form == 'imagenet' else 3), 'bn1': ones_bn(widths[0])}
+    tree = {
+        'conv1': conv_tree(shape.in_channels, widths[0], 7 if form == 'imagenet' else 3),
+        'bn1': ones_bn(widths[0]),
+    }
     channels = widths[0]
     for g, (count, out) in enumerate(zip(counts, widths)):
         tree[f'layer{g + 1}'] = group = {}
         for b in range(count):
-            group[str(b)] = {'conv1': conv_tree(channels, out, 3, dirac), 'bn1': ones_bn(out), 'conv2': conv_tree(out, out, 3, dirac), 'bn2': ones_bn(out)}
+            group[str(b)] = {
+                'conv1': conv_tree(channels, out, 3, dirac),
+                'bn1': ones_bn(out),
+                'conv2': conv_tree(out, out, 3, dirac),
+                'bn2': ones_bn(out),
+            }
             if form == 'imagenet' and channels != out:
                 group[str(b)].update(projection(channels, out, True))
             channels = out
@@ -182,7 +227,14 @@ def define_wide_resnet(depth, width, dataset, *, num_classes=None, in_channels=N
     form = shape.form
     check_depth('Wide ResNet', form, depth, 4, (50,))
     if not 0 <= dropout < 1 or (dropout and form == 'imagenet'):
-        raise ValueError(f'dropout {dropout} is impossible: ' + ('bottleneck blocks have none' if form == 'imagenet' else 'it is at least 0 and below 1'))
+        raise ValueError(
+            f'dropout {dropout} is impossible: '
+            + (
+                'bottleneck blocks have none'
+                if form == 'imagenet'
+                else 'it is at least 0 and below 1'
+            )
+        )
     if form == 'imagenet':
         return define_bottleneck(depth, shape)
     counts, channels = [(depth - 4) // 6] * 3, 16
@@ -190,24 +242,39 @@ def define_wide_resnet(depth, width, dataset, *, num_classes=None, in_channels=N
     for g, (count, out) in enumerate(zip(counts, shape.widths)):
         tree[f'layer{g + 1}'] = group = {}
         for b in range(count):
-            group[str(b)] = {'bn1': ones_bn(channels), 'conv1': conv_tree(channels, out, 3), 'bn2': ones_bn(out), 'conv2': conv_tree(out, out, 3)}
+            group[str(b)] = {
+                'bn1': ones_bn(channels),
+                'conv1': conv_tree(channels, out, 3),
+                'bn2': ones_bn(out),
+                'conv2': conv_tree(out, out, 3),
+            }
             if channels != out:
                 group[str(b)].update(projection(channels, out, False))
             channels = out
     tree['bn1'] = ones_bn(channels)
     tree['fc'] = linear_params(channels, shape.num_classes)
-    return partial(residual, form, counts, partial(preactivated_block, dropout=dropout), True), flatten(tree)
+    return partial(
+        residual, form, counts, partial(preactivated_block, dropout=dropout), True
+    ), flatten(tree)
 
 
 def define_bottleneck(depth, shape):
     tree = {'conv1': conv_tree(shape.in_channels, 64, 7), 'bn1': ones_bn(64)}
     channels = 64
-    for g, (count, inner, base) in enumerate(zip(IMAGENET[depth], shape.widths, BASE_WIDTHS['imagenet'])):
+    for g, (count, inner, base) in enumerate(
+        zip(IMAGENET[depth], shape.widths, BASE_WIDTHS['imagenet'])
+    ):
         tree[f'layer{g + 1}'] = group = {}
         out = 4 * base
         for b in range(count):
-            group[str(b)] = {'conv1': conv_tree(channels, inner, 1), 'bn1': ones_bn(inner), 'conv2': conv_tree(inner, inner, 3), 'bn2': ones_bn(inner),
-                             'conv3': conv_tree(inner, out, 1), 'bn3': ones_bn(out)}
+            group[str(b)] = {
+                'conv1': conv_tree(channels, inner, 1),
+                'bn1': ones_bn(inner),
+                'conv2': conv_tree(inner, inner, 3),
+                'bn2': ones_bn(inner),
+                'conv3': conv_tree(inner, out, 1),
+                'bn3': ones_bn(out),
+            }
             if not b:
                 group[str(b)].update(projection(channels, out, True))
             channels = out
@@ -215,31 +282,7 @@ def define_bottleneck(depth, shape):
     return partial(residual, 'imagenet', IMAGENET[depth], bottleneck_block, False), flatten(tree)
 
 
-# --- all models ------------------------------------------------------------------------------------------------------
-
-MODELS = {'diracnet': define_diracnet, 'diracnet-v1': define_diracnet_v1, 'plain': define_plain, 'plain-ncrelu': define_plain_ncrelu,
-          'resnet': define_resnet, 'resnet-dirac': define_resnet_dirac, 'wrn': define_wide_resnet}  # what --model names
-CHAINS = ('diracnet', 'plain')  # those of diracnet.chain
-VERSION_1 = ('diracnet-v1', 'plain-ncrelu')  # those of diracnet_v1.chain_v1
-OPTIONS = {'resnet': {'block': BLOCKS[0]}, 'resnet-dirac': {'block': BLOCKS[0]}, 'wrn': {'dropout': 0.0}}  # of one model, not of others
-
-INITS = {'kaiming': partial(torch.nn.init.kaiming_normal_, nonlinearity='relu'), 'xavier': torch.nn.init.xavier_normal_,
-         'normal': partial(torch.nn.init.normal_, std=0.01), 'orthogonal': torch.nn.init.orthogonal_}
-
-
-def define(model, depth, width, dataset, *, init=None, **options):
-    """f, params of any of MODELS. `init`, a name in INITS, draws the weights of all convolutions anew; else they are as the model has
-    them. Raises ValueError."""
-    f, params = MODELS[model](depth, width, dataset, **options)
-    if init is not None:
-        with torch.no_grad():
-            for tensor in params.values():
-                if tensor.ndim == 4:
-                    INITS[init](tensor)
-    return f, params
-
-
-def infer(params):
+def infer_resnet(params):
     """Model, depth, width and form of a ResNet or Wide ResNet, read off its parameters. Raises ValueError if they are of none."""
     try:
         stem, fc = params['conv1.weight'], params['fc.weight']
@@ -247,14 +290,25 @@ def infer(params):
         form = {3: 'cifar', 7: 'imagenet'}[stem.shape[-1]]
         first = params['layer1.0.conv1.weight']
     except KeyError as error:
-        raise ValueError(f'not the parameters of a ResNet: {error.args[0]!r} is missing or of an unknown form') from None
+        raise ValueError(
+            f'not the parameters of a ResNet: {error.args[0]!r} is missing or of an unknown form'
+        ) from None
     network = {'num_classes': fc.shape[0], 'in_channels': stem.shape[1]}
     if 'layer1.0.conv3.weight' in params:
         network.update(model='wrn', depth=3 * len(blocks) + 2, width=first.shape[0] / 64)
-    elif form == 'cifar' and (len(params['bn1.weight']) != len(stem) or len(params['layer1.0.bn1.weight']) != len(first)):  # preactivated
-        network.update(model='wrn', depth=2 * len(blocks) + 4, width=fc.shape[1] / BASE_WIDTHS[form][-1])
+    elif form == 'cifar' and (
+        len(params['bn1.weight']) != len(stem) or len(params['layer1.0.bn1.weight']) != len(first)
+    ):  # preactivated
+        network.update(
+            model='wrn', depth=2 * len(blocks) + 4, width=fc.shape[1] / BASE_WIDTHS[form][-1]
+        )
     else:
-        network.update(model='resnet-dirac' if 'layer1.0.conv1.alpha' in params else 'resnet', depth=2 * len(blocks) + 2,
-                       width=fc.shape[1] / BASE_WIDTHS[form][-1])
-    network['width'] = int(network['width']) if network['width'] == int(network['width']) else network['width']
+        network.update(
+            model='resnet-dirac' if 'layer1.0.conv1.alpha' in params else 'resnet',
+            depth=2 * len(blocks) + 2,
+            width=fc.shape[1] / BASE_WIDTHS[form][-1],
+        )
+    network['width'] = (
+        int(network['width']) if network['width'] == int(network['width']) else network['width']
+    )
     return form, network

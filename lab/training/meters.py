@@ -1,30 +1,39 @@
 """What a training measures and shows: loss and accuracy, a progress bar, broken images."""
+
 import math
 import time
 
 import torch
 
-import distributed
-from distributed import say, world
-from errors import UserError
+from lab import distributed
+from lab.distributed import say, world
+from lab.errors import UserError
 
 
 class Tally:
     """Loss and top-k accuracy over an epoch in torchnet's meters, of all processes together. Fed in chunks: a GPU is not waited for, and
     no other process asked, at every step."""
+
     CHUNK = 20  # batches
 
     def __init__(self, num_classes):
         from torchnet.meter import AverageValueMeter, ClassErrorMeter
+
         self.topk = sorted({1, min(5, num_classes)})
-        self.loss, self.accuracy, self.part = (AverageValueMeter(), *(ClassErrorMeter(topk=self.topk, accuracy=True) for _ in range(2)))
+        self.loss, self.accuracy, self.part = (
+            AverageValueMeter(),
+            *(ClassErrorMeter(topk=self.topk, accuracy=True) for _ in range(2)),
+        )
         self.reset()
 
     def reset(self):
         self.loss.reset()
         self.accuracy.reset()
         self.pending = []
-        self.batches, self.broke = 0, None  # how many are counted, and the first whose loss is not finite, with it
+        self.batches, self.broke = (
+            0,
+            None,
+        )  # how many are counted, and the first whose loss is not finite, with it
 
     def add(self, loss, logits, targets):
         self.pending.append((loss.detach(), logits.detach(), targets))
@@ -46,7 +55,9 @@ class Tally:
             if not math.isfinite(value) and not self.broke:
                 self.broke = self.batches, value
             self.loss.add(value, int(n))
-        n, *errors = distributed.total(torch.tensor([self.part.n, *(int(self.part.sum[k]) for k in self.topk)])).tolist()
+        n, *errors = distributed.total(
+            torch.tensor([self.part.n, *(int(self.part.sum[k]) for k in self.topk)])
+        ).tolist()
         self.accuracy.n += n
         for k, wrong in zip(self.topk, errors):
             self.accuracy.sum[k] += wrong
@@ -54,13 +65,21 @@ class Tally:
     def values(self):
         """Mean loss, and the percentages of top-1 and top-5 (or as many as there are classes)."""
         self.flush()
-        return self.loss.value()[0], self.accuracy.value(self.topk[0]), self.accuracy.value(self.topk[-1])
+        return (
+            self.loss.value()[0],
+            self.accuracy.value(self.topk[0]),
+            self.accuracy.value(self.topk[-1]),
+        )
 
     def state(self):
         """What was counted, as plain numbers."""
         self.flush()
-        return {'batches': self.batches, 'loss': {name: float(value) for name, value in vars(self.loss).items()},
-                'n': int(self.accuracy.n), 'errors': [int(self.accuracy.sum[k]) for k in self.topk]}
+        return {
+            'batches': self.batches,
+            'loss': {name: float(value) for name, value in vars(self.loss).items()},
+            'n': int(self.accuracy.n),
+            'errors': [int(self.accuracy.sum[k]) for k in self.topk],
+        }
 
     def load_state(self, state):
         self.reset()
@@ -75,9 +94,18 @@ class Progress:
 
     def __init__(self, label, n, tally, done=0):
         from tqdm import tqdm
+
         # disable=None: no bar where the output is no terminal
-        self.bar = tqdm(total=n, initial=done, desc=label, unit='img', unit_scale=True, disable=None if distributed.rank() == 0 else True,
-                        leave=False, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=n,
+            initial=done,
+            desc=label,
+            unit='img',
+            unit_scale=True,
+            disable=None if distributed.rank() == 0 else True,
+            leave=False,
+            dynamic_ncols=True,
+        )
         self.tally, self.shown = tally, 0.0
 
     def update(self, n):
@@ -86,7 +114,10 @@ class Progress:
             if world() == 1:  # of several processes, all count at once: every CHUNK batches
                 self.tally.flush()
             if self.tally.batches:
-                loss, top1 = self.tally.loss.value()[0], self.tally.accuracy.value(self.tally.topk[0])
+                loss, top1 = (
+                    self.tally.loss.value()[0],
+                    self.tally.accuracy.value(self.tally.topk[0]),
+                )
                 self.bar.set_postfix_str(f'loss {loss:.3f}, acc {top1:.1f} %', refresh=False)
         self.bar.update(n)
 
@@ -96,6 +127,7 @@ class Progress:
 
 class Broken:
     """Keeps account of image files that could not be used: each is named once, and more than one in a hundred end the run."""
+
     SHARE = 0.01
 
     def __init__(self, say=say):
@@ -113,5 +145,7 @@ class Broken:
     def check(self, batches):
         """Raises UserError where too many were broken in the pass that just ended."""
         if len(batches.broken) > self.SHARE * batches.n:
-            raise UserError(f'{len(batches.broken)} of {batches.n} image files could not be used, as {next(iter(batches.broken))}: mend the data and '
-                            'go on with --resume')
+            raise UserError(
+                f'{len(batches.broken)} of {batches.n} image files could not be used, as {next(iter(batches.broken))}: mend the data and '
+                'go on with --resume'
+            )

@@ -1,4 +1,5 @@
 """What tools.benchmark compares, each in a process of its own: `serve` builds one and does a step whenever it is asked to."""
+
 import json
 import sys
 from functools import partial
@@ -9,8 +10,8 @@ import torch.nn.functional as F
 
 import diracnet
 import train
-from malloc import keep_freed_memory
-from resnet import define_plain
+from lab.memory import keep_freed_memory
+from lab.models.plain import define_plain
 from tools import references
 
 
@@ -25,7 +26,9 @@ def serve(specification):
         file.write('5')  # the peak starts anew
     step = build(kind, network, inputs, targets)
     for line in sys.stdin:
-        answer = {'ready': lambda: True, 'step': step, 'peak': lambda: memory('VmHWM') - before}[line.strip()]()
+        answer = {'ready': lambda: True, 'step': step, 'peak': lambda: memory('VmHWM') - before}[
+            line.strip()
+        ]()
         print(json.dumps(answer), flush=True)
 
 
@@ -45,18 +48,24 @@ def build(kind, network, inputs, targets):
     if network[2] == 'ImageNet':
         return inference(kind, network, inputs)
     if word == 'floor':
-        return references.floor(diracnet.layout(*network), inputs)
+        return references.floor(diracnet.architecture(*network), inputs)
     if word == 'textbook':
         step = textbook_step(references.with_deltas(diracnet.define_diracnet(*network)[1]))
     else:
         if kind != '--recompute':
             keep_freed_memory()
         f, params = (define_plain if word == 'plain' else diracnet.define_diracnet)(*network)
-        block = train.choose_block({'recompute': kind == '--recompute', 'compile': kind == '--compile'})
-        step = training_step(partial(f, block=block), params, torch.bfloat16 if kind == '--dtype bfloat16' else None)
+        block = train.choose_block(
+            {'recompute': kind == '--recompute', 'compile': kind == '--compile'}
+        )
+        step = training_step(
+            partial(f, block=block), params, torch.bfloat16 if kind == '--dtype bfloat16' else None
+        )
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     if kind.endswith('epoch'):
-        return partial(epoch, step, (per_sample_batches if word == 'textbook' else our_batches)(10_000))
+        return partial(
+            epoch, step, (per_sample_batches if word == 'textbook' else our_batches)(10_000)
+        )
     return partial(step, inputs, targets)
 
 
@@ -71,6 +80,7 @@ def training_step(f, params, short=None):
             logits = module(inputs)
         F.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
+
     return step
 
 
@@ -81,6 +91,7 @@ def textbook_step(params):
         optimizer.zero_grad()
         F.cross_entropy(references.textbook(inputs, params, True), targets).backward()
         optimizer.step()
+
     return step
 
 
@@ -94,18 +105,28 @@ def images_of_cifar(n):
 
 
 def our_batches(n):
-    import data
-    return data.Data('CIFAR10', images_of_cifar(n), None, (), data.PREPROCESSING['CIFAR10']).batches(True, batch_size=128, pad=4)
+    from lab.data import datasets as data
+
+    return data.Data(
+        'CIFAR10', images_of_cifar(n), None, (), data.PREPROCESSING['CIFAR10']
+    ).batches(True, batch_size=128, pad=4)
 
 
 def per_sample_batches(n):
     """As one would otherwise write it: torchvision's transforms of single PIL images, in two worker processes."""
     from PIL import Image
     from torchvision import transforms
+
     pixels, targets = images_of_cifar(n)
-    transform = transforms.Compose([
-        transforms.Pad(4, padding_mode='reflect'), transforms.RandomHorizontalFlip(), transforms.RandomCrop(32), transforms.ToTensor(),
-        transforms.Normalize((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))])
+    transform = transforms.Compose(
+        [
+            transforms.Pad(4, padding_mode='reflect'),
+            transforms.RandomHorizontalFlip(),
+            transforms.RandomCrop(32),
+            transforms.ToTensor(),
+            transforms.Normalize((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
+        ]
+    )
 
     class PerSample(torch.utils.data.Dataset):
         def __len__(self):
@@ -113,7 +134,10 @@ def per_sample_batches(n):
 
         def __getitem__(self, index):
             return transform(Image.fromarray(pixels[index].numpy())), int(targets[index])
-    return torch.utils.data.DataLoader(PerSample(), batch_size=128, shuffle=True, num_workers=2, persistent_workers=True)
+
+    return torch.utils.data.DataLoader(
+        PerSample(), batch_size=128, shuffle=True, num_workers=2, persistent_workers=True
+    )
 
 
 def inference(kind, network, inputs):
@@ -125,6 +149,7 @@ def inference(kind, network, inputs):
     if word == 'resnet':
         import torchvision
         from torch.fx.experimental.optimization import fuse
+
         model = fuse(getattr(torchvision.models, f'resnet{network[0]}')().eval())
     else:
         f, params = diracnet.define_diracnet(*network)
@@ -149,6 +174,7 @@ def in_onnx_runtime(model, inputs):
     import onnxruntime
 
     from tools import quantize
+
     content = quantize.onnx_model(model, inputs.shape[1:], {}).SerializeToString()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -157,4 +183,5 @@ def in_onnx_runtime(model, inputs):
 
     def run():
         session.run(['logits'], feed)
+
     return run

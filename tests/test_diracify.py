@@ -1,4 +1,5 @@
 """Any network: Dirac weights brought into its convolutions, and folded out again with its batch norms."""
+
 import copy
 import warnings
 
@@ -7,9 +8,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-import convert
-from convert import BATCH_NORMS, diracify, fold
-from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, DiracParametrization, _DiracConv, dirac_weight, split_weight
+from diracify import BATCH_NORMS, diracify, fold, qualifies
+from diracconv import (
+    DiracConv1d,
+    DiracConv2d,
+    DiracConv3d,
+    DiracParametrization,
+    _DiracConv,
+    dirac_weight,
+    split_weight,
+)
 from diracnet import DiracNet, Network, define_diracnet
 
 
@@ -34,12 +42,27 @@ def relative_error(actual, expected):
 def small(dimensions):
     conv = {1: nn.Conv1d, 3: nn.Conv3d}[dimensions]
     bn = {1: nn.BatchNorm1d, 3: nn.BatchNorm3d}[dimensions]
-    return nn.Sequential(conv(2, 6, 3, padding=1), bn(6), nn.ReLU(), conv(6, 6, 3, padding='same', bias=False), bn(6), nn.ReLU(),
-                         conv(6, 4, 3, stride=2, groups=2), bn(4), conv(4, 8, 3, padding=2, dilation=2))
+    return nn.Sequential(
+        conv(2, 6, 3, padding=1),
+        bn(6),
+        nn.ReLU(),
+        conv(6, 6, 3, padding='same', bias=False),
+        bn(6),
+        nn.ReLU(),
+        conv(6, 4, 3, stride=2, groups=2),
+        bn(4),
+        conv(4, 8, 3, padding=2, dilation=2),
+    )
 
 
 NETWORKS = {  # Dirac convolutions after diracify, batch norms that can't be folded
-    'vgg16_bn': (13, 0), 'resnet18': (13, 0), 'densenet121': (58, 62), 'mobilenet_v3_small': (7, 0), '1-d': (3, 0), '3-d': (3, 0)}
+    'vgg16_bn': (13, 0),
+    'resnet18': (13, 0),
+    'densenet121': (58, 62),
+    'mobilenet_v3_small': (7, 0),
+    '1-d': (3, 0),
+    '3-d': (3, 0),
+}
 
 
 @pytest.mark.parametrize('name', NETWORKS)
@@ -50,6 +73,7 @@ def test_diracify_and_fold(name):
         model, x = small(int(name[0])), torch.randn(2, 2, *[9] * int(name[0]))
     else:
         from torchvision import models
+
         model, x = getattr(models, name)(num_classes=20), torch.randn(2, 3, 96, 96)
     model = randomize(model).eval()
     expected = model(x)
@@ -69,34 +93,68 @@ def test_diracify_and_fold(name):
     left = [name for name, module in folded.named_modules() if isinstance(module, BATCH_NORMS)]
     assert len(left) == n_left and len(caught) == bool(n_left)
     if n_left:  # DenseNet's pre-activations: nothing before them but a concatenation
-        assert all(name in str(caught[0].message) for name in left) and all('norm' in name for name in left)
+        assert all(name in str(caught[0].message) for name in left) and all(
+            'norm' in name for name in left
+        )
 
 
 def test_fresh_weights_are_near_the_identity():
     torch.manual_seed(0)
-    model = diracify(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 3, padding=1, bias=False)), fresh=True)
+    model = diracify(
+        nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        ),
+        fresh=True,
+    )
     x = torch.randn(2, 8, 6, 6)
     assert all((layer.alpha == 1).all() for layer in model)
     assert (model(x) - x).norm() < 0.3 * x.norm()
 
 
 def test_which_convolutions_qualify():
-    yes = [nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 8, 5, padding='same'), nn.Conv2d(4, 8, (1, 3), padding=(0, 1)),
-           nn.Conv1d(4, 4, 3, padding=2, dilation=2), nn.Conv3d(2, 2, 3, padding=1, groups=2)]
-    no = [nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.ConvTranspose2d(4, 4, 3, padding=1), nn.Linear(4, 4),
-          nn.Conv2d(4, 4, 3, padding='valid'), DiracConv2d(4, 4, 3, padding=1)]
+    yes = [
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Conv2d(4, 8, 5, padding='same'),
+        nn.Conv2d(4, 8, (1, 3), padding=(0, 1)),
+        nn.Conv1d(4, 4, 3, padding=2, dilation=2),
+        nn.Conv3d(2, 2, 3, padding=1, groups=2),
+    ]
+    no = [
+        nn.Conv2d(4, 4, 3),
+        nn.Conv2d(4, 4, 1),
+        nn.Conv2d(4, 4, 3, 2, 1),
+        nn.ConvTranspose2d(4, 4, 3, padding=1),
+        nn.Linear(4, 4),
+        nn.Conv2d(4, 4, 3, padding='valid'),
+        DiracConv2d(4, 4, 3, padding=1),
+    ]
     model = diracify(nn.ModuleList([*yes, *no]))
-    assert [isinstance(module, _DiracConv) for module in model] == [True] * len(yes) + [False] * (len(no) - 1) + [True]
-    assert list(model[len(yes):]) == no
-    everything = diracify(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)), where=lambda conv: True)
+    assert [isinstance(module, _DiracConv) for module in model] == [True] * len(yes) + [False] * (
+        len(no) - 1
+    ) + [True]
+    assert list(model[len(yes) :]) == no
+    everything = diracify(
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)), where=lambda conv: True
+    )
     assert all(isinstance(module, DiracConv2d) for module in everything)
     assert isinstance(diracify(nn.Conv1d(3, 3, 3, padding=1)), DiracConv1d)
     half = diracify(nn.Conv3d(3, 3, 3, padding=1, dtype=torch.half, device='meta').eval())
-    assert isinstance(half, DiracConv3d) and half.weight.is_meta and half.weight.dtype is torch.half and not half.training
+    assert (
+        isinstance(half, DiracConv3d)
+        and half.weight.is_meta
+        and half.weight.dtype is torch.half
+        and not half.training
+    )
 
 
 def test_split_weight_is_the_inverse():
-    for shape, groups in (((6, 6, 3, 3), 1), ((4, 6, 3, 3), 1), ((6, 4, 3), 1), ((8, 2, 3, 3, 3), 4), ((6, 1, 5, 5), 6)):
+    for shape, groups in (
+        ((6, 6, 3, 3), 1),
+        ((4, 6, 3, 3), 1),
+        ((6, 4, 3), 1),
+        ((8, 2, 3, 3, 3), 4),
+        ((6, 1, 5, 5), 6),
+    ):
         weight = torch.randn(shape, dtype=torch.double)
         weight[1] = 0
         torch.testing.assert_close(dirac_weight(*split_weight(weight, groups), groups), weight)
@@ -117,6 +175,7 @@ def test_shared_modules():
             x = self.bn2(self.other(x))
             x = self.last(x)
             return self.bn3(x) + x + self.bn4(self.last(x.relu()))
+
     model = randomize(diracify(Shared())).eval()
     assert model.conv is model.other and isinstance(model.conv, DiracConv2d)
     randomize(model)
@@ -137,12 +196,15 @@ def test_branch_behind_a_convolution():
         def forward(self, x):
             x = self.conv1(x)
             return self.bn2(self.conv2(self.bn1(x))) + x
+
     model = randomize(diracify(Branch())).eval()
     x = torch.randn(2, 3, 8, 8)
     with pytest.warns(UserWarning, match='stay: bn1$'):
         folded = fold(model)
     assert relative_error(folded(x), model(x)) < 1e-5
-    assert [isinstance(module, BATCH_NORMS) for module in (folded.bn1,)] == [True] and not hasattr(folded, 'bn2')
+    assert [isinstance(module, BATCH_NORMS) for module in (folded.bn1,)] == [True] and not hasattr(
+        folded, 'bn2'
+    )
 
 
 def test_what_can_not_be_traced_folds_its_dirac_weights():
@@ -153,6 +215,7 @@ def test_what_can_not_be_traced_folds_its_dirac_weights():
 
         def forward(self, x):
             return self.bn(self.conv(x)) if x.sum() > 0 else x
+
     model = randomize(Dynamic()).eval()
     with pytest.warns(UserWarning, match='can not trace Dynamic'):
         folded = fold(model)
@@ -168,8 +231,11 @@ def test_batch_norm_without_statistics_stays():
 
 
 def test_parametrization():
-    for conv, x in ((nn.Conv2d(6, 4, 3, padding=1), torch.randn(2, 6, 5, 5)), (nn.Conv1d(6, 6, 3, groups=2), torch.randn(2, 6, 5)),
-                    (nn.Conv3d(2, 4, 3, bias=False), torch.randn(2, 2, 5, 5, 5))):
+    for conv, x in (
+        (nn.Conv2d(6, 4, 3, padding=1), torch.randn(2, 6, 5, 5)),
+        (nn.Conv1d(6, 6, 3, groups=2), torch.randn(2, 6, 5)),
+        (nn.Conv3d(2, 4, 3, bias=False), torch.randn(2, 2, 5, 5, 5)),
+    ):
         expected = conv(x)
         kind = type(conv)
         parametrize.register_parametrization(conv, 'weight', DiracParametrization(conv))
@@ -178,7 +244,9 @@ def test_parametrization():
         expected = conv(x)
         conv(x).sum().backward()
         part = conv.parametrizations.weight
-        assert all(tensor.grad is not None for tensor in (part.original, part[0].alpha, part[0].beta))
+        assert all(
+            tensor.grad is not None for tensor in (part.original, part[0].alpha, part[0].beta)
+        )
         folded = fold(nn.Sequential(conv))
         assert type(folded[0]) is kind and torch.allclose(folded(x), expected, atol=1e-6)
         parametrize.remove_parametrizations(conv, 'weight')
@@ -218,4 +286,4 @@ def test_trains_after_diracify():
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(parameter.grad is not None for parameter in model.parameters())
-    assert convert.qualifies(nn.Conv2d(3, 3, 3, padding=1))
+    assert qualifies(nn.Conv2d(3, 3, 3, padding=1))

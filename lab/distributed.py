@@ -3,6 +3,7 @@
 A process that torchrun started finds its place in the environment; one that was started alone is rank 0 of 1, and everything
 here does nothing. Of every batch each process has its share (see data.Ordered), so that together they see what one would see.
 """
+
 import os
 import sys
 import uuid
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from errors import OptionError, UserError
+from lab.errors import OptionError, UserError
 
 ENVIRONMENT = 'TORCHELASTIC_RUN_ID'  # set by torchrun (and by launch) in each process
 BY_NGPU = 'DIRACNETS_NGPU'
@@ -63,7 +64,12 @@ def start(device):
             # torchrun's store outlives a restart (torch 2.14), and with it the addresses of processes that are dead. (On several machines
             # the numbers of restarts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart a store of its own.)
             store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo', store=store, rank=number, world_size=count)
+        dist.init_process_group(
+            'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo',
+            store=store,
+            rank=number,
+            world_size=count,
+        )
 
 
 @contextmanager
@@ -74,10 +80,14 @@ def one_line_errors():
         yield
     except RuntimeError as error:
         if str(error).startswith('DataLoader worker'):
-            raise UserError('a process that decodes images died (out of memory?): fewer --nthread or a smaller --batch_size may help') from None
+            raise UserError(
+                'a process that decodes images died (out of memory?): fewer --nthread or a smaller --batch_size may help'
+            ) from None
         if not under_torchrun() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
             raise
-        raise UserError('the connection to another process broke: it stopped, or its machine did') from None
+        raise UserError(
+            'the connection to another process broke: it stopped, or its machine did'
+        ) from None
 
 
 @contextmanager
@@ -140,11 +150,17 @@ def share_gradients(module, device):
     if world() == 1:
         return module
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', FutureWarning)  # broadcast_buffers has another name in torch 2.14, which earlier ones don't know
+        warnings.simplefilter(
+            'ignore', FutureWarning
+        )  # broadcast_buffers has another name in torch 2.14, which earlier ones don't know
         # Running statistics are those of rank 0, as in the original's data_parallel; training doesn't read them, so that it is enough
         # to hand them round before a test (share_statistics).
-        return torch.nn.parallel.DistributedDataParallel(module, [device] if device.type == 'cuda' else None, broadcast_buffers=False,
-                                                         gradient_as_bucket_view=True)
+        return torch.nn.parallel.DistributedDataParallel(
+            module,
+            [device] if device.type == 'cuda' else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
 
 def share_statistics(module):
@@ -179,15 +195,18 @@ def sync_batch_norm(x, running_mean, running_var, weight, bias, training, moment
     channels, n = x.shape[1], x.numel() // x.shape[1]
     var, mean = torch.var_mean(inputs, (0, 2, 3), correction=0)
     mine = torch.cat([mean, var, mean.new_tensor([n])])
-    means, variances, counts = _Sum.apply(torch.stack([mine if r == rank() else torch.zeros_like(mine) for r in range(world())])).split(
-        [channels, channels, 1], dim=1)  # (world, C), (world, C), (world, 1)
+    means, variances, counts = _Sum.apply(
+        torch.stack([mine if r == rank() else torch.zeros_like(mine) for r in range(world())])
+    ).split([channels, channels, 1], dim=1)  # (world, C), (world, C), (world, 1)
     share = counts / counts.sum()
     mean = (share * means).sum(0)
     var = (share * (variances + (means - mean).square())).sum(0)
     if running_mean is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-            running_var.lerp_((var * (counts.sum() / (counts.sum() - 1))).to(running_var.dtype), momentum)
+            running_var.lerp_(
+                (var * (counts.sum() / (counts.sum() - 1))).to(running_var.dtype), momentum
+            )
     scale = weight * torch.rsqrt(var + eps)
     shape = (1, channels, 1, 1)
     return ((inputs - mean.view(shape)) * scale.view(shape) + bias.view(shape)).to(x.dtype)
@@ -199,10 +218,18 @@ def launch(n, command):
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // n)))
     os.environ[BY_NGPU] = str(n)
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id=uuid.uuid4().hex, rdzv_backend='c10d',
-                          rdzv_endpoint='localhost:0', max_restarts=0)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=n,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend='c10d',
+        rdzv_endpoint='localhost:0',
+        max_restarts=0,
+    )
     try:
         elastic_launch(config, sys.executable)('-u', *command)
     except SignalException as stopped:
@@ -217,5 +244,7 @@ def check_batches(n, batch_size):
     """Raises OptionError where a process would have no sample of a batch."""
     last = n % batch_size or batch_size
     if last < world():
-        raise OptionError(f'--batch_size {batch_size}: the last of {n} samples make a batch of {last}, fewer than the {world()} processes; '
-                          'choose another size')
+        raise OptionError(
+            f'--batch_size {batch_size}: the last of {n} samples make a batch of {last}, fewer than the {world()} processes; '
+            'choose another size'
+        )

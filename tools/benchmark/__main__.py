@@ -12,6 +12,7 @@ Run it alone on the machine: everything else that runs shows in the numbers.
     start       from the command to the first training step
     compile     what --compile takes, and what it gives
 """
+
 import json
 import os
 import platform
@@ -22,22 +23,34 @@ import tempfile
 import time
 from pathlib import Path
 
-from errors import OneLineParser, OptionError, run
+from lab.errors import OneLineParser, OptionError, run
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def machine():
     """Facts that every table comes with."""
     import torch
+
     try:
         with open('/proc/cpuinfo') as file:
-            model = next(line.split(':')[1].strip() for line in file if line.startswith('model name'))
+            model = next(
+                line.split(':')[1].strip() for line in file if line.startswith('model name')
+            )
     except (OSError, StopIteration):
         model = platform.processor()
     from importlib.metadata import version
-    return {'cpu': model, 'cores': os.cpu_count(), 'torch threads': torch.get_num_threads(), 'python': platform.python_version(),
-            **{name: version(name) for name in ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow')}}
+
+    return {
+        'cpu': model,
+        'cores': os.cpu_count(),
+        'torch threads': torch.get_num_threads(),
+        'python': platform.python_version(),
+        **{
+            name: version(name)
+            for name in ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow')
+        },
+    }
 
 
 def alternate(functions, rounds):
@@ -62,9 +75,11 @@ def spread(samples):
 
 
 SPEED = ['what', 'which', 'median (quartiles)', 'first over this', 'goal']
-LEGEND = ('textbook: the network as the formula reads, layer by layer, in the default memory layout, SGD over single tensors; plain: ours with ordinary '
-          'weights; floor: the convolutions alone, forward and backward; resnet: torchvision\'s, batch norms folded. "First over this" is the first '
-          "row's median over this row's.")
+LEGEND = (
+    'textbook: the network as the formula reads, layer by layer, in the default memory layout, SGD over single tensors; plain: ours with ordinary '
+    'weights; floor: the convolutions alone, forward and backward; resnet: torchvision\'s, batch norms folded. "First over this" is the first '
+    "row's median over this row's."
+)
 
 
 class Report:
@@ -79,16 +94,32 @@ class Report:
         print('  '.join(self.rows[-1]), flush=True)
 
     def markdown(self):
-        lines = [f'# {self.title}', '', ', '.join(f'{name} {value}' for name, value in self.facts.items()) + '.', '',
-                 *([LEGEND, ''] if self.columns is SPEED else []),
-                 '| ' + ' | '.join(self.columns) + ' |', '|' + ' --- |' * len(self.columns)]
+        lines = [
+            f'# {self.title}',
+            '',
+            ', '.join(f'{name} {value}' for name, value in self.facts.items()) + '.',
+            '',
+            *([LEGEND, ''] if self.columns is SPEED else []),
+            '| ' + ' | '.join(self.columns) + ' |',
+            '|' + ' --- |' * len(self.columns),
+        ]
         return '\n'.join([*lines, *('| ' + ' | '.join(row) + ' |' for row in self.rows)]) + '\n'
 
     def write(self, out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix('.md').write_text(self.markdown())
-        out.with_suffix('.json').write_text(json.dumps({'facts': self.facts, 'columns': self.columns, 'rows': self.rows,
-                                                        'samples': self.samples}, indent=1) + '\n')
+        out.with_suffix('.json').write_text(
+            json.dumps(
+                {
+                    'facts': self.facts,
+                    'columns': self.columns,
+                    'rows': self.rows,
+                    'samples': self.samples,
+                },
+                indent=1,
+            )
+            + '\n'
+        )
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -99,13 +130,17 @@ def photographs(folder, n):
     import cv2
     import numpy as np
     from sklearn.datasets import load_sample_images
+
     images, random = load_sample_images().images, np.random.default_rng(0)
     for part in ('train', 'val'):
         (folder / part / 'all').mkdir(parents=True)
         for i in range(n):
             top, left = random.integers(0, 427 - 375 + 1), random.integers(0, 640 - 500 + 1)
-            cv2.imwrite(str(folder / part / 'all' / f'{i:04}.jpg'), images[i % 2][top:top + 375, left:left + 500, ::-1],
-                        [cv2.IMWRITE_JPEG_QUALITY, 90])
+            cv2.imwrite(
+                str(folder / part / 'all' / f'{i:04}.jpg'),
+                images[i % 2][top : top + 375, left : left + 500, ::-1],
+                [cv2.IMWRITE_JPEG_QUALITY, 90],
+            )
 
 
 def consume(batches):
@@ -116,10 +151,18 @@ def consume(batches):
 def compare(report, name, ours, theirs, n, cores, goal, rounds):
     """Whole passes over n images, ours and theirs in turns."""
     samples = alternate({'ours': ours, 'torchvision': theirs}, rounds)
-    rates = {key: [n / seconds / cores[key] for seconds in values] for key, values in samples.items()}
+    rates = {
+        key: [n / seconds / cores[key] for seconds in values] for key, values in samples.items()
+    }
     report.samples[name] = rates
     ratio = statistics.median(rates['ours']) / statistics.median(rates['torchvision'])
-    report.add(name, spread(rates['ours']), spread(rates['torchvision']), f'{ratio:.1f}', f'at least {goal}')
+    report.add(
+        name,
+        spread(rates['ours']),
+        spread(rates['torchvision']),
+        f'{ratio:.1f}',
+        f'at least {goal}',
+    )
 
 
 # A fresh process that ends by printing what memory it holds, in MB. In the one that reads CIFAR-10, torchvision is told the
@@ -132,8 +175,10 @@ def resident():
     with open('/proc/self/status') as file:
         return next(int(line.split()[1]) for line in file if line.startswith('VmRSS')) / 1024
 """
-CIFAR_CHILD = CHILD + """
-import data
+CIFAR_CHILD = (
+    CHILD
+    + """
+from lab.data import datasets as data
 read = data._read_torchvision
 def read_made(name, root, download):
     from torchvision.datasets import CIFAR10
@@ -146,12 +191,16 @@ data._read_torchvision = read_made
 source = data.load('CIFAR10', sys.argv[1])
 batches = source.batches(True, batch_size=128, pad=4)
 """
-LOADING = CIFAR_CHILD + """
+)
+LOADING = (
+    CIFAR_CHILD
+    + """
 for _ in range(2):
     batches.epoch += 1
     for inputs, targets in batches: pass
 print(json.dumps(resident()))
 """
+)
 STEPS = """
 import train
 from diracnet import Network, define_diracnet
@@ -165,12 +214,18 @@ for step in range(30):
 print(json.dumps(resident()))
 """
 TRAINING = CIFAR_CHILD + 'batches = iter(batches)' + STEPS
-RANDOM_BATCH = CHILD + """
+RANDOM_BATCH = (
+    CHILD
+    + """
 import itertools
 inputs = torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last)
 batches = itertools.repeat((inputs, torch.arange(128) % 10))
-""" + STEPS
-FOLDER = CHILD + """
+"""
+    + STEPS
+)
+FOLDER = (
+    CHILD
+    + """
 import glob, data
 source = data.load('folder', sys.argv[1])
 batches = source.batches(True, batch_size=64, workers=2)
@@ -188,13 +243,19 @@ for epoch in range(12):
     sizes.append(together())
 print(json.dumps(sizes))
 """
+)
 
 
 def child(code, *arguments):
     """The JSON that a fresh Python process prints last."""
-    result = subprocess.run([sys.executable, '-c', code, *map(str, arguments)], capture_output=True, text=True, check=True,
-                            cwd=ROOT,
-                            env={name: value for name, value in os.environ.items() if name != 'THP_MEM_ALLOC_ENABLE'})
+    result = subprocess.run(
+        [sys.executable, '-c', code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != 'THP_MEM_ALLOC_ENABLE'},
+    )
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -204,12 +265,19 @@ def cifar_files(root):
     import pickle
 
     import numpy as np
+
     folder, random, sums = root / 'cifar-10-batches-py', np.random.default_rng(0), {}
     folder.mkdir(parents=True)
     batch = [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']
     for name in [*batch, 'batches.meta']:
-        content = {'label_names': [f'class{i}' for i in range(10)]} if name == 'batches.meta' else {
-            'data': random.integers(0, 256, (10_000, 3072)).astype(np.uint8), 'labels': random.integers(0, 10, 10_000).tolist()}
+        content = (
+            {'label_names': [f'class{i}' for i in range(10)]}
+            if name == 'batches.meta'
+            else {
+                'data': random.integers(0, 256, (10_000, 3072)).astype(np.uint8),
+                'labels': random.integers(0, 10, 10_000).tolist(),
+            }
+        )
         (folder / name).write_bytes(pickle.dumps(content, protocol=2))
         sums[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     return sums
@@ -220,10 +288,12 @@ def bench_data(report, args):
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    import data
+    from lab.data import datasets as data
     from tools import contestants
 
-    os.environ['THP_MEM_ALLOC_ENABLE'] = '1'  # as train.py has it for image files, here for ours and theirs
+    os.environ['THP_MEM_ALLOC_ENABLE'] = (
+        '1'  # as train.py has it for image files, here for ours and theirs
+    )
     facts = {'mean': (0.485, 0.456, 0.406), 'std': (0.229, 0.224, 0.225)}
 
     # small images
@@ -232,8 +302,16 @@ def bench_data(report, args):
     threads = torch.get_num_threads()
     # The reference keeps two cores busy with its workers; ours runs on one thread, and counts as one core.
     torch.set_num_threads(1)
-    compare(report, 'small images, training: 32 x 32 x 3, batch 128', lambda: consume(ours), lambda: consume(theirs), n,
-            {'ours': 1, 'torchvision': 2}, 25, args.rounds)
+    compare(
+        report,
+        'small images, training: 32 x 32 x 3, batch 128',
+        lambda: consume(ours),
+        lambda: consume(theirs),
+        n,
+        {'ours': 1, 'torchvision': 2},
+        25,
+        args.rounds,
+    )
     del theirs
 
     # JPEGs, with two worker processes each
@@ -242,32 +320,74 @@ def bench_data(report, args):
         photographs(folder, args.images)
         source = data.load('folder', folder)
         pipelines = {
-            'train': transforms.Compose([transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-                                         transforms.Normalize(**facts)]),
-            'val': transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.ToTensor(),
-                                       transforms.Normalize(**facts)])}
-        for part, label, goal in (('train', 'JPEG training: 500 x 375 to 224, batch 64', 2), ('val', 'JPEG evaluation: 500 x 375 to 224, batch 64', 1.3)):
+            'train': transforms.Compose(
+                [
+                    transforms.RandomResizedCrop(224),
+                    transforms.RandomHorizontalFlip(),
+                    transforms.ToTensor(),
+                    transforms.Normalize(**facts),
+                ]
+            ),
+            'val': transforms.Compose(
+                [
+                    transforms.Resize(256),
+                    transforms.CenterCrop(224),
+                    transforms.ToTensor(),
+                    transforms.Normalize(**facts),
+                ]
+            ),
+        }
+        for part, label, goal in (
+            ('train', 'JPEG training: 500 x 375 to 224, batch 64', 2),
+            ('val', 'JPEG evaluation: 500 x 375 to 224, batch 64', 1.3),
+        ):
             ours = source.batches(part == 'train', batch_size=64, workers=2)
-            theirs = torch.utils.data.DataLoader(ImageFolder(folder / part, pipelines[part]), batch_size=64, shuffle=part == 'train',
-                                                 num_workers=2, persistent_workers=True)
-            compare(report, label, lambda: consume(ours), lambda: consume(theirs), args.images, {'ours': 2, 'torchvision': 2}, goal,
-                    args.rounds)
+            theirs = torch.utils.data.DataLoader(
+                ImageFolder(folder / part, pipelines[part]),
+                batch_size=64,
+                shuffle=part == 'train',
+                num_workers=2,
+                persistent_workers=True,
+            )
+            compare(
+                report,
+                label,
+                lambda: consume(ours),
+                lambda: consume(theirs),
+                args.images,
+                {'ours': 2, 'torchvision': 2},
+                goal,
+                args.rounds,
+            )
         del ours, theirs
         torch.set_num_threads(threads)
 
         sizes = child(FOLDER, folder)
         report.samples['memory of the folder loader'] = sizes
         early, late = statistics.median(sizes[2:7]), statistics.median(sizes[7:])
-        report.add('memory of the folder loader with 2 workers, MB: median after epochs 3 to 7, after epochs 8 to 12',
-                   f'{early:.0f}, {late:.0f}', '', f'{late - early:+.0f} MB', 'no growth')
+        report.add(
+            'memory of the folder loader with 2 workers, MB: median after epochs 3 to 7, after epochs 8 to 12',
+            f'{early:.0f}, {late:.0f}',
+            '',
+            f'{late - early:+.0f} MB',
+            'no growth',
+        )
         sums = cifar_files(folder / 'cifar')
         bare = child(CHILD + 'print(json.dumps(resident()))')
-        for label, code in (('CIFAR-10, two epochs of batches', LOADING), ('CIFAR-10, DiracNet-16-1 in training, batch 128', TRAINING),
-                            ('the same network in training on one random batch, without CIFAR-10', RANDOM_BATCH)):
+        for label, code in (
+            ('CIFAR-10, two epochs of batches', LOADING),
+            ('CIFAR-10, DiracNet-16-1 in training, batch 128', TRAINING),
+            ('the same network in training on one random batch, without CIFAR-10', RANDOM_BATCH),
+        ):
             samples = [child(code, folder / 'cifar', json.dumps(sums)) - bare for _ in range(3)]
             report.samples[label] = samples
-            report.add(f'{label}: MB above an interpreter with torch ({bare:.0f} MB)', f'{statistics.median(samples):.0f}', '', '',
-                       'under 250' if code is LOADING else '')
+            report.add(
+                f'{label}: MB above an interpreter with torch ({bare:.0f} MB)',
+                f'{statistics.median(samples):.0f}',
+                '',
+                '',
+                'under 250' if code is LOADING else '',
+            )
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -281,8 +401,13 @@ class Contestant:
     """A process that does a step (or what else `kind` says) whenever it is called; see tools.contestants."""
 
     def __init__(self, kind, network, batch=128):
-        self.process = subprocess.Popen([sys.executable, '-c', SERVE, json.dumps([kind, network, batch])], text=True, cwd=ROOT,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', SERVE, json.dumps([kind, network, batch])],
+            text=True,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self.ask('ready')
 
     def ask(self, what):
@@ -309,26 +434,71 @@ def compete(report, label, kinds, network, batch, rounds, goals, memory=()):
     ours = kinds[0]
     for kind in kinds:
         ratio = statistics.median(samples[ours]) / statistics.median(samples[kind])
-        report.add(label if kind == ours else '', kind, spread([1000 * seconds for seconds in samples[kind]]),
-                   '' if kind == ours else f'{ratio:.3f}', f'at most {goals[kind]}' if kind in goals else '')
+        report.add(
+            label if kind == ours else '',
+            kind,
+            spread([1000 * seconds for seconds in samples[kind]]),
+            '' if kind == ours else f'{ratio:.3f}',
+            f'at most {goals[kind]}' if kind in goals else '',
+        )
     return {kind: contestant.close() for kind, contestant in contestants.items()}
 
 
 def bench_train(report, args):
-    compete(report, 'step of DiracNet-34-1, CIFAR-10, batch 128, ms', ('DiracNet', 'textbook', 'plain', 'floor'), (34, 1, 'CIFAR10'), 128,
-            3 * args.rounds, {'textbook': 0.65, 'plain': 1.03, 'floor': 1.25})
-    compete(report, 'step of DiracNet-34-2, CIFAR-10, batch 128, ms', ('DiracNet', 'textbook', 'plain', 'floor'), (34, 2, 'CIFAR10'), 128,
-            args.rounds, {'textbook': 0.85, 'plain': 1.02})
-    compete(report, 'step of DiracNet-100-1, digits, batch 64, ms', ('DiracNet', 'textbook', 'plain', 'floor'), (100, 1, 'digits'), 64,
-            10 * args.rounds, {'textbook': 0.62, 'plain': 1.08})
-    compete(report, 'epoch over 10,000 images of 32 x 32 with the loader, DiracNet-16-1, batch 128, ms', ('DiracNet epoch', 'textbook epoch'),
-            (16, 1, 'CIFAR10'), 128, args.rounds, {'textbook epoch': 0.5})
-    peaks = compete(report, 'step of DiracNet-34-2, CIFAR-10, batch 128, ms', ('--recompute', 'DiracNet', 'textbook', '--dtype bfloat16'),
-                    (34, 2, 'CIFAR10'), 128, args.rounds, {'DiracNet': 1.25})
+    compete(
+        report,
+        'step of DiracNet-34-1, CIFAR-10, batch 128, ms',
+        ('DiracNet', 'textbook', 'plain', 'floor'),
+        (34, 1, 'CIFAR10'),
+        128,
+        3 * args.rounds,
+        {'textbook': 0.65, 'plain': 1.03, 'floor': 1.25},
+    )
+    compete(
+        report,
+        'step of DiracNet-34-2, CIFAR-10, batch 128, ms',
+        ('DiracNet', 'textbook', 'plain', 'floor'),
+        (34, 2, 'CIFAR10'),
+        128,
+        args.rounds,
+        {'textbook': 0.85, 'plain': 1.02},
+    )
+    compete(
+        report,
+        'step of DiracNet-100-1, digits, batch 64, ms',
+        ('DiracNet', 'textbook', 'plain', 'floor'),
+        (100, 1, 'digits'),
+        64,
+        10 * args.rounds,
+        {'textbook': 0.62, 'plain': 1.08},
+    )
+    compete(
+        report,
+        'epoch over 10,000 images of 32 x 32 with the loader, DiracNet-16-1, batch 128, ms',
+        ('DiracNet epoch', 'textbook epoch'),
+        (16, 1, 'CIFAR10'),
+        128,
+        args.rounds,
+        {'textbook epoch': 0.5},
+    )
+    peaks = compete(
+        report,
+        'step of DiracNet-34-2, CIFAR-10, batch 128, ms',
+        ('--recompute', 'DiracNet', 'textbook', '--dtype bfloat16'),
+        (34, 2, 'CIFAR10'),
+        128,
+        args.rounds,
+        {'DiracNet': 1.25},
+    )
     report.samples['peak memory'] = peaks
     for kind, goal in (('DiracNet', 1.0), ('--recompute', 0.6), ('textbook', None)):
-        report.add('its peak memory, MB', kind, f'{peaks[kind]:.0f}', f'{peaks[kind] / peaks["textbook"]:.3f} x textbook',
-                   f'at most {goal}' if goal else '')
+        report.add(
+            'its peak memory, MB',
+            kind,
+            f'{peaks[kind]:.0f}',
+            f'{peaks[kind] / peaks["textbook"]:.3f} x textbook',
+            f'at most {goal}' if goal else '',
+        )
 
 
 def bench_compile(report, args):
@@ -337,13 +507,24 @@ def bench_compile(report, args):
         compiled = Contestant('--compile', network, batch)
         start = time.perf_counter()
         compiled()
-        report.add(f'first step of {name}, s', '--compile', f'{time.perf_counter() - start:.1f}', '', '')
+        report.add(
+            f'first step of {name}, s', '--compile', f'{time.perf_counter() - start:.1f}', '', ''
+        )
         compiled.close()
-        compete(report, f'step of {name}, ms', ('--compile', 'DiracNet'), network, batch, 3 * args.rounds, {})
+        compete(
+            report,
+            f'step of {name}, ms',
+            ('--compile', 'DiracNet'),
+            network,
+            batch,
+            3 * args.rounds,
+            {},
+        )
 
 
 def bench_depth(report, args):
     import numpy as np
+
     depths = (16, 34, 64, 100, 202)
     contestants = {depth: Contestant('DiracNet', (depth, 1, 'digits'), 64) for depth in depths}
     samples = alternate(contestants, 5 * args.rounds)
@@ -351,17 +532,31 @@ def bench_depth(report, args):
     report.samples.update(seconds=samples, megabytes=peaks)
     times = {depth: 1000 * statistics.median(samples[depth]) for depth in depths}
     for depth in depths:
-        report.add(f'DiracNet-{depth}-1, digits, batch 64', 'ms per step', spread([1000 * value for value in samples[depth]]), '', '')
+        report.add(
+            f'DiracNet-{depth}-1, digits, batch 64',
+            'ms per step',
+            spread([1000 * value for value in samples[depth]]),
+            '',
+            '',
+        )
         report.add('', 'peak memory, MB', f'{peaks[depth]:.0f}', '', '')
     fits = {}
     for name, values in (('ms per step', times), ('peak memory, MB', peaks)):
         slope, offset = fits[name] = np.polyfit(depths, list(values.values()), 1)
         explained = np.corrcoef(depths, list(values.values()))[0, 1] ** 2
-        report.add(f'{name}: line through them', f'{slope:.3f} a layer, and {offset:.1f}', f'R^2 {explained:.4f}', '', 'linear')
+        report.add(
+            f'{name}: line through them',
+            f'{slope:.3f} a layer, and {offset:.1f}',
+            f'R^2 {explained:.4f}',
+            '',
+            'linear',
+        )
     if args.out:
         import matplotlib
+
         matplotlib.use('Agg')
         from matplotlib import pyplot
+
         figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.5), layout='constrained')
         for axis, (name, values) in zip(axes, (('ms per step', times), ('peak memory, MB', peaks))):
             axis.plot(depths, np.polyval(fits[name], depths), color='0.6', label='least squares')
@@ -374,26 +569,62 @@ def bench_depth(report, args):
 
 
 def bench_inference(report, args):
-    for depth, goals in ((18, {'textbook': 0.7, 'unfolded': 0.7, 'resnet': 1.0}), (34, {'resnet': 0.95})):
+    for depth, goals in (
+        (18, {'textbook': 0.7, 'unfolded': 0.7, 'resnet': 1.0}),
+        (34, {'resnet': 0.95}),
+    ):
         for batch in (1, 16):
             for runtime in ('', ' onnx'):
-                kinds = [f'folded{runtime}', *([] if runtime else ['unfolded', 'textbook eval']), f'resnet{runtime}']
-                compete(report, f'inference of {depth} layers at 224 x 224, batch {batch}{"," if runtime else ""}{runtime}, ms', kinds,
-                        (depth, 1, 'ImageNet'), batch, args.rounds * (8 if batch == 1 else 2),
-                        {kind: goals[kind.split()[0]] for kind in kinds[1:] if kind.split()[0] in goals})
+                kinds = [
+                    f'folded{runtime}',
+                    *([] if runtime else ['unfolded', 'textbook eval']),
+                    f'resnet{runtime}',
+                ]
+                compete(
+                    report,
+                    f'inference of {depth} layers at 224 x 224, batch {batch}{"," if runtime else ""}{runtime}, ms',
+                    kinds,
+                    (depth, 1, 'ImageNet'),
+                    batch,
+                    args.rounds * (8 if batch == 1 else 2),
+                    {
+                        kind: goals[kind.split()[0]]
+                        for kind in kinds[1:]
+                        if kind.split()[0] in goals
+                    },
+                )
 
 
 def bench_start(report, args):
     """Programs from their command, and digits to its first step."""
+
     def program(*arguments):
-        return lambda: subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    samples = alternate({'import torch': program('-c', 'import torch'), 'train.py --help': program('train.py', '--help'),
-                         'digits, first step': program('-c', FIRST_STEP)}, 2 * args.rounds)
+        return lambda: subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+        )
+
+    samples = alternate(
+        {
+            'import torch': program('-c', 'import torch'),
+            'train.py --help': program('train.py', '--help'),
+            'digits, first step': program('-c', FIRST_STEP),
+        },
+        2 * args.rounds,
+    )
     report.samples['start'] = samples
-    for name, goal in (('import torch', None), ('train.py --help', 1.5), ('digits, first step', 2.5)):
+    for name, goal in (
+        ('import torch', None),
+        ('train.py --help', 1.5),
+        ('digits, first step', 2.5),
+    ):
         ratio = statistics.median(samples[name]) / statistics.median(samples['import torch'])
-        report.add('seconds from the command', name, spread(samples[name]), f'{ratio:.2f} x import torch' if goal else '',
-                   f'at most {goal}' if goal else '')
+        report.add(
+            'seconds from the command',
+            name,
+            spread(samples[name]),
+            f'{ratio:.2f} x import torch' if goal else '',
+            f'at most {goal}' if goal else '',
+        )
 
 
 # train.py --dataset digits, ended by the optimizer's first step.
@@ -409,17 +640,29 @@ train.main(['--dataset', 'digits', '--save', tempfile.mkdtemp() + '/run'])
 """
 
 
-BENCHMARKS = {'data': (bench_data, 'Input pipelines', ['images per second and core', 'ours', "torchvision's", 'ratio', 'goal']),
-              'train': (bench_train, 'Training', SPEED), 'compile': (bench_compile, 'torch.compile', SPEED),
-              'inference': (bench_inference, 'Inference', SPEED), 'depth': (bench_depth, 'Cost over depth', SPEED),
-              'start': (bench_start, 'Start', SPEED)}
+BENCHMARKS = {
+    'data': (
+        bench_data,
+        'Input pipelines',
+        ['images per second and core', 'ours', "torchvision's", 'ratio', 'goal'],
+    ),
+    'train': (bench_train, 'Training', SPEED),
+    'compile': (bench_compile, 'torch.compile', SPEED),
+    'inference': (bench_inference, 'Inference', SPEED),
+    'depth': (bench_depth, 'Cost over depth', SPEED),
+    'start': (bench_start, 'Start', SPEED),
+}
 
 
 def main(arguments=None):
     parser = OneLineParser(prog='-m tools.benchmark', description=__doc__)
     parser.add_argument('what', choices=BENCHMARKS)
-    parser.add_argument('--rounds', type=int, default=7, help='turns of each measurement (default 7)')
-    parser.add_argument('--images', type=int, default=1024, help='JPEGs for each part (default 1024)')
+    parser.add_argument(
+        '--rounds', type=int, default=7, help='turns of each measurement (default 7)'
+    )
+    parser.add_argument(
+        '--images', type=int, default=1024, help='JPEGs for each part (default 1024)'
+    )
     parser.add_argument('--out', type=Path, metavar='OUT', help='write OUT.md and OUT.json')
     args = parser.parse_args(arguments)
     if args.rounds < 3 or args.images < 1:
