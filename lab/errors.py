@@ -1,24 +1,26 @@
-"""How a user's mistake ends: one line on standard error, exit status 1 or 2, no traceback."""
+"""How a program ends on a user's mistake: one line on stderr, exit status 1 or 2, no traceback."""
 
 import argparse
+import contextlib
 import os
 import sys
 
 
 class UserError(Exception):
-    """Bad data, file or environment. The message names the thing, its value and the remedy, in one line."""
+    """Bad data, file or environment. The message is one line: the thing, its value, the remedy."""
 
     status = 1
 
 
 class OptionError(UserError):
-    """A command line that can't be done."""
+    """A command line that cannot be carried out."""
 
     status = 2
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are OptionErrors, and which takes no abbreviated flags; its description keeps its lines."""
+    """A parser that raises OptionError, refuses abbreviated flags, and prints its description
+    as written."""
 
     def __init__(self, **kwargs):
         super().__init__(
@@ -31,16 +33,16 @@ class OneLineParser(argparse.ArgumentParser):
 
 def run(main, name):
     """Run a program's `main()` and exit with its status."""
-    if os.environ.get('RANK', '0') != '0':  # one of several processes that torchrun started
-        name += f' (rank {os.environ["RANK"]})'
+    rank = os.environ.get('RANK', '0')  # set by torchrun
+    if rank != '0':
+        name += f' (rank {rank})'
     try:
         status = main()
     except UserError as error:
-        sys.stderr.write(
-            f'{name}: {" ".join(str(error).split())}\n'
-        )  # at once: other processes may write, too
+        # A single write: other processes may write at the same time.
+        sys.stderr.write(f'{name}: {" ".join(str(error).split())}\n')
         status = error.status
-    except BrokenPipeError:  # the reader of our output (head, say) has seen enough
+    except BrokenPipeError:  # the program that reads our output, such as head, has ended
         sys.stderr.close()
         status = 1
     except KeyboardInterrupt:
@@ -48,12 +50,15 @@ def run(main, name):
         status = 130
     except SystemExit as end:
         status = end.code
-    if 'torch.distributed' in sys.modules and sys.modules['torch.distributed'].is_initialized():
-        # Threads of the connections to other processes, which nothing ends in time, would abort the process on its way out.
+    if _is_distributed():
+        # The threads of gloo's connections would abort the process while it exits.
         for stream in (sys.stdout, sys.stderr):
-            try:
+            with contextlib.suppress(OSError, ValueError):
                 stream.flush()
-            except (OSError, ValueError):
-                pass
         os._exit(status or 0)
     sys.exit(status)
+
+
+def _is_distributed():
+    module = sys.modules.get('torch.distributed')  # never imported only for this
+    return module is not None and module.is_initialized()

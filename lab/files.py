@@ -1,40 +1,52 @@
-"""Files that are written whole or not at all, and where computed ones are kept."""
+"""Writing a file as a whole or not at all, and where to keep what was computed from data."""
 
+import contextlib
 import os
+from hashlib import sha256
 from pathlib import Path
 
 
-def write_atomically(path, content, previous=None):
-    """Write a file's bytes whole or not at all: to a temporary file beside it, flushed to the disk, then renamed. What was there
-    before becomes `previous`, if given."""
+def write_atomically(path, content, keep_previous_as=None):
+    """Write bytes to a file so that at any moment it has its old or its new content.
+
+    The bytes go to a temporary file in the same folder, and to the disk, before it is renamed.
+
+    Args:
+        keep_previous_as: the path that the existing file is renamed to.
+
+    Raises:
+        OSError: the file is unchanged, and the temporary file is removed.
+    """
     path = Path(path)
-    temporary = path.with_name(path.name + '.tmp')
+    # Several processes may write the same file at once.
+    temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
     try:
         with open(temporary, 'wb') as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
+        if keep_previous_as and path.exists():
+            os.replace(path, keep_previous_as)
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)  # a full disk has room again for others
+        temporary.unlink(missing_ok=True)
         raise
-    try:  # the renaming to the disk, too, where a system can
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):  # not every system can sync a folder
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder):
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def cache_path(root, name):
-    """Where to keep what was computed from the data at root: beside the data, or in the user's cache if that is read-only."""
+    """Where to keep what was computed from the data in `root`: in that folder, or in the user's
+    cache if the folder is read-only."""
     if os.access(root, os.W_OK):
         return Path(root) / name
-    from hashlib import sha256
-
-    folder = Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'diracnets'
-    return folder / f'{sha256(os.fsencode(Path(root).resolve())).hexdigest()[:16]}-{name}'
+    cache = Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'diracnets'
+    return cache / f'{sha256(os.fsencode(Path(root).resolve())).hexdigest()[:16]}-{name}'

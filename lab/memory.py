@@ -1,30 +1,31 @@
-"""What Linux's malloc does with the memory of tensors on the CPU. Elsewhere these functions do nothing."""
+"""How Linux's malloc treats the memory of CPU tensors. Elsewhere these functions do nothing."""
 
 import ctypes
 import sys
 
 
-def _libc(name):
-    """A function of the C library; None where it has none of that name."""
+def _libc_function(name):
+    """A function of the C library, or None."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == 'linux' else None
 
 
 def keep_freed_memory():
-    """Have malloc keep what is freed. Else each training step gives its activations back to the system, and page faults for the next
-    step's take a tenth of the time."""
-    mallopt = _libc('mallopt')
+    """Make malloc keep freed memory.
+
+    By default each training step returns its activations to the system. The page faults of the
+    next step then take a tenth of its time.
+    """
+    mallopt = _libc_function('mallopt')
     if mallopt:
-        trim_threshold, mmap_threshold = -1, -3  # M_ constants of malloc.h
-        for option, size in (
-            (mmap_threshold, 2**25),
-            (mmap_threshold, 2**30),
-            (trim_threshold, 2**31 - 1),
-        ):
-            mallopt(option, size)  # a size that is too large for an older glibc changes nothing
+        trim_threshold, mmap_threshold = -1, -3  # the M_ constants of malloc.h
+        # An older glibc ignores a size that is too large for it.
+        mallopt(mmap_threshold, 2**25)
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
 
 
 def release_freed_memory():
-    """Give back what malloc holds free."""
-    trim = _libc('malloc_trim')
-    if trim:
-        trim(0)
+    """Return the memory that malloc holds free to the system."""
+    malloc_trim = _libc_function('malloc_trim')
+    if malloc_trim:
+        malloc_trim(0)

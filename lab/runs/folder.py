@@ -1,10 +1,11 @@
-"""A run's folder, written so that nothing is lost, and the signals that stop a run.
+"""A run's folder: its lock, and writing to it so that nothing is lost.
 
-model.pt7     the newest checkpoint; previous.pt7 the one before it (see checkpoint.py)
-log.txt       a line of JSON for each epoch
-run.json      how the run was called, each time, and on what
+model.pt7     the newest checkpoint; previous.pt7: the one before it (see checkpoint.py)
+log.txt       a line of JSON per epoch (see log.py)
+run.json      how the run was started, each time, and on what
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -13,249 +14,253 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-from lab.runs import checkpoint
-from lab.runs.signals import tell
-from lab.distributed import launched_here, local_world, rank, world
+from lab.distributed import rank, world
 from lab.errors import OptionError, UserError
 from lab.files import write_atomically
+from lab.runs import checkpoint
+from lab.runs.log import LOG, parse_line
+from lab.runs.signals import try_to_print
 
-LOG, COMMANDS = 'log.txt', 'run.json'
-
-
-def find(given):
-    """The checkpoint that --resume asks for; None for none, and where `--resume auto` finds none under --save."""
-    if 'resume' not in given:
-        return None
-    if given['resume'] != 'auto':
-        return checkpoint.load(given['resume'])
-    if 'save' not in given:
-        raise OptionError('--resume auto looks for a run in the folder of --save: give --save, too')
-    folder = Path(given['save']).expanduser()
-    there = any((folder / name).exists() for name in (checkpoint.FILE_NAME, checkpoint.PREVIOUS))
-    return checkpoint.load(folder) if there else None
-
-
-def resume_command(options, folder):
-    """The command line that goes on with a run, on the devices that it had."""
-    flags = ['--resume', str(folder.path)]
-    for name in ('device', 'gpu_id'):
-        if options.get(name) is not None:
-            flags += [f'--{name}', str(options[name])]
-    if options.get('cuda'):
-        flags.append('--cuda')
-    if world() == 1:
-        return shlex.join(['python', 'train.py', *flags])
-    if launched_here():
-        return shlex.join(['python', 'train.py', *flags, '--ngpu', str(world())])
-    nodes = world() // local_world()
-    return (
-        'torchrun '
-        + (f'--nnodes={nodes} (and the same rendezvous) ' if nodes > 1 else '')
-        + f'--nproc_per_node={local_world()} '
-        + shlex.join(['train.py', *flags])
-    )
+COMMANDS = 'run.json'
+CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGES = ('torch', 'torchvision', 'torchnet', 'opencv-python', 'tqdm', 'numpy')
 
 
 class RunFolder:
-    """The folder of a run, where only rank 0 writes, and no other training meanwhile. What can't be written is said, and ends the run only if it
-    has no checkpoint to go back to; `faults` has all such.
+    """The folder of a run. Only rank 0 writes to it, and only one training at a time.
 
-    First of all it is locked, if it is there, then what it holds is looked at (`lock`, `settle`); it is made when all else is clear (`open`).
+    It is used in this order: `lock` an existing folder before looking at what it holds, `settle`
+    which folder it is, `open` it when nothing else can go wrong, write to it, `finish`.
+
+    A file that cannot be written is reported. It ends the run only if there is no checkpoint yet.
     """
 
-    PATIENCE = 15  # seconds, for the processes of a run that was just killed to be gone
+    PATIENCE = 15  # seconds to wait for the processes of a run that was just killed
 
     def __init__(self, given):
+        """given: the options of the command line, of which `save` and `resume` name a folder."""
         resume = given.get('resume')
-        self.path = Path(given['save']).expanduser() if 'save' in given else None
-        if not self.path and resume:
-            self.path = Path(resume).expanduser()
-            self.path = self.path if self.path.is_dir() else self.path.parent
-        self.faults, self.stands, self.keep, self.handle = [], None, True, None
+        self.path = None
+        if 'save' in given:
+            self.path = Path(given['save']).expanduser()
+        elif resume:
+            path = Path(resume).expanduser()
+            self.path = path if path.is_dir() else path.parent
+        self.faults = []  # messages about files that could not be written
+        self.last_save = None  # the newest good checkpoint, in words
+        self.keep_previous = True
+        self.handle = None  # of the locked folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    # --- which folder, and whether this process may write to it ---
 
     def lock(self):
-        """See that no other process trains in the folder, if there is one. Raises UserError."""
+        """Lock the folder if it exists. Raises UserError if another process trains in it."""
         if rank() > 0 or self.handle is not None or not self.path or not self.path.is_dir():
             return
         try:
-            import fcntl
-
             self.handle = os.open(self.path, os.O_RDONLY)
-        except (
-            ImportError,
-            OSError,
-        ):  # not on this system; or not for this user, which will be said when something is written
-            return
-        for attempt in range(1 + int(10 * self.PATIENCE)):
-            try:
-                return fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.1)
-            except OSError:  # a file system without locks
-                return
-        raise UserError(f'another process is training in {self.path}; wait for it, or stop it')
+        except OSError:
+            return  # the first write reports that it is not permitted
+        deadline = time.monotonic() + self.PATIENCE
+        while not _try_to_lock(self.handle):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f'another process is training in {self.path}: wait for it, or stop it'
+                )
+            time.sleep(0.1)
 
     def settle(self, options, resumed, auto):
-        """The folder that it is, for these options. Raises OptionError where it holds another run."""
-        own = (
-            resumed
-            and resumed.is_run
-            and resumed.path.name in (checkpoint.FILE_NAME, checkpoint.PREVIOUS)
-        )
-        if 'save' in options:
-            path = Path(options['save']).expanduser()
-        elif (
-            own and (resumed.path.parent / COMMANDS).exists()
-        ):  # not a copy, which may lie anywhere
-            path = resumed.path.parent
-        else:
-            path = Path(
-                f'logs/{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}-{datetime.now():%Y%m%d-%H%M%S}'
-            )
+        """Choose the folder for these options. Raises OptionError if it has another run."""
+        path = self._choose(options, resumed)
         if path != self.path:
             self.close()
             self.path = path
-        self.goes_on = own and path.exists() and path.samefile(resumed.path.parent)
         self.auto = auto
+        self.continues = _is_own(resumed) and path.exists() and path.samefile(resumed.path.parent)
         if resumed and resumed.is_run:
-            self.stands = f'{resumed.path}, saved after {resumed.place}'
-            self.keep = (
-                resumed.path.name != checkpoint.PREVIOUS
-            )  # else the newest is broken, and must not take the good one's place
-        self.refuse_another()
+            self.last_save = f'{resumed.path}, saved after {resumed.position}'
+            # A broken newest checkpoint must not replace the good previous one.
+            self.keep_previous = resumed.path.name != checkpoint.PREVIOUS
+        self._refuse_another_run()
 
-    def refuse_another(self):
-        """Raises OptionError where the folder holds another run. (One that was killed before its first checkpoint is begun anew by auto.)"""
-        if rank() == 0 and not self.goes_on:
-            for file in (checkpoint.FILE_NAME,) if self.auto else (LOG, checkpoint.FILE_NAME):
-                if (self.path / file).exists():
-                    raise OptionError(
-                        f'{self.path} holds a run already; --resume {self.path} goes on with it, another --save makes a new one'
-                    )
+    def _choose(self, options, resumed):
+        if 'save' in options:
+            return Path(options['save']).expanduser()
+        if _is_own(resumed) and (resumed.path.parent / COMMANDS).exists():
+            return resumed.path.parent  # a copied checkpoint has no run.json next to it
+        name = f'{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}'
+        return Path('logs') / f'{name}-{datetime.now():%Y%m%d-%H%M%S}'
+
+    def _refuse_another_run(self):
+        if rank() > 0 or self.continues:
+            return
+        # --resume auto starts a run again that was killed before its first checkpoint.
+        names = (checkpoint.FILE_NAME,) if self.auto else (LOG, checkpoint.FILE_NAME)
+        if any((self.path / name).exists() for name in names):
+            raise OptionError(
+                f'{self.path} already has a run; resume it with --resume {self.path}, or choose '
+                'another --save'
+            )
 
     def open(self):
-        """Make the folder."""
+        """Make the folder and lock it."""
         if rank() > 0:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f'--save {self.path} can not be made ({error.strerror})') from None
+            raise UserError(f'--save {self.path} cannot be made ({error.strerror})') from None
         if self.handle is None:
             self.lock()
-            self.refuse_another()  # which another process may have made, and finished, since
+            self._refuse_another_run()  # another process may have made one in the meantime
+        for name in (checkpoint.FILE_NAME, LOG, COMMANDS):  # left by a killed process
+            for leftover in self.path.glob(f'{name}.*.tmp'):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
 
     def close(self):
         if self.handle is not None:
             os.close(self.handle)
             self.handle = None
 
+    # --- writing ---
+
     def _try(self, name, write):
+        """Call write(); report and record an OSError. Returns whether it succeeded."""
         try:
             write()
-            return True
         except OSError as error:
-            fault = f'{self.path / name} can not be written ({error.strerror})'
-            if not self.stands:
+            fault = f'{self.path / name} cannot be written ({error.strerror})'
+            if not self.last_save:
                 raise UserError(f'{fault}, and there is no checkpoint yet: the run stops') from None
             self.faults.append(fault)
-            tell(f'{fault}; training goes on, and {self.stands} stands', sys.stderr)
+            message = f'{fault}; training continues; the last checkpoint is {self.last_save}'
+            try_to_print(message, sys.stderr)
             return False
+        return True
 
     def write(self, name, text):
         if rank() == 0:
             self._try(name, lambda: write_atomically(self.path / name, text.encode()))
 
-    def save(self, content, place):
-        if rank() == 0:
-            path = self.path / checkpoint.FILE_NAME
-            if self._try(path.name, lambda: checkpoint.save(path, content, self.keep)):
-                self.stands, self.keep = f'{path}, saved after {place}', True
+    def write_log(self, lines):
+        self.write(LOG, ''.join(f'{line}\n' for line in lines))
+
+    def save(self, content, position):
+        """Write a checkpoint of this position in the training."""
+        if rank() > 0:
+            return
+        path = self.path / checkpoint.FILE_NAME
+        if self._try(path.name, lambda: checkpoint.save(path, content, self.keep_previous)):
+            self.last_save, self.keep_previous = f'{path}, saved after {position}', True
 
     def write_events(self, stats):
-        """The numbers of an epoch for TensorBoard."""
+        """Write the numbers of an epoch for TensorBoard."""
         if rank() > 0:
             return
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise UserError(
-                '--tensorboard needs a package that is not there; pip install tensorboard'
+                '--tensorboard needs a package that is not installed: pip install tensorboard'
             ) from None
 
         def write():
-            # Opened for each epoch: of a run that was killed, what is behind the epoch that it goes on with is hidden.
+            # A new writer per epoch: purge_step hides what a killed run wrote after the epoch
+            # that it resumes from.
             with SummaryWriter(str(self.path), purge_step=stats['epoch']) as writer:
                 for part in ('train', 'test'):
                     for name in ('loss', 'acc', 'top5', 'time'):
-                        writer.add_scalar(f'{name}/{part}', stats[f'{part}_{name}'], stats['epoch'])
+                        value = stats[f'{part}_{name}']
+                        writer.add_scalar(f'{name}/{part}', value, stats['epoch'])
 
         self._try('events.out.tfevents', write)
 
-    def read_log(self, resumed):
-        """The lines of the run that goes on, up to where it does."""
-        if not resumed or not resumed.is_run:
-            return []
-        if resumed.log is not None:
-            return list(resumed.log)
-        path = resumed.path.parent / LOG  # a checkpoint that doesn't hold them
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [
-            line
-            for line in lines
-            if json.loads(line.removeprefix('json_stats: '))['epoch'] <= resumed.epoch
-        ]
-
     def record_command(self, arguments, device):
-        """Append to run.json how this run was called, and on what: command, versions, commit, device, processes and threads of each."""
+        """Add to run.json how this run was started, and on what."""
         if rank() > 0:
             return
-        here = Path(__file__).resolve().parent.parent.parent
-        try:
-            commit = subprocess.run(
-                ['git', 'describe', '--always', '--dirty', '--abbrev=40'],
-                cwd=here,
-                capture_output=True,
-                text=True,
-                check=True,
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            commit = None  # not a checkout, or no git
-        from importlib.metadata import PackageNotFoundError, version
-
-        def version_of(name):
-            try:
-                return version(name)
-            except PackageNotFoundError:  # under another name
-                return None
-
-        packages = ('torch', 'torchvision', 'torchnet', 'opencv-python', 'tqdm', 'numpy')
         entry = {
             'command': shlex.join(['python', 'train.py', *arguments]),
             'time': datetime.now().isoformat(timespec='seconds'),
-            'commit': commit,
+            'commit': _commit(),
             'python': platform.python_version(),
-            'versions': {name: version_of(name) for name in packages},
-            'device': torch.cuda.get_device_name(device)
-            if device.type == 'cuda'
-            else f'{device.type} ({platform.machine()})',
+            'versions': {name: _version(name) for name in PACKAGES},
+            'device': f'{device.type} ({platform.machine()})',
             'processes': world(),
             'threads': torch.get_num_threads(),
         }
-        path = self.path / COMMANDS
+        if device.type == 'cuda':
+            entry['device'] = torch.cuda.get_device_name(device)
         try:
-            entries = json.loads(path.read_text())
+            entries = json.loads((self.path / COMMANDS).read_text())
         except (OSError, ValueError):
             entries = []
         self.write(COMMANDS, json.dumps([*entries, entry], indent=1) + '\n')
 
     def finish(self):
-        """Raises UserError where something could not be written."""
+        """Raise UserError if a file could not be written."""
         if self.faults:
             raise UserError(
-                f'{len(self.faults)} times a file could not be written, at first: {self.faults[0]}; {self.stands} stands'
+                f'files could not be written {len(self.faults)} times, first: {self.faults[0]}; '
+                f'the last checkpoint is {self.last_save}'
             )
+
+
+def _try_to_lock(handle):
+    """Whether the folder is locked now, or cannot be locked on this system."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
+
+
+def _is_own(resumed):
+    """Whether a checkpoint is one that a run wrote in its folder, and not a renamed copy."""
+    if not resumed or not resumed.is_run:
+        return False
+    return resumed.path.name in (checkpoint.FILE_NAME, checkpoint.PREVIOUS)
+
+
+def log_lines(resumed):
+    """The lines of a resumed run's log, up to where it resumes."""
+    if not resumed or not resumed.is_run:
+        return []
+    if resumed.log is not None:
+        return list(resumed.log)
+    path = resumed.path.parent / LOG  # a checkpoint of the original code does not have them
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line for line in lines if (parse_line(line) or {}).get('epoch', 0) <= resumed.epoch]
+
+
+def _commit():
+    """The commit of this checkout; None without git."""
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
+    try:
+        found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:  # installed under another name
+        return None

@@ -1,5 +1,6 @@
-"""The signals that stop a run, and output that may go nowhere."""
+"""Signals that stop a run, and printing when nobody may read it."""
 
+import contextlib
 import os
 import signal
 import time
@@ -9,43 +10,49 @@ from lab.errors import UserError
 
 
 class Stop:
-    """Inside its `with`, SIGTERM, SIGINT and SIGHUP only leave their number in `signal`.
+    """In its `with` block, SIGTERM, SIGINT and SIGHUP only set `signal`; the loop looks at it.
 
-    A repetition is left unheard for some seconds: torchrun, and programs that pass signals on, send them twice. After that it ends the process.
+    torchrun and other programs may send a signal twice, so a repetition is ignored at first. After
+    some seconds it ends the process.
     """
 
-    DEAF = 5  # seconds
+    IGNORE_REPETITION = 5  # seconds
 
     def __enter__(self):
-        self.signal, self.before, self.heard = 0, {}, None
+        self.signal, self.handlers, self.received_at = 0, {}, None
         self.parent = os.getppid()
         for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
             number = getattr(signal, name, None)
-            if number and signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            # nohup ignores a signal: leave it ignored.
+            if number and signal.getsignal(number) is not signal.SIG_IGN:
                 try:
-                    self.before[number] = signal.signal(number, self._note)
-                except ValueError:  # not the main thread: signals are somebody else's
+                    self.handlers[number] = signal.signal(number, self._receive)
+                except ValueError:  # not the main thread, which alone may handle signals
                     break
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame):
-        if self.heard is None:
-            self.signal, self.heard = number, time.monotonic()
-        elif time.monotonic() > self.heard + self.DEAF:
+    def _receive(self, number, frame):
+        if self.received_at is None:
+            self.signal, self.received_at = number, time.monotonic()
+        elif time.monotonic() > self.received_at + self.IGNORE_REPETITION:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def leaving(self):
-        """From now on no signal is heard: all is saved, and then the process ends."""
-        for number in self.before:
+    def ignore_signals(self):
+        """From now on ignore all signals: the run saves, and then the process ends."""
+        for number in self.handlers:
             signal.signal(number, signal.SIG_IGN)
 
     def say(self, text):
-        """Print, whatever becomes of the output: where nobody reads it any more, the run stops, as at a signal; a full disk is no reason to."""
+        """Print in one of the processes.
+
+        If the reader of the output has ended, the run stops as at a signal. A full disk does not
+        stop it.
+        """
         try:
             say(text)
         except BrokenPipeError:
@@ -54,14 +61,14 @@ class Stop:
             pass
 
     def check_parent(self):
-        """Raises UserError where torchrun, which started this process, is gone: another run may begin in this folder any time."""
+        """Raise UserError if torchrun, which started this process, has ended.
+
+        Another run may then start in the same folder at any time.
+        """
         if under_torchrun() and os.getppid() != self.parent:
-            raise UserError('torchrun is gone: the run stops')
+            raise UserError('torchrun has ended: the run stops')
 
 
-def tell(text, file):
-    """Print, if it can be."""
-    try:
+def try_to_print(text, file):
+    with contextlib.suppress(OSError):
         print(text, file=file, flush=True)
-    except OSError:
-        pass

@@ -1,4 +1,4 @@
-"""What a training measures and shows: loss and accuracy, a progress bar, broken images."""
+"""What a pass over the data measures and shows: loss, accuracy, a progress bar, broken images."""
 
 import math
 import time
@@ -6,13 +6,17 @@ import time
 import torch
 
 from lab import distributed
-from lab.distributed import say, world
+from lab.distributed import world
 from lab.errors import UserError
 
 
-class Tally:
-    """Loss and top-k accuracy over an epoch in torchnet's meters, of all processes together. Fed in chunks: a GPU is not waited for, and
-    no other process asked, at every step."""
+class Meters:
+    """Mean loss and top-k accuracy of a pass over the data, over all processes, in torchnet's
+    meters.
+
+    Batches are measured in chunks, so that not every step waits for the GPU and for the other
+    processes.
+    """
 
     CHUNK = 20  # batches
 
@@ -20,59 +24,54 @@ class Tally:
         from torchnet.meter import AverageValueMeter, ClassErrorMeter
 
         self.topk = sorted({1, min(5, num_classes)})
-        self.loss, self.accuracy, self.part = (
-            AverageValueMeter(),
-            *(ClassErrorMeter(topk=self.topk, accuracy=True) for _ in range(2)),
-        )
+        self.loss = AverageValueMeter()
+        self.accuracy = ClassErrorMeter(topk=self.topk, accuracy=True)
+        self.chunk = ClassErrorMeter(topk=self.topk, accuracy=True)  # of this process alone
         self.reset()
 
     def reset(self):
         self.loss.reset()
         self.accuracy.reset()
         self.pending = []
-        self.batches, self.broke = (
-            0,
-            None,
-        )  # how many are counted, and the first whose loss is not finite, with it
+        self.batches = 0  # measured so far
+        self.diverged = None  # the first batch whose loss is not finite, and the loss
 
     def add(self, loss, logits, targets):
+        """Add a batch: its mean loss, logits (N, classes) and targets (N,)."""
         self.pending.append((loss.detach(), logits.detach(), targets))
         if len(self.pending) >= self.CHUNK:
             self.flush()
 
     def flush(self):
+        """Measure the pending batches."""
         if not self.pending:
             return
-        self.part.reset()
-        sums = torch.zeros(len(self.pending), 2, dtype=torch.float64)
+        self.chunk.reset()
+        sums = torch.zeros(len(self.pending), 2, dtype=torch.float64)  # loss, samples
         for row, (loss, logits, targets) in zip(sums, self.pending):
-            if len(targets):  # of a small last batch of a test, a process may have none
+            if len(targets):  # a process may have no sample of a small last batch of a test
                 row[0], row[1] = loss.item() * len(targets), len(targets)
-                self.part.add(logits.float(), targets)
+                self.chunk.add(logits.float(), targets)
         self.pending.clear()
         for value, n in distributed.total(sums).tolist():
             self.batches += 1
-            if not math.isfinite(value) and not self.broke:
-                self.broke = self.batches, value
+            if not math.isfinite(value) and not self.diverged:
+                self.diverged = self.batches, value
             self.loss.add(value, int(n))
-        n, *errors = distributed.total(
-            torch.tensor([self.part.n, *(int(self.part.sum[k]) for k in self.topk)])
-        ).tolist()
+        wrong = [int(self.chunk.sum[k]) for k in self.topk]
+        n, *errors = distributed.total(torch.tensor([self.chunk.n, *wrong])).tolist()
         self.accuracy.n += n
-        for k, wrong in zip(self.topk, errors):
-            self.accuracy.sum[k] += wrong
+        for k, count in zip(self.topk, errors):
+            self.accuracy.sum[k] += count
 
     def values(self):
-        """Mean loss, and the percentages of top-1 and top-5 (or as many as there are classes)."""
+        """Mean loss, top-1 and top-5 accuracy in percent (top-k if there are k < 5 classes)."""
         self.flush()
-        return (
-            self.loss.value()[0],
-            self.accuracy.value(self.topk[0]),
-            self.accuracy.value(self.topk[-1]),
-        )
+        top1, top5 = (self.accuracy.value(k) for k in (self.topk[0], self.topk[-1]))
+        return self.loss.value()[0], top1, top5
 
     def state(self):
-        """What was counted, as plain numbers."""
+        """What was measured so far, as plain numbers."""
         self.flush()
         return {
             'batches': self.batches,
@@ -89,63 +88,132 @@ class Tally:
         self.accuracy.sum.update(zip(self.topk, state['errors']))
 
 
-class Progress:
-    """tqdm's bar over the images of an epoch, with loss, accuracy, images/s and remaining time. Quiet where no one looks."""
+class ProgressBar:
+    """tqdm's bar over the images of a pass, with loss and accuracy. Only shown in a terminal."""
 
-    def __init__(self, label, n, tally, done=0):
+    def __init__(self, label, n, meters, done=0):
         from tqdm import tqdm
 
-        # disable=None: no bar where the output is no terminal
         self.bar = tqdm(
             total=n,
             initial=done,
             desc=label,
             unit='img',
             unit_scale=True,
-            disable=None if distributed.rank() == 0 else True,
+            disable=None if distributed.rank() == 0 else True,  # None: unless it is a terminal
             leave=False,
             dynamic_ncols=True,
         )
-        self.tally, self.shown = tally, 0.0
+        self.meters, self.shown = meters, 0.0
 
     def update(self, n):
         if not self.bar.disable and time.monotonic() - self.shown > 0.5:
             self.shown = time.monotonic()
-            if world() == 1:  # of several processes, all count at once: every CHUNK batches
-                self.tally.flush()
-            if self.tally.batches:
-                loss, top1 = (
-                    self.tally.loss.value()[0],
-                    self.tally.accuracy.value(self.tally.topk[0]),
-                )
-                self.bar.set_postfix_str(f'loss {loss:.3f}, acc {top1:.1f} %', refresh=False)
+            self._show_meters()
         self.bar.update(n)
+
+    def _show_meters(self):
+        if world() == 1:  # several processes must flush together, so they wait for a full chunk
+            self.meters.flush()
+        if self.meters.batches:
+            loss = self.meters.loss.value()[0]
+            top1 = self.meters.accuracy.value(self.meters.topk[0])
+            self.bar.set_postfix_str(f'loss {loss:.3f}, acc {top1:.1f} %', refresh=False)
 
     def close(self):
         self.bar.close()
 
 
-class Broken:
-    """Keeps account of image files that could not be used: each is named once, and more than one in a hundred end the run."""
+class BrokenImages:
+    """Names each image file that could not be used once, and ends a run that has too many."""
 
-    SHARE = 0.01
+    LIMIT = 0.01  # of the images of a pass
 
-    def __init__(self, say=say):
+    def __init__(self, say=distributed.say):
         self.named, self.say = set(), say
 
     def report(self, batches):
-        """Of the pass that just ended, in all processes: how many, and which were not named before. Prints those."""
+        """Print the broken files of the last pass, in all processes, that are new.
+
+        Returns (number of broken files, sorted paths of the new ones).
+        """
         batches.broken = distributed.union(batches.broken)
-        new = {path: message for path, message in batches.broken.items() if path not in self.named}
+        new = {path: text for path, text in batches.broken.items() if path not in self.named}
         for message in new.values():
             self.say(f'broken image: {message}')
         self.named.update(new)
         return len(batches.broken), sorted(new)
 
+    def stats(self, train_batches, test_batches):
+        """What an epoch's log line says about broken files; nothing if there are none."""
+        n_train, new_train = self.report(train_batches)
+        n_test, new_test = self.report(test_batches)
+        if not n_train and not n_test:
+            return {}
+        return {
+            'train_broken': n_train,
+            'test_broken': n_test,
+            'broken_images': new_train + new_test,
+        }
+
     def check(self, batches):
-        """Raises UserError where too many were broken in the pass that just ended."""
-        if len(batches.broken) > self.SHARE * batches.n:
+        """Raise UserError if too many files were broken in the last pass."""
+        if len(batches.broken) > self.LIMIT * batches.n:
             raise UserError(
-                f'{len(batches.broken)} of {batches.n} image files could not be used, as {next(iter(batches.broken))}: mend the data and '
-                'go on with --resume'
+                f'{len(batches.broken)} of {batches.n} image files could not be used, such as '
+                f'{next(iter(batches.broken))}: fix the data, then continue with --resume'
             )
+
+
+class Pass:
+    """One pass over batches: its position, time, meters and progress bar.
+
+    Args:
+        name: 'train' or 'test', for the names of the results; label: for the progress bar.
+        batches: iterable; it gets the epoch, and where in it to start.
+        epoch: counted from 1.
+        progress: what `progress()` returned when the pass was interrupted.
+    """
+
+    def __init__(self, name, label, batches, meters, epoch, progress=None):
+        self.name, self.batches, self.meters = name, batches, meters
+        self.final_progress = None
+        meters.reset()
+        self.step, elapsed, batches.broken_before = 0, 0, {}
+        if progress:
+            self.step, elapsed = progress['step'], progress['time']
+            batches.broken_before = progress['broken']
+            meters.load_state(progress['tally'])
+        batches.epoch, batches.start = epoch, self.step
+        done = min(self.step * batches.batch_size, batches.n)
+        self.bar = ProgressBar(label, batches.n, meters, done)
+        self.started = time.perf_counter() - elapsed
+
+    def add(self, loss, logits, targets):
+        """Count a batch: its mean loss, logits (N, classes) and targets (N,)."""
+        self.meters.add(loss, logits, targets)
+        self.bar.update(self.batches.size(self.step))
+        self.step += 1
+
+    def progress(self):
+        """The position and what was measured so far, for a checkpoint."""
+        if self.final_progress:
+            return self.final_progress
+        return {
+            'step': self.step,
+            'tally': self.meters.state(),
+            'time': time.perf_counter() - self.started,
+            'broken': distributed.union(self.batches.broken),
+        }
+
+    def finish(self):
+        """{NAME_loss, NAME_acc, NAME_top5, NAME_time}: accuracies in percent, time in seconds."""
+        self.bar.close()
+        loss, top1, top5 = self.meters.values()
+        self.final_progress = self.progress()
+        return {
+            f'{self.name}_loss': loss,
+            f'{self.name}_acc': top1,
+            f'{self.name}_top5': top5,
+            f'{self.name}_time': self.final_progress['time'],
+        }

@@ -1,0 +1,198 @@
+"""A trained network, folded, next to the unfolded network and its data set."""
+
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lab.data import datasets
+from lab.data.batches import ImageFolder
+from lab.data.image_files import prepare, read_image
+from lab.data.preprocessing import Preprocessing, normalize
+from lab.errors import UserError
+from lab.runs.checkpoint import Checkpoint
+
+FILE_IMAGES = 500  # the most image files that sample_images reads
+
+
+@dataclass
+class FoldedNetwork:
+    """A checkpoint's network, folded and unfolded, and the data set that it was trained on.
+
+    Both networks are float32 modules on the CPU, in evaluation mode. If the data set was not
+    found, `data` is None and `missing` is the reason.
+    """
+
+    checkpoint: Checkpoint
+    folded: torch.nn.Module
+    unfolded: torch.nn.Module
+    dataset: str
+    preprocessing: Preprocessing
+    classes: list  # names, or None
+    data: datasets.Data = None
+    missing: str = ''
+
+    @property
+    def input_shape(self):
+        """(C, H, W) of the network's input."""
+        size = self.preprocessing.image_size
+        return self.preprocessing.channels, size, size
+
+    @property
+    def facts(self):
+        """What an exported file says about its network: a dict of values that JSON represents."""
+        return {
+            'network': {**(self.checkpoint.network or {}), 'dataset': self.dataset},
+            'classes': self.classes,
+            'preprocessing': self.preprocessing.as_dict(),
+        }
+
+    def sample_images(self, train, n, span=None):
+        """At most n images, evenly spaced over the training or the test set, not augmented.
+
+        Args:
+            span: (begin, end) of the part of the set to sample; None samples all of it.
+
+        Returns:
+            Normalized images (N, C, H, W) and their classes (N,). For a folder of image files,
+            N is at most FILE_IMAGES.
+        """
+        part = self.data.train if train else self.data.test
+        targets = targets_of(part)
+        begin, end = span or (0, len(targets))
+        n = min(n, end - begin)
+        if isinstance(part, ImageFolder):
+            n = min(n, FILE_IMAGES)
+        chosen = np.linspace(begin, end - 1, n).astype(int)
+        images = torch.from_numpy(_pixels(part, chosen, self.preprocessing))
+        inputs = normalize(images, self.preprocessing).contiguous()
+        return inputs, torch.as_tensor(np.asarray(targets)[chosen])
+
+
+def targets_of(part):
+    """The classes (N,) of a training or test set."""
+    if isinstance(part, ImageFolder):
+        return part.targets
+    _, targets = part
+    return targets
+
+
+def _pixels(part, chosen, preprocessing):
+    """uint8 (N, H, W, C) of the images with the indices `chosen`."""
+    if isinstance(part, ImageFolder):
+        files = [part.root / os.fsdecode(part.names[index]) for index in chosen]
+        return np.stack([prepare(read_image(file), preprocessing) for file in files])
+    images, _ = part
+    return images.numpy()[chosen]
+
+
+# --- loading ---------------------------------------------------------------------------------
+
+
+def load_folded(checkpoint, dataset=None, dataroot=None):
+    """The FoldedNetwork of a checkpoint.
+
+    Args:
+        dataset: name of the data set, for a checkpoint that does not record it.
+        dataroot: folder of the data set; None for the one that it was trained from.
+
+    Raises:
+        UserError: the network does not fold, its preprocessing is unknown, or the data set does
+            not fit the network.
+    """
+    folded = checkpoint.fold().float()
+    preprocessing = preprocessing_of(checkpoint, dataset, folded.architecture)
+    check_channels(checkpoint.path, folded.architecture.in_channels, preprocessing)
+    network = FoldedNetwork(
+        checkpoint,
+        folded,
+        checkpoint.module().float(),
+        _dataset_name(checkpoint, dataset),
+        preprocessing,
+        checkpoint.classes,
+    )
+    try:
+        network.data = datasets.load(
+            network.dataset,
+            dataroot or checkpoint.options.get('dataroot', './data'),
+            download=False,
+            image_size=preprocessing.image_size,
+        )
+    except UserError as error:
+        network.missing = str(error)
+        return network
+    _check_classes(network)
+    network.classes = list(network.classes or network.data.classes)
+    return network
+
+
+def _dataset_name(checkpoint, given):
+    """The data set that the checkpoint records, or the given one, or ImageNet."""
+    # Without preprocessing, the checkpoint's data set is only inferred from shapes.
+    if checkpoint.preprocessing and checkpoint.network and checkpoint.network.get('dataset'):
+        return checkpoint.network['dataset']
+    return given or 'ImageNet'
+
+
+def preprocessing_of(found, dataset=None, architecture=None):
+    """The Preprocessing of a network's images: the stored one, or that of its data set.
+
+    Args:
+        found: a Checkpoint or an OnnxNetwork.
+        dataset: name of the data set, for a file that does not store its preprocessing.
+        architecture: a diracnet.Architecture; one for ImageNet needs no `dataset`.
+
+    Raises:
+        UserError: the preprocessing is unknown.
+    """
+    if found.preprocessing:
+        return Preprocessing.from_dict(found.preprocessing)
+    if dataset:
+        return datasets.PREPROCESSING[dataset]
+    if architecture and architecture.form == 'imagenet' and architecture.in_channels == 3:
+        return datasets.PREPROCESSING['ImageNet']
+    raise UserError(
+        f'{found.path} does not say how its images were prepared: name its data set with --dataset'
+    )
+
+
+def check_channels(path, in_channels, preprocessing):
+    """Raise UserError if the prepared images do not have the channels that the network expects."""
+    if in_channels != preprocessing.channels:
+        raise UserError(
+            f'{path} expects images with {in_channels} channels, not {preprocessing.channels}: '
+            'name the data set that it was trained on with --dataset'
+        )
+
+
+def _check_classes(network):
+    n_outputs, n_classes = network.folded.architecture.num_classes, len(network.data.classes)
+    if n_outputs != n_classes:
+        raise UserError(
+            f'{network.checkpoint.path} has {n_outputs} classes, but the {network.dataset} found '
+            f'here has {n_classes}: name another data set with --dataset or --dataroot'
+        )
+
+
+# --- comparing -------------------------------------------------------------------------------
+
+
+class Reference(NamedTuple):
+    """Images, and the logits to compare a converted network's logits with."""
+
+    inputs: torch.Tensor  # (N, C, H, W), normalized
+    targets: torch.Tensor  # (N,), or None for noise
+    logits: np.ndarray  # (N, num_classes), those of the unfolded network
+
+
+@torch.inference_mode()
+def compute_logits(net, inputs, batch_size=250):
+    """Logits of a module or an OnnxNetwork as an array (N, num_classes)."""
+    return torch.cat([net(part) for part in inputs.split(batch_size)]).numpy()
+
+
+def top1(logits, targets):
+    """Accuracy in percent."""
+    return 100 * float((logits.argmax(1) == targets.numpy()).mean())

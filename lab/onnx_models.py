@@ -1,0 +1,200 @@
+"""Networks as ONNX: the export of a module, and the ONNX Runtime session that runs it."""
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lab.errors import UserError
+
+PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
+
+
+def require_onnx(packages=PACKAGES):
+    """Import the optional packages for .onnx files.
+
+    Raises:
+        UserError: one of them is not installed.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(
+                f'.onnx files need {error.name or package}, which is not installed: '
+                f'pip install {" ".join(PACKAGES)}'
+            ) from None
+
+
+@contextlib.contextmanager
+def quiet():
+    """Silence the progress reports and warnings of exporters; their errors are exceptions."""
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter('ignore')
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+# --- running ---------------------------------------------------------------------------------
+
+
+class OnnxNetwork:
+    """An ONNX image classifier in ONNX Runtime, on the CPU.
+
+    Called with normalized images (N, C, H, W), it returns float32 logits (N, num_classes).
+    `classes` and `preprocessing` come from the file's metadata, or are None; `in_channels` comes
+    from the shape of its input.
+
+    Args:
+        model: a path, or the content of a file as bytes.
+
+    Raises:
+        UserError: ONNX Runtime is not installed, or the file is missing, broken or not an image
+            classifier.
+    """
+
+    def __init__(self, model):
+        require_onnx(['onnxruntime'])
+        import onnxruntime
+
+        if isinstance(model, bytes):
+            self.path, content = None, model
+        else:
+            self.path = Path(model).expanduser()
+            content = _read(self.path)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors are reported below
+        try:
+            self.session = onnxruntime.InferenceSession(
+                content, options, providers=['CPUExecutionProvider']
+            )
+            [self.input], [self.output] = self.session.get_inputs(), self.session.get_outputs()
+            _, self.in_channels, _, _ = self.input.shape
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            self.classes = json.loads(metadata.get('classes', 'null'))
+            self.preprocessing = json.loads(metadata.get('preprocessing', 'null'))
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            raise UserError(
+                f'{self.path or "the ONNX model"} is broken or not an ONNX image classifier '
+                f'({type(error).__name__}): export it again'
+            ) from None
+
+    def __call__(self, inputs):
+        array = np.ascontiguousarray(inputs.float().numpy())
+        [logits] = self.session.run([self.output.name], {self.input.name: array})
+        return torch.from_numpy(logits)
+
+
+def _read(path):
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f'{path} cannot be read ({error.strerror}): pass a file that tools.export wrote'
+        ) from None
+
+
+# --- exporting -------------------------------------------------------------------------------
+
+
+def to_onnx(net, shape, metadata):
+    """Export a module as an onnx.ModelProto that the ONNX checker accepts.
+
+    Its input is `images`, float32 (batch, *shape), its output `logits`, (batch, num_classes),
+    with any batch size. Weights have their names in the state dict, nodes those of their modules.
+
+    Args:
+        net: an image classifier in evaluation mode, such as a DiracNet.
+        shape: (C, H, W).
+        metadata: a dict of values that JSON can represent, for the model's metadata_props.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    require_onnx()
+    import onnx
+
+    with quiet():
+        program = torch.onnx.export(
+            net,
+            (torch.zeros(2, *shape),),
+            dynamo=True,
+            verbose=False,
+            input_names=['images'],
+            output_names=['logits'],
+            dynamic_shapes=({0: torch.export.Dim('batch')},),
+        )
+    model = program.model_proto
+    _name_after_modules(model.graph, set(net.state_dict()))
+    _remove_traces(model)
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def _name_after_modules(graph, taken):
+    """Name each node after its module, and each value after the node that makes or reads it.
+
+    No node gets one of the names in `taken`.
+    """
+    names = {}
+    for node in graph.node:
+        node.name = _unique(_node_name(node), taken)
+        taken.add(node.name)
+        for output in node.output:
+            if output != 'logits':
+                names[output] = node.name
+        for value in node.input:
+            if value.startswith('val_') and value not in names:  # a constant
+                names[value] = f'{node.name}.{value}'
+    for node in graph.node:
+        node.input[:] = [names.get(value, value) for value in node.input]
+        node.output[:] = [names.get(value, value) for value in node.output]
+    for tensor in graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+
+
+def _node_name(node):
+    """The name of a layer's module; for other operations, the module's name and the operation."""
+    module = _module_name(node)
+    if node.op_type in ('Conv', 'Gemm'):
+        return module
+    return f'{module}.{node.op_type}' if module else node.op_type
+
+
+def _module_name(node):
+    for prop in node.metadata_props:
+        if (
+            prop.key == 'pkg.torch.onnx.name_scopes'
+        ):  # "['', 'features', 'features.conv', 'conv2d']"
+            return prop.value.strip('[]').replace("'", '').split(', ')[-2]
+    return ''
+
+
+def _unique(name, taken):
+    while name in taken:
+        name += '_'
+    return name
+
+
+def _remove_traces(model):
+    """Remove the exporter's notes on the source code, which are several times as large as the
+    graph and contain paths of this machine."""
+    graph = model.graph
+    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        del part.metadata_props[:]
+    del graph.value_info[:]
+    del model.metadata_props[:]

@@ -1,0 +1,70 @@
+"""Reading a file that torch.save wrote, without trusting it: no code runs, checksums must fit."""
+
+import os
+import pickle
+import re
+from pathlib import Path
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
+
+import torch
+
+from lab.errors import UserError
+
+
+class BrokenFile(UserError):
+    """A file that does not have the content that was written to it."""
+
+
+def read_archive(path):
+    """What a file holds, in PyTorch's zip format or in its old one.
+
+    Raises:
+        BrokenFile: the file is missing, truncated or damaged, or not from torch.save.
+        UserError: loading the file could run code.
+    """
+    path = Path(path)
+    try:
+        with open(path, 'rb') as file:
+            if is_zipfile(file):
+                _check_sums(file, path)
+            file.seek(0)
+            return torch.load(file, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise BrokenFile(
+            f'{path} does not exist: pass a run folder, its model.pt7 or a state dict'
+        ) from None
+    except UserError:
+        raise
+    except OSError as error:  # also for a cut archive: an offset before its beginning
+        raise BrokenFile(f'{path} cannot be read ({error.strerror})') from None
+    except pickle.UnpicklingError as error:
+        if re.search('GLOBAL |Can only (create|build)|unrecognized function', str(error)):
+            raise UserError(
+                f'{path} is refused: it has more than tensors and plain values, so loading it '
+                'could run code'
+            ) from None
+        raise BrokenFile(f'{path} is not a checkpoint of PyTorch, or it is broken') from None
+    except Exception as error:  # torch raises many kinds for a file that is cut or random
+        raise BrokenFile(
+            f'{path} is not a checkpoint of PyTorch, or it is truncated or broken '
+            f'({type(error).__name__})'
+        ) from None
+
+
+def _check_sums(file, path):
+    """Compare a zip archive with its checksums, which torch.load does not do."""
+    try:
+        with ZipFile(file) as archive:
+            entries = archive.infolist()
+            # torch.save does not compress. An archive whose parts are larger than the file is
+            # not from torch.save, and could fill the memory.
+            compressed = any(entry.compress_type != ZIP_STORED for entry in entries)
+            size = sum(entry.file_size for entry in entries)
+            if compressed or size > os.fstat(file.fileno()).st_size:
+                raise BrokenFile(f'{path} is not a checkpoint of PyTorch: it is compressed')
+            wrong = archive.testzip()
+    except (BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+        reason = ' '.join(str(error).split())
+        raise BrokenFile(f'{path} is truncated or broken ({reason})') from None
+    if wrong:
+        raise BrokenFile(f'{path} is broken: the checksum of its part {wrong} is wrong')

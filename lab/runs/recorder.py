@@ -1,0 +1,104 @@
+"""Saves a training: checkpoints when they are due, and a last one when a signal stops the run."""
+
+import signal
+import time
+
+from lab import distributed
+from lab.errors import UserError
+from lab.runs.checkpoint import describe_position
+from lab.runs.log import format_line
+from lab.runs.resume import resume_command
+
+
+class Recorder:
+    """Writes the checkpoints and the log of a training to its folder.
+
+    Args:
+        folder: RunFolder; stop: Stop.
+        facts: options, network, classes and preprocessing, as in a checkpoint.
+        module, optimizer, scaler: what is trained.
+        meters: Meters of the current pass.
+        log: lines of the log so far.
+    """
+
+    def __init__(self, folder, stop, facts, module, optimizer, scaler, meters, log):
+        self.folder, self.stop, self.facts, self.meters = folder, stop, facts, meters
+        self.module, self.optimizer, self.scaler, self.log = module, optimizer, scaler, log
+        self._schedule_save()
+
+    def _schedule_save(self):
+        self.next_save = time.monotonic() + 60 * self.facts['options']['checkpoint_minutes']
+
+    def save(self, epoch, progress=None):
+        """Write a checkpoint. `epoch` counts finished epochs; `progress` is that of the next.
+
+        Raises:
+            UserError: the loss or a parameter is not finite, so no run could resume from it.
+        """
+        if progress:
+            self.check_loss(epoch + 1)
+        params = self.module.params()
+        params = {key: tensor.detach().cpu().contiguous() for key, tensor in params.items()}
+        position = describe_position(epoch, progress)
+        if not all(tensor.isfinite().all() for tensor in params.values()):
+            raise self._diverged(f'the loss is finite but the parameters are not, after {position}')
+        content = {
+            'params': params,
+            'epoch': epoch,
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict(),
+            **self.facts,
+            'log': self.log,
+        }
+        if progress:
+            content['progress'] = progress
+        self.folder.save(content, position)
+        self._schedule_save()
+
+    def save_if_due(self, epoch, measure_progress):
+        """After a step: save if it is time to, or if a signal has come, and then leave.
+
+        Args:
+            epoch: number of finished epochs.
+            measure_progress: returns the progress of the next one; only called to save.
+
+        Raises:
+            SystemExit: a signal has come; all processes leave together.
+        """
+        due = time.monotonic() >= self.next_save
+        number, due = distributed.agree(self.stop.signal, int(due))
+        if number:
+            self.stop.ignore_signals()
+        if number or due:
+            progress = measure_progress()
+            self.save(epoch, progress)
+        if number:
+            distributed.barrier()  # torchrun ends all processes when the first one ends
+            name, position = signal.Signals(number).name, describe_position(epoch, progress)
+            command = resume_command(self.facts['options'], self.folder)
+            self.stop.say(f'stopped by {name} at {position}; resume with:\n    {command}')
+            raise SystemExit(128 + number)
+
+    def check_loss(self, epoch):
+        """Raise UserError if a loss was not finite in this epoch, counted from 1."""
+        if self.meters.diverged:
+            step, value = self.meters.diverged
+            raise self._diverged(f'the loss is {value} at step {step} of epoch {epoch}')
+
+    def _diverged(self, what):
+        if self.folder.last_save:
+            last = f'the last good checkpoint is {self.folder.last_save}'
+        else:
+            last = 'there is no checkpoint yet'
+        return UserError(
+            f'{what}: the run stops; {last}; --resume continues from there, and a new run may do '
+            'better with a smaller --lr'
+        )
+
+    def record_epoch(self, stats):
+        """Add an epoch to the log, and save."""
+        self.log.append(format_line(stats))
+        self.folder.write_log(self.log)
+        if self.facts['options']['tensorboard']:
+            self.folder.write_events(stats)
+        self.save(stats['epoch'])

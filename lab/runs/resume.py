@@ -1,0 +1,95 @@
+"""What a run resumes from, with which options, and the command that resumes it."""
+
+import shlex
+from pathlib import Path
+
+from lab.distributed import launched_here, local_world, say, world
+from lab.errors import OptionError, UserError
+from lab.runs import checkpoint
+from lab.training.options import BOUND_TO_MACHINE, complete, defaults_for
+
+
+def find_resumed(given):
+    """The checkpoint that --resume asks for; None without --resume, or if auto finds none."""
+    if 'resume' not in given:
+        return None
+    if given['resume'] != 'auto':
+        return checkpoint.load(given['resume'])
+    if 'save' not in given:
+        raise OptionError('--resume auto looks for a run in the folder of --save: add --save')
+    folder = Path(given['save']).expanduser()
+    names = (checkpoint.FILE_NAME, checkpoint.PREVIOUS)
+    exists = any((folder / name).exists() for name in names)
+    return checkpoint.load(folder) if exists else None
+
+
+def resume_command(options, folder):
+    """The command line that resumes a run on the devices that it had."""
+    flags = ['--resume', str(folder.path)]
+    for name in ('device', 'gpu_id'):
+        if options.get(name) is not None:
+            flags += [f'--{name}', str(options[name])]
+    if options.get('cuda'):
+        flags.append('--cuda')
+    if world() == 1:
+        return shlex.join(['python', 'train.py', *flags])
+    if launched_here():
+        return shlex.join(['python', 'train.py', *flags, '--ngpu', str(world())])
+    nodes = world() // local_world()
+    rendezvous = f'--nnodes={nodes} (and the same rendezvous) ' if nodes > 1 else ''
+    command = shlex.join(['train.py', *flags])
+    return f'torchrun {rendezvous}--nproc_per_node={local_world()} {command}'
+
+
+def options_to_train(found, given):
+    """All options of a run: a new one if `found` is None, else one that resumes from it.
+
+    From a file that is not a run of train.py, training continues with the given options, its
+    tensors and a new optimizer.
+
+    Raises:
+        OptionError: a given option contradicts the run or its network.
+        UserError: the file is folded, or has no known network.
+    """
+    if not found:
+        return complete(given)
+    if found.is_run:
+        found.network_options(given)  # raises OptionError for another network
+        dropped = {*BOUND_TO_MACHINE, 'save'}
+        if found.options.get('ngpu', 1) == 1:
+            dropped.add('sync_bn')  # changes nothing for one process, so several may resume with it
+        stored = {name: value for name, value in found.options.items() if name not in dropped}
+        return complete(given, stored)
+    if found.folded:
+        raise UserError(f'{found.path} is folded: it can be tested (--evaluate) but not trained')
+    if found.network is None:
+        raise UserError(f'{found.path} has no network that is known here, so it cannot be trained')
+    found.optimizer = None
+    say(
+        f'{found.path} is not a run of train.py: training starts from its tensors at epoch '
+        f'{found.epoch}, with a new optimizer'
+    )
+    return complete({**found.network_options(given), **given})
+
+
+def options_to_evaluate(found, given):
+    """All options for a test of a checkpoint. Raises OptionError or UserError."""
+    if found.network is None:
+        raise UserError(f'{found.path} has no network that is known here')
+    found.network.update(found.network_options(given))
+    stored = {name: value for name, value in found.options.items() if name not in BOUND_TO_MACHINE}
+    return complete(given, {**defaults_for(found.network), **found.network, **stored, **given})
+
+
+def restore(resumed, optimizer, scaler, meters):
+    """Load the state of a run that was stopped. Raises UserError if it cannot be resumed."""
+    try:
+        if resumed.optimizer:
+            optimizer.load_state_dict(resumed.optimizer)
+            scaler.load_state_dict(resumed.scaler)
+            if resumed.progress:
+                meters.load_state(resumed.progress['tally'])
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f'{resumed.path} has a state that cannot be resumed: {error}') from None
+    if not all(tensor.isfinite().all() for tensor in resumed.params.values()):
+        raise UserError(f'{resumed.path} has parameters that are not finite: it cannot be resumed')

@@ -1,0 +1,36 @@
+"""The data that the options describe."""
+
+from lab import distributed
+from lab.data import datasets
+from lab.distributed import world
+from lab.errors import UserError
+
+
+def load_data(options):
+    with distributed.first_on_this_machine():
+        root = options['dataroot']
+        source = datasets.load(options['dataset'], root, image_size=options['image_size'])
+        if options['holdout']:
+            source = source.holdout(options['holdout'])
+        return source.whitened(root) if options['preprocess'] == 'zca' else source
+
+
+def make_batches(source, training, options, device):
+    return source.batches(
+        training,
+        batch_size=options['batch_size'],
+        device=device,
+        seed=options['seed'],
+        pad=options['randomcrop_pad'],
+        workers=options['nthread'],
+        shard=(distributed.rank(), world()),
+    )
+
+
+def check_classes(source, found, options):
+    """Raise UserError if a checkpoint has other classes than the data."""
+    if found and found.classes and list(source.classes) != list(found.classes):
+        raise UserError(
+            f'{found.path} has other classes ({", ".join(found.classes[:3])}, ...) than the data '
+            f'in {options["dataroot"]} ({", ".join(source.classes[:3])}, ...)'
+        )

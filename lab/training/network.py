@@ -1,0 +1,74 @@
+"""The network that the options describe, with what depends on the position in the training."""
+
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from diracnet import BN_MOMENTUM, Network
+from lab import distributed
+from lab.device import DTYPES
+from lab.errors import OptionError
+from lab.models import registry
+from lab.training.recompute import compiled_chain, recomputed_chain
+
+
+class BatchNorm:
+    """F.batch_norm with another momentum, which may change from step to step."""
+
+    def __init__(self, norm, momentum):
+        self.norm, self.momentum = norm, momentum
+
+    def __call__(self, x, mean, var, weight, bias, training, momentum, eps):
+        return self.norm(x, mean, var, weight, bias, training, self.momentum, eps)
+
+
+def network_arguments(options, source):
+    """The arguments of registry.define for these options and this data set."""
+    return {
+        'model': options['model'],
+        'depth': options['depth'],
+        'width': options['width'],
+        'dataset': options['dataset'],
+        'num_classes': len(source.classes),
+        'in_channels': source.preprocessing.channels,
+        **{name: options[name] for name in registry.own_options(options['model'])},
+    }
+
+
+def build_network(options, arguments, device):
+    """The network with new parameters, drawn from the seed.
+
+    Returns:
+        module: diracnet.Network on the device, in channels_last.
+        norm: the function of its batch norms.
+
+    Raises:
+        OptionError: there is no such network.
+    """
+    torch.manual_seed(options['seed'])
+    try:
+        f, params = registry.define(init=options['init'], **arguments)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    if options['recompute']:
+        f = partial(recomputed_chain, *f.args)
+    if options['compile']:
+        f = partial(compiled_chain(), *f.args)
+    norm = distributed.sync_batch_norm if options['sync_bn'] else F.batch_norm
+    if options['bn_momentum'] != BN_MOMENTUM:
+        norm = BatchNorm(norm, options['bn_momentum'])
+    module = Network(partial(f, norm=norm), params)
+    dtype, _ = DTYPES[options['dtype']]
+    return module.to(device, dtype, memory_format=torch.channels_last), norm
+
+
+def prepare_step(options, norm, epoch, step):
+    """Set what follows from the position: the random state of dropout, and the momentum of
+    --bn_momentum cumulative. `epoch` and `step` count from 0."""
+    if options.get('dropout'):
+        position = (options['seed'], epoch, step, distributed.rank())
+        torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))
+    if options['bn_momentum'] == 'cumulative':
+        norm.momentum = 1 / (1 + step)

@@ -1,0 +1,358 @@
+"""The options of train.py, each declared once. What is made from them is in options.py."""
+
+import argparse
+import json
+import math
+from dataclasses import dataclass, field
+
+from diracnet import DATASETS
+from lab.device import DTYPES
+from lab.models.registry import INITS, MODELS, own_options
+from lab.models.resnet import BLOCKS
+from lab.training.optimizers import OPTIMIZERS
+
+# --- types -----------------------------------------------------------------------------------
+
+
+def number(kind, least, exclusive=False):
+    """An argparse type: a finite int or float of at least, or more than, `least`."""
+
+    def parse(text):
+        value = kind(text)
+        if not math.isfinite(value) or value < least or (exclusive and value == least):
+            bound = 'more than' if exclusive else 'at least'
+            raise argparse.ArgumentTypeError(f'{text} must be {bound} {least}')
+        return value
+
+    parse.__name__ = {int: 'whole number', float: 'number'}[kind]
+    return parse
+
+
+def epoch_list(text):
+    try:
+        epochs = json.loads(text)
+    except ValueError:
+        epochs = None
+    valid = isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs)
+    if not valid or epochs != sorted(epochs):
+        raise argparse.ArgumentTypeError(
+            f'{text} must be a JSON list of rising epochs such as [60,120,160]'
+        )
+    return epochs
+
+
+def momentum(text):
+    """'cumulative', or a number in (0, 1]."""
+    if text == 'cumulative':
+        return text
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(
+            f'{text} must be cumulative, or a number above 0 and at most 1'
+        )
+    return value
+
+
+# --- the table -------------------------------------------------------------------------------
+
+UNSET = object()  # the default of an option that a run has only if it is given
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of train.py.
+
+    `defaults` has other defaults than `default`: a key holds one or more words, each a data set,
+    a form of network (cifar, imagenet), a model or an optimizer. It applies to a run for which
+    all its words hold; of several that apply, the last counts.
+    """
+
+    name: str
+    help: str
+    default: object = UNSET
+    defaults: dict = field(default_factory=dict)
+    type: object = None  # converts the text; bool: a flag without a value
+    choices: tuple = None
+    metavar: str = None
+    aliases: tuple = ()
+    models: tuple = None  # the only models that have it
+    free_on_resume: bool = False  # a resumed run may change it
+    bound_to_machine: bool = False  # a resumed run does not take it over from the checkpoint
+
+    def default_for(self, facts):
+        """The default for a run with these facts: its data set, form, model and optimizer."""
+        found = self.default
+        for words, value in self.defaults.items():
+            if set(words.split()) <= facts:
+                found = value
+        return found
+
+    def describe_default(self):
+        """The defaults in words; '' if there is none."""
+        defaults = {'': self.default, **self.defaults}
+        texts = [
+            f'{words} {_as_text(value)}'.strip()
+            for words, value in defaults.items()
+            if value is not UNSET and value is not None and value is not False
+        ]
+        return ', '.join(texts)
+
+
+def _as_text(value):
+    if isinstance(value, list):
+        return json.dumps(value, separators=(',', ':'))
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
+def _models_with(name):
+    return tuple(model for model in MODELS if name in own_options(model))
+
+
+NETWORK = (
+    Option(
+        'model',
+        'diracnet: version 2; diracnet-v1: version 1; plain, plain-ncrelu: the same chains '
+        'without the Dirac term; resnet; resnet-dirac: a ResNet with Dirac weights; '
+        'wrn: Wide ResNet',
+        'diracnet',
+        choices=tuple(MODELS),
+    ),
+    Option(
+        'depth',
+        'layers: 6n + 4, or 6n + 2 for resnet and resnet-dirac; on ImageNet 18 or 34, wrn 50',
+        16,
+        {
+            'imagenet': 18,
+            'resnet': 20,
+            'resnet-dirac': 20,
+            'resnet imagenet': 18,
+            'resnet-dirac imagenet': 18,
+            'wrn imagenet': 50,
+        },
+        number(int, 1),
+    ),
+    Option('width', 'multiplies the channels', 1, {'wrn imagenet': 2}, number(float, 0, True)),
+    Option(
+        'dtype',
+        'floating-point type: float, double, or mixed precision with bfloat16 or half (CUDA)',
+        'float',
+        choices=tuple(DTYPES),
+    ),
+    Option(
+        'block',
+        "end of a resnet's blocks: batch norm before or after the addition, with or without ReLU",
+        own_options('resnet')['block'],
+        choices=BLOCKS,
+        models=_models_with('block'),
+    ),
+    Option(
+        'dropout',
+        "probability of dropout between the convolutions of a wrn's blocks",
+        own_options('wrn')['dropout'],
+        type=number(float, 0),
+        metavar='P',
+        models=_models_with('dropout'),
+    ),
+    Option(
+        'init',
+        'initialization of all convolutions instead of the one that the model has: Kaiming or '
+        'Xavier normal, normal with std 0.01, or orthogonal',
+        None,
+        choices=tuple(INITS),
+    ),
+    Option(
+        'bn_momentum',
+        'weight of a batch in the running statistics, or cumulative: their mean over each epoch',
+        0.1,
+        type=momentum,
+        metavar='M',
+    ),
+)
+
+# The values for CIFAR and ImageNet are the paper's. Those for digits were chosen on held-out
+# training samples (logs/reference/digits-holdout.txt); FashionMNIST has CIFAR's with fewer epochs
+# and no crops.
+DATA = (
+    Option('dataset', 'digits needs no download', 'CIFAR10', choices=tuple(DATASETS)),
+    Option(
+        'dataroot',
+        'folder with the data, or to download them to',
+        './data',
+        free_on_resume=True,
+    ),
+    Option(
+        'imagenetpath',
+        'folder with train/ and val/ of ImageNet, if --dataroot is not given',
+        '~/ILSVRC2012',
+        free_on_resume=True,
+    ),
+    Option(
+        'nthread',
+        'processes that decode image files; small images need none',
+        4,
+        type=number(int, 0),
+        free_on_resume=True,
+    ),
+    Option(
+        'image_size', 'size of image files after cropping, in pixels', 224, type=number(int, 64)
+    ),
+    Option(
+        'preprocess',
+        'small images: meanstd, or zca: contrast normalization and ZCA whitening',
+        'meanstd',
+        choices=('meanstd', 'zca'),
+    ),
+    Option(
+        'randomcrop_pad',
+        'pixels of reflection padding around a small image before its random crop',
+        4,
+        {'FashionMNIST': 0, 'digits': 0, 'imagenet': 0},
+        number(int, 0),
+    ),
+    Option(
+        'holdout',
+        'test on the last N training samples instead of the test set, and train on the others; '
+        'for choosing options',
+        0,
+        type=number(int, 0),
+        metavar='N',
+    ),
+)
+TRAINING = (
+    Option(
+        'epochs',
+        'number of epochs',
+        200,
+        {'FashionMNIST': 60, 'digits': 60, 'imagenet': 100},
+        number(int, 1),
+        free_on_resume=True,
+    ),
+    Option(
+        'epoch_step',
+        'epochs, counted from 1, at whose beginning the learning rate falls',
+        [60, 120, 160],
+        {'FashionMNIST': [20, 40, 50], 'digits': [30, 45, 55], 'imagenet': [30, 60, 90]},
+        epoch_list,
+        metavar='[E,...]',
+    ),
+    Option('optim', 'optimizer; sgd has momentum 0.9', 'sgd', choices=tuple(OPTIMIZERS)),
+    Option(
+        'lr',
+        'learning rate',
+        0.1,
+        {'digits': 0.2, 'rmsprop': 1e-2, 'adadelta': 1.0, 'adagrad': 1e-1, 'adamw': 1e-3},
+        number(float, 0),
+    ),
+    Option(
+        'warmup',
+        'number of first steps with a hundredth of --lr',
+        0,
+        type=number(int, 0),
+        metavar='STEPS',
+    ),
+    Option(
+        'lr_decay_ratio',
+        'factor by which the learning rate falls',
+        0.2,
+        {'imagenet': 0.1},
+        number(float, 0, True),
+    ),
+    Option(
+        'batch_size',
+        'samples per step, of all processes together',
+        128,
+        {'digits': 64, 'imagenet': 256},
+        number(int, 1),
+        aliases=('--batchSize',),
+    ),
+    Option(
+        'weight_decay',
+        'on tensors with more than one dimension only; diracnet-v1 and plain-ncrelu: on all',
+        5e-4,
+        {'digits': 5e-3, 'imagenet': 1e-4},
+        number(float, 0),
+        aliases=('--weightDecay',),
+    ),
+    Option('seed', 'of initialization, order and augmentation', 1, type=number(int, 0)),
+    Option(
+        'recompute', 'compute activations twice, for about half of the memory', False, type=bool
+    ),
+    Option(
+        'compile',
+        'torch.compile each block; needs a C++ compiler and about half a minute',
+        False,
+        type=bool,
+    ),
+)
+RUNS = (
+    Option(
+        'save',
+        'folder of the run; train.py makes it (default logs/DATASET-MODEL-DEPTH-WIDTH-TIME)',
+        metavar='DIR',
+        free_on_resume=True,
+    ),
+    Option(
+        'resume',
+        "resume a run, given its folder or model.pt7, with its options; auto: the run in --save's "
+        'folder, if there is one',
+        metavar='RUN',
+        free_on_resume=True,
+    ),
+    Option(
+        'checkpoint_minutes',
+        'also save within an epoch, every M minutes',
+        10,
+        type=number(float, 0),
+        metavar='M',
+        free_on_resume=True,
+    ),
+    Option(
+        'evaluate', "test a run's folder, model.pt7 or state dict, and exit", metavar='CHECKPOINT'
+    ),
+    Option(
+        'tensorboard',
+        "also write each epoch's numbers for TensorBoard to the run's folder",
+        False,
+        type=bool,
+        free_on_resume=True,
+    ),
+)
+DEVICE = (
+    Option(
+        'device',
+        'cpu, cuda, cuda:1, ... (default cuda if available, else cpu)',
+        free_on_resume=True,
+        bound_to_machine=True,
+    ),
+    Option('cuda', 'same as --device cuda', type=bool, free_on_resume=True, bound_to_machine=True),
+    Option(
+        'gpu_id', 'number of the CUDA device to use', free_on_resume=True, bound_to_machine=True
+    ),
+    Option(
+        'ngpu',
+        'processes on this machine that share each batch, each with a GPU (or all on the CPU); '
+        'short for torchrun --nproc_per_node=N',
+        1,
+        type=number(int, 1),
+        metavar='N',
+        free_on_resume=True,
+        bound_to_machine=True,
+    ),
+    Option(
+        'sync_bn',
+        'batch statistics over all processes instead of within each',
+        False,
+        type=bool,
+    ),
+)
+GROUPS = {
+    'network': NETWORK,
+    'data': DATA,
+    'training': TRAINING,
+    'runs': RUNS,
+    'device': DEVICE,
+}
+OPTIONS = {option.name: option for group in GROUPS.values() for option in group}

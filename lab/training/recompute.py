@@ -1,0 +1,111 @@
+"""The function of a chain in other ways: with less memory (--recompute), or compiled (--compile).
+
+`diracnet.chain` keeps two activations per convolution for the backward pass: the input of the
+batch norm and that of the convolution. Here a chain is cut before its batch norms instead of
+after them, so that the input of a convolution depends on one kept tensor, and can be computed
+from it again.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from diracnet import BN_EPS, BN_MOMENTUM, block_weights
+from lab.memory import release_freed_memory
+
+
+def cut_chain(block, architecture, inputs, params, mode, norm=F.batch_norm):
+    """`diracnet.chain`, with one call of `block(x, bn, weight, mode, pool, norm)` per block."""
+    weights = block_weights(architecture, params)
+    large = architecture.form == 'imagenet'
+    x = F.conv2d(inputs, params['conv'], stride=2 if large else 1, padding=3 if large else 1)
+    bn, pool = _bn(params, 'bn'), (3, 2, 1) if large else ()
+    for group in architecture.groups:
+        for name, _, _ in group:
+            x = block(x, bn, weights[name], mode, pool, norm)
+            bn, pool = _bn(params, f'{name}.bn'), ()
+        pool = (2,)  # before the next group
+    x = F.adaptive_avg_pool2d(activate(x, bn, mode, (), norm), 1).flatten(1)
+    return F.linear(x, params['fc.weight'], params['fc.bias'])
+
+
+def _bn(params, name):
+    return tuple(
+        params[f'{name}.{part}'] for part in ('weight', 'bias', 'running_mean', 'running_var')
+    )
+
+
+def activate(x, bn, mode, pool=(), norm=F.batch_norm):
+    """Batch norm, max-pooling if `pool` has its arguments, and ReLU: what lies between two
+    convolutions.
+
+    x: (N, C, H, W); bn: (weight, bias, running_mean, running_var), (C,) each.
+    """
+    weight, bias, mean, var = bn
+    x = norm(x, mean, var, weight, bias, training=mode, momentum=BN_MOMENTUM, eps=BN_EPS)
+    if pool:
+        x = F.max_pool2d(x, *pool)
+    # A compiler fuses the ReLU anyway.
+    return F.relu(x, inplace=not torch.compiler.is_compiling())
+
+
+def block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
+    """`activate` and the 3x3 convolution after it: (N, C, H, W) to (N, out, H', W')."""
+    return F.conv2d(activate(x, bn, mode, pool, norm), weight, padding=1)
+
+
+# --- recomputing -----------------------------------------------------------------------------
+
+
+class _RecomputedBlock(torch.autograd.Function):
+    """`block` in training, keeping only its arguments: the backward pass activates x again."""
+
+    @staticmethod
+    def forward(ctx, x, bn_weight, bn_bias, running_mean, running_var, weight, pool, norm):
+        ctx.save_for_backward(x, bn_weight, bn_bias, weight)
+        ctx.pool, ctx.norm = pool, norm
+        return block(x, (bn_weight, bn_bias, running_mean, running_var), weight, True, pool, norm)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        *given, weight = ctx.saved_tensors
+        if ctx.pool and not given[0].is_cuda and given[0].nbytes >= 2**24:
+            # Activations get larger here, and do not fit in the holes that smaller ones left.
+            release_freed_memory()
+        x, bn_weight, bn_bias = (tensor.detach().requires_grad_() for tensor in given)
+        with torch.enable_grad():
+            bn = (bn_weight, bn_bias, None, None)  # the running statistics are updated already
+            inputs = activate(x, bn, True, ctx.pool, ctx.norm)
+        inner = inputs.detach().to(grad.dtype)  # autocast runs the convolution in a shorter type
+        short = weight.to(grad.dtype)
+        grad_inputs = torch.nn.grad.conv2d_input(inner.shape, short, grad, padding=1)
+        grad_weight = torch.nn.grad.conv2d_weight(inner, weight.shape, grad, padding=1)
+        del inner
+        grads = torch.autograd.grad(inputs, (x, bn_weight, bn_bias), grad_inputs.to(inputs.dtype))
+        return *grads, None, None, grad_weight.to(weight.dtype), None, None
+
+
+def _recomputed_block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
+    if mode and torch.is_grad_enabled():
+        return _RecomputedBlock.apply(x, *bn, weight, pool, norm)
+    return block(x, bn, weight, mode, pool, norm)
+
+
+recomputed_chain = partial(cut_chain, _recomputed_block)
+"""`diracnet.chain` with about half of its memory: it computes activations twice."""
+
+
+# --- compiling -------------------------------------------------------------------------------
+
+
+def compiled_chain():
+    """`diracnet.chain`, whose blocks torch.compile compiles.
+
+    It compiles one block per shape, so the time it takes does not depend on the depth.
+    """
+    import torch._dynamo  # slow to import, and only needed here
+
+    torch._dynamo.config.recompile_limit = 1000  # shapes of blocks, batches and modes
+    return partial(cut_chain, torch.compile(block, dynamic=False))
