@@ -1,19 +1,27 @@
-"""Dirac weights for any network: `diracify` brings them into its convolutions, `fold` takes them, and batch norms, out again."""
+"""Dirac weights for any network.
+
+    diracify(model)       # its convolutions get Dirac weights; the function stays the same
+    ...                   # train it
+    folded = fold(model)  # plain convolutions again, which include the batch norms
+
+This file needs torch, diracconv.py and diracnet.py alone.
+"""
 
 import copy
 import warnings
 
 import torch
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 from torch.nn.utils import parametrize
 
 import diracnet
 from diracconv import (
+    DiracConv,
     DiracConv1d,
     DiracConv2d,
     DiracConv3d,
     DiracParametrization,
-    _DiracConv,
     plain_conv,
     split_weight,
 )
@@ -22,108 +30,115 @@ LAYERS = {nn.Conv1d: DiracConv1d, nn.Conv2d: DiracConv2d, nn.Conv3d: DiracConv3d
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+# --- into Dirac convolutions -----------------------------------------------------------------
+
+
 def qualifies(conv):
-    """Whether the identity is a sensible start for a convolution: it keeps the size of its input, and looks at neighbours."""
-    same = (
-        conv.padding == 'same'
-        or conv.padding != 'valid'
-        and all(
-            2 * padding == dilation * (size - 1)
-            for padding, dilation, size in zip(conv.padding, conv.dilation, conv.kernel_size)
-        )
-    )
-    return (
-        type(conv) in LAYERS
-        and all(stride == 1 for stride in conv.stride)
-        and max(conv.kernel_size) > 1
-        and same
-    )
+    """Whether the identity is a sensible start for a module.
+
+    It is for a `torch.nn` convolution whose output has the size of its input and whose kernel is
+    larger than one tap.
+    """
+    return type(conv) in LAYERS and max(conv.kernel_size) > 1 and _keeps_size(conv)
+
+
+def _keeps_size(conv):
+    if any(stride != 1 for stride in conv.stride) or conv.padding == 'valid':
+        return False
+    if conv.padding == 'same':
+        return True
+    dimensions = zip(conv.kernel_size, conv.dilation, conv.padding)
+    return all(2 * padding == dilation * (size - 1) for size, dilation, padding in dimensions)
 
 
 def diracify(model, *, fresh=False, where=qualifies):
-    """Turn convolutions of a network into Dirac ones, in place.
+    """Replace convolutions of a network by Dirac convolutions, in place.
 
     Args:
-        model: any module. A convolution that stands at several places stays one.
-        fresh: start from new weights, near the identity; else from those given, and the function computed stays the same.
-        where: predicate of a `torch.nn.Conv1d`, `Conv2d` or `Conv3d` that says whether to turn it; see `qualifies`.
+        model: any module. A convolution that appears in several places remains one module.
+        fresh: start from new weights near the identity. By default the layers start from the
+            weights of the model, and the function that it computes stays the same.
+        where: predicate that selects from the model's `torch.nn.Conv1d`, `Conv2d` and `Conv3d`.
 
     Returns:
-        The model; where it is itself a convolution, the Dirac one.
+        The model, or the Dirac convolution if the model is itself a convolution.
     """
 
-    def turn(conv):
-        dirac = LAYERS[type(conv)](
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
-        )
-        if not fresh:
-            with torch.no_grad():
-                for parameter, value in zip(
-                    (dirac.weight, dirac.alpha, dirac.beta), split_weight(conv.weight, conv.groups)
-                ):
-                    parameter.copy_(value)
-            dirac.bias = conv.bias
-        return dirac.train(conv.training)
+    def selected(module):
+        return type(module) in LAYERS and where(module)
 
-    return _replace(model, lambda module: type(module) in LAYERS and where(module), turn)
+    return _replace(model, selected, lambda conv: _dirac_conv(conv, fresh))
 
 
-def _replace(model, chosen, make):
-    """Replace every chosen module by make(module), at all its places."""
+def _dirac_conv(conv, fresh):
+    dirac = LAYERS[type(conv)](
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        conv.bias is not None,
+        conv.padding_mode,
+        device=conv.weight.device,
+        dtype=conv.weight.dtype,
+    )
+    if not fresh:
+        weight, alpha, beta = split_weight(conv.weight, conv.groups)
+        with torch.no_grad():
+            dirac.weight.copy_(weight)
+            dirac.alpha.copy_(alpha)
+            dirac.beta.copy_(beta)
+        dirac.bias = conv.bias
+    return dirac.train(conv.training)
+
+
+def _replace(model, selected, make):
+    """Replace each selected module by make(module), in every place where it appears."""
     made = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if chosen(module):
-            if module not in made:
-                made[module] = make(module)
-            if not name:
-                return made[module]
-            parent, _, attribute = name.rpartition('.')
-            setattr(model.get_submodule(parent), attribute, made[module])
+        if not selected(module):
+            continue
+        if module not in made:
+            made[module] = make(module)
+        if not name:  # the model itself
+            return made[module]
+        parent, _, attribute = name.rpartition('.')
+        setattr(model.get_submodule(parent), attribute, made[module])
     return model
 
 
+# --- into plain convolutions -----------------------------------------------------------------
+
+
 def fold(model):
-    """Fold a trained network: its Dirac convolutions, and the batch norms behind convolutions, become plain convolutions.
+    """Fold Dirac weights and batch norms into plain convolutions.
+
+    A batch norm is folded into the convolution (or linear layer) directly before it. It stays,
+    and a warning names it, if there is none, if either of the two is called more than once, or
+    if something else also uses the output of the convolution. All batch norms stay, with a
+    warning, if torch.fx cannot trace the model.
 
     Args:
-        model: any module, with the layers of diracconv.py or DiracParametrization; a DiracNet's flat dict of params gives its folded
-            state dict, see `diracnet.fold`.
+        model: any module, with layers of diracconv.py or with DiracParametrization; or a
+            DiracNet's flat dict of params, whose folded state dict `diracnet.fold` returns.
 
     Returns:
-        A copy in evaluation mode that computes what the model does there: a `torch.fx.GraphModule` with the model's names for its
-        parts, where torch.fx can trace it. A batch norm that can't be folded stays, and a warning names it: behind a convolution that
-        is called more than once or whose output goes elsewhere, too, or not behind a convolution at all.
+        A copy in evaluation mode that computes what the model computes there. If the model has
+        batch norms, it is a `torch.fx.GraphModule` that keeps the names of the modules.
     """
     if not isinstance(model, nn.Module):
         return diracnet.fold(model)
     if isinstance(model, diracnet.Network):
-        return (
-            diracnet.DiracNet.from_state_dict(diracnet.fold(model.params()))
-            .to(next(model.parameters()).device)
-            .eval()
-        )
-    model = _replace(
-        copy.deepcopy(model).eval(), lambda module: isinstance(module, _DiracConv), _DiracConv.fold
-    )
-    # Not by remove_parametrizations: that changes the module's class, which a copy shares with its original.
-    model = _replace(
-        model,
-        _is_parametrized,
-        lambda conv: plain_conv(parametrize.type_before_parametrizations(conv), conv, conv.weight),
-    )
+        folded = diracnet.DiracNet.from_state_dict(diracnet.fold(model.params()))
+        return folded.to(next(model.parameters()).device).eval()
+    model = copy.deepcopy(model).eval()
+    model = _replace(model, lambda module: isinstance(module, DiracConv), DiracConv.fold)
+    model = _replace(model, _is_parametrized, _without_parametrization)
     if not any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         return model
-    return _fuse_batch_norms(model)
+    return _fold_batch_norms(model)
 
 
 def _is_parametrized(module):
@@ -132,52 +147,60 @@ def _is_parametrized(module):
     )
 
 
-def _fuse_batch_norms(model):
-    from torch.fx.experimental.optimization import fuse
+def _without_parametrization(conv):
+    # remove_parametrizations would change the class of the module, which a copy shares with its
+    # original.
+    return plain_conv(parametrize.type_before_parametrizations(conv), conv, conv.weight)
 
+
+def _fold_batch_norms(model):
     try:
         traced = torch.fx.symbolic_trace(model)
-    except Exception as error:  # noqa: BLE001  tracing runs the model's own code
+    except Exception as error:  # tracing runs the model's own code
         warnings.warn(
-            f'torch.fx can not trace {type(model).__name__} ({error}): its batch norms stay',
+            f'torch.fx cannot trace {type(model).__name__} ({error}): its batch norms stay',
             stacklevel=3,
         )
         return model
-    # fuse() looks at one call at a time: a convolution or a batch norm that is called more than once would be changed for all.
-    parts = dict(traced.named_modules(remove_duplicate=False))
-    calls = {}
-    for node in traced.graph.nodes:
-        if node.op == 'call_module':
-            calls.setdefault(parts[node.target], []).append(node)
-    kept = [
-        module
-        for module, nodes in calls.items()
-        if isinstance(module, BATCH_NORMS)
-        and module.track_running_stats
-        and (
-            len(nodes) > 1
-            or any(
-                len(calls.get(parts[source.target], ())) > 1
-                for node in nodes
-                for source in node.all_input_nodes
-                if source.op == 'call_module'
-            )
-        )
-    ]
+    kept = _reused_batch_norms(traced)
     for module in kept:
-        module.track_running_stats = False  # fuse() leaves such ones alone
-    fused = fuse(traced, inplace=True, no_trace=True)
+        module.track_running_stats = False  # fuse() skips a batch norm without statistics
+    folded = fuse(traced, inplace=True, no_trace=True)
     for module in kept:
         module.track_running_stats = True
-    fused.delete_all_unused_submodules()
-    left = [
-        node.target
-        for node in fused.graph.nodes
-        if node.op == 'call_module' and isinstance(fused.get_submodule(node.target), BATCH_NORMS)
-    ]
+    folded.delete_all_unused_submodules()
+    left = [node.target for node in _calls(folded, BATCH_NORMS)]
     if left:
-        warnings.warn(
-            'batch norms that can not be folded stay: ' + ', '.join(dict.fromkeys(left)),
-            stacklevel=3,
-        )
-    return fused
+        names = ', '.join(dict.fromkeys(left))
+        warnings.warn(f'batch norms that cannot be folded stay: {names}', stacklevel=3)
+    return folded
+
+
+def _reused_batch_norms(traced):
+    """Batch norms that are called more than once, or after a module that is.
+
+    `fuse` treats each call separately, but folding one call would change the module for all.
+    """
+    calls_by_module = {}
+    for node in _calls(traced):
+        calls_by_module.setdefault(traced.get_submodule(node.target), []).append(node)
+
+    def is_reused(node):
+        return len(calls_by_module[traced.get_submodule(node.target)]) > 1
+
+    reused = []
+    for node in _calls(traced, BATCH_NORMS):
+        sources = [source for source in node.all_input_nodes if source.op == 'call_module']
+        module = traced.get_submodule(node.target)
+        if module.track_running_stats and any(is_reused(call) for call in (node, *sources)):
+            reused.append(module)
+    return reused
+
+
+def _calls(traced, kinds=nn.Module):
+    """The nodes of a traced model that call modules of these classes."""
+    return [
+        node
+        for node in traced.graph.nodes
+        if node.op == 'call_module' and isinstance(traced.get_submodule(node.target), kinds)
+    ]

@@ -83,10 +83,15 @@ def relu(x):
 
 
 def batch_norm(x, params, name, mode, norm=F.batch_norm):
-    """Batch norm with params['NAME.weight'], .bias, .running_mean and .running_var, (C,) each."""
-    weight, bias = params[f'{name}.weight'], params[f'{name}.bias']
-    mean, var = params[f'{name}.running_mean'], params[f'{name}.running_var']
+    """Batch norm with the parameters that `bn_tensors` reads."""
+    weight, bias, mean, var = bn_tensors(params, name)
     return norm(x, mean, var, weight, bias, training=mode, momentum=BN_MOMENTUM, eps=BN_EPS)
+
+
+def bn_tensors(params, name):
+    """(weight, bias, running_mean, running_var) of a batch norm, (C,) each."""
+    parts = ('weight', 'bias', 'running_mean', 'running_var')
+    return tuple(params[f'{name}.{part}'] for part in parts)
 
 
 def block_weights(architecture, params):
@@ -337,15 +342,12 @@ def fold_batch_norm(weight, params, name):
 
     Args:
         weight: (out, in, *kernel), in double precision.
-        params: has the batch norm's NAME.weight, .bias, .running_mean and .running_var.
+        params, name: the batch norm, as for `bn_tensors`.
 
     Returns:
         (weight, bias), with the dtype of the batch norm's weight.
     """
-    scale, shift, mean, var = (
-        params[f'{name}.{part}'].double()
-        for part in ('weight', 'bias', 'running_mean', 'running_var')
-    )
+    scale, shift, mean, var = (tensor.double() for tensor in bn_tensors(params, name))
     fused = fuse_conv_bn_weights(weight, None, mean, var, BN_EPS, scale, shift)
     return tuple(tensor.detach().to(params[f'{name}.weight'].dtype) for tensor in fused)
 

@@ -127,30 +127,30 @@ def train(options, resumed, device, folder, arguments):
 
             module.train()
             label = f'epoch {epoch}/{options["epochs"]}'
-            training = Pass('train', label, train_batches, meters, epoch, progress)
+            with Pass('train', label, train_batches, meters, epoch, progress) as training:
+                for inputs, targets in train_batches:
+                    step = training.step
+                    total_step = finished * len(train_batches) + step
+                    set_learning_rate(optimizer, learning_rate(options, epoch, total_step))
+                    prepare_step(options, norm, finished, step)
+                    optimizer.zero_grad()
+                    loss, logits = forward(model, inputs, targets, dtype, short)
+                    share = distributed_share(targets, train_batches.size(step))
+                    scaler.scale(loss * share).backward()
+                    scaler.step(optimizer)
+                    scaler.update()
+                    training.add(loss, logits, targets)
+                    stop.check_parent()
+                    recorder.check_loss(epoch)
+                    recorder.save_if_due(finished, training.progress)
             progress = None  # only the first epoch can be an interrupted one
-            for inputs, targets in train_batches:
-                step = training.step
-                total_step = finished * len(train_batches) + step
-                set_learning_rate(optimizer, learning_rate(options, epoch, total_step))
-                prepare_step(options, norm, finished, step)
-                optimizer.zero_grad()
-                loss, logits = forward(model, inputs, targets, dtype, short)
-                share = distributed_share(targets, train_batches.size(step))
-                scaler.scale(loss * share).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                training.add(loss, logits, targets)
-                stop.check_parent()
-                recorder.check_loss(epoch)
-                recorder.save_if_due(finished, training.progress)
             train_stats = training.finish()
             recorder.check_loss(epoch)
 
             distributed.share_statistics(module)
             module.eval()
             test = Pass('test', 'test', test_batches, meters, epoch)
-            with torch.inference_mode():
+            with test, torch.inference_mode():
                 for inputs, targets in test_batches:
                     test.add(*forward(module, inputs, targets, dtype, short), targets)
                     recorder.save_if_due(finished, training.progress)
@@ -181,7 +181,7 @@ def evaluate(options, found, device):
         source = replace(source, preprocessing=Preprocessing.from_dict(found.preprocessing))
     batches = make_batches(source, False, options, device)
     test = Pass('test', 'test', batches, Meters(len(source.classes)), epoch=0)
-    with torch.inference_mode():
+    with test, torch.inference_mode():
         for inputs, targets in batches:
             test.add(*forward(module, inputs, targets, dtype, short), targets)
     stats = test.finish()

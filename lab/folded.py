@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from lab.data import datasets
-from lab.data.batches import ImageFolder
 from lab.data.image_files import prepare, read_image
+from lab.data.image_folders import ImageFolder
 from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import UserError
 from lab.runs.checkpoint import Checkpoint
@@ -69,6 +69,10 @@ class FoldedNetwork:
         images = torch.from_numpy(_pixels(part, chosen, self.preprocessing))
         inputs = normalize(images, self.preprocessing).contiguous()
         return inputs, torch.as_tensor(np.asarray(targets)[chosen])
+
+    def reference(self, inputs, targets):
+        """What to compare a converted network with, on images (N, C, H, W) of classes (N,)."""
+        return Reference(inputs, targets, compute_logits(self.unfolded, inputs))
 
 
 def targets_of(part):

@@ -22,14 +22,14 @@ def require_onnx(packages=PACKAGES):
     Raises:
         UserError: one of them is not installed.
     """
-    for package in packages:
-        try:
+    try:
+        for package in packages:
             importlib.import_module(package)
-        except ImportError as error:
-            raise UserError(
-                f'.onnx files need {error.name or package}, which is not installed: '
-                f'pip install {" ".join(PACKAGES)}'
-            ) from None
+    except ImportError as error:
+        raise UserError(
+            f'.onnx files need {error.name or "a package"}, which is not installed: '
+            f'pip install {" ".join(PACKAGES)}'
+        ) from None
 
 
 @contextlib.contextmanager
@@ -139,7 +139,7 @@ def to_onnx(net, shape, metadata):
         )
     model = program.model_proto
     _name_after_modules(model.graph, set(net.state_dict()))
-    _remove_traces(model)
+    _remove_traces(model.graph)
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.checker.check_model(model, full_check=True)
     return model
@@ -176,10 +176,9 @@ def _node_name(node):
 
 
 def _module_name(node):
+    """The innermost module in a node's scopes, such as ['', 'features', 'features.conv', 'conv']."""
     for prop in node.metadata_props:
-        if (
-            prop.key == 'pkg.torch.onnx.name_scopes'
-        ):  # "['', 'features', 'features.conv', 'conv2d']"
+        if prop.key == 'pkg.torch.onnx.name_scopes':
             return prop.value.strip('[]').replace("'", '').split(', ')[-2]
     return ''
 
@@ -190,11 +189,10 @@ def _unique(name, taken):
     return name
 
 
-def _remove_traces(model):
+def _remove_traces(graph):
     """Remove the exporter's notes on the source code, which are several times as large as the
-    graph and contain paths of this machine."""
-    graph = model.graph
+    graph and contain paths of the machine."""
     for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
     del graph.value_info[:]
-    del model.metadata_props[:]
+    del graph.metadata_props[:]

@@ -1,4 +1,4 @@
-"""diracnet-export.ipynb runs offline from top to bottom, its assertions can fail, and what is committed is what it gives."""
+"""diracnet-export.ipynb: runs offline, prints what is committed, and its assertions can fail."""
 
 import re
 from copy import deepcopy
@@ -13,28 +13,27 @@ pytest.importorskip('ipykernel')
 pytest.importorskip('matplotlib')
 
 NAME = 'diracnet-export.ipynb'
-SHOWS = re.compile(r'\bprint\(|plt\.show\(|^draw_', re.MULTILINE)
-MACHINE = re.compile(r'/(work|root|tmp|home|Users)\b|[A-Z]:\\|Traceback|Warning')
+SHOWS_SOMETHING = re.compile(r'\bprint\(|plt\.show\(|^draw_', re.MULTILINE)
+MACHINE_OR_ERROR = re.compile(r'/(work|root|tmp|home|Users)\b|[A-Z]:\\|Traceback|Warning')
 
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """execute(notebook, ...): run a copy in the repository's root, without a network; cells by id afterwards."""
-    # A proxy where nobody listens: offline wherever the tests run. An empty cache: nobody's downloads are found.
+    """execute(notebook, ...): run a copy in the repository's root, offline; returns cells by id."""
+    # No server listens at this proxy, and the cache has no downloads of earlier runs.
     for scheme in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'):
         monkeypatch.setenv(scheme, 'http://127.0.0.1:9')
     for name in ('no_proxy', 'NO_PROXY'):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    monkeypatch.setenv(
-        'OMP_NUM_THREADS', '1'
-    )  # the network is small; threads that wait for a busy machine take far longer
+    # The network is small: on a busy machine several threads take far longer than one.
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.setenv('PYTHONDONTWRITEBYTECODE', '1')
 
     def execute(notebook, **options):
-        copy = tmp_path / NAME
-        nbformat.write(notebook, copy)
-        notebook = nbformat.read(copy, as_version=4)
+        path = tmp_path / NAME
+        nbformat.write(notebook, path)
+        notebook = nbformat.read(path, as_version=4)
         nbclient.NotebookClient(
             notebook,
             timeout=180,
@@ -52,16 +51,18 @@ def committed():
     return nbformat.read(ROOT / NAME, as_version=4)
 
 
-def blank():
+def without_outputs():
     notebook = committed()
-    for cell in notebook.cells:
-        if cell.cell_type == 'code':
-            cell.outputs, cell.execution_count = [], None
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
     return notebook
 
 
-def text(cell):
-    """What a cell printed."""
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == 'code']
+
+
+def printed(cell):
     return ''.join(output.text for output in cell.outputs if output.output_type == 'stream')
 
 
@@ -75,90 +76,79 @@ def test_committed_with_its_outputs():
     notebook = committed()
     nbformat.validate(notebook)
     assert notebook.metadata.kernelspec.name == 'python3'
-    code = [cell for cell in notebook.cells if cell.cell_type == 'code']
-    assert [cell.execution_count for cell in code] == list(
-        range(1, len(code) + 1)
-    )  # one run, from top to bottom
+    code = code_cells(notebook)
+    # One run from top to bottom.
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     for cell in code:
-        assert 'execution' not in cell.metadata  # times of a run
-        if SHOWS.search(cell.source):
+        assert 'execution' not in cell.metadata, 'the cell has timing metadata'
+        if SHOWS_SOMETHING.search(cell.source):
             assert cell.outputs, f'{cell.id} has no output'
         for output in cell.outputs:
-            assert (
-                output.output_type in ('stream', 'display_data') and output.get('name') != 'stderr'
-            ), (cell.id, output)
+            assert output.output_type in ('stream', 'display_data'), (cell.id, output)
+            assert output.get('name') != 'stderr', (cell.id, output)
     assert sum(len(pictures(cell)) for cell in code) >= 2
     for cell in notebook.cells:
-        shown = cell.source + (text(cell) if cell.cell_type == 'code' else '')
-        assert not MACHINE.search(shown), (cell.id, MACHINE.search(shown))
+        shown = cell.source
+        if cell.cell_type == 'code':
+            shown += printed(cell)
+        assert not MACHINE_OR_ERROR.search(shown), (cell.id, MACHINE_OR_ERROR.search(shown))
 
 
-def test_runs_from_top_to_bottom_offline(execute):
-    cells = execute(blank())  # raises at the first error in a cell
-    for old in committed().cells:
-        if old.cell_type == 'code':
-            new = cells[old.id]
-            assert len(pictures(new)) == len(pictures(old)), old.id
-            if old.id != 'onnx' or 'not installed' not in text(new):
-                assert text(new) == text(old), (
-                    f'{old.id} prints something else than is committed: run it again'
-                )
-    assert 'can not be had' in text(cells['published'])
+def test_runs_offline_and_prints_what_is_committed(execute):
+    cells = execute(without_outputs())  # raises at the first error in a cell
+    for old in code_cells(committed()):
+        new = cells[old.id]
+        assert len(pictures(new)) == len(pictures(old)), old.id
+        if old.id == 'onnx' and 'not installed' in printed(new):
+            continue
+        assert printed(new) == printed(old), f'execute the notebook again: {old.id} has changed'
+    assert printed(cells['published'])
+    assert 'DiracNet-18' not in printed(cells['published'])
 
 
-def cell(id, source):
+def new_cell(id, source):
     return nbformat.v4.new_code_cell(source, id=id)
 
 
 def test_planted_faults_fail_its_assertions(execute):
-    notebook = blank()
+    notebook = without_outputs()
     cells = {cell.id: cell for cell in notebook.cells}
-    last = notebook.cells.index(
-        cells['filters']
-    )  # what comes after needs time and is not asked for
-    altered = deepcopy(notebook.cells[:last])
-    where = [cell.id for cell in altered].index('compare')
     compare = cells['compare'].source
-    altered[where + 1 : where + 1] = [
-        cell(
-            'hand',
-            "key = 'group1.block2.conv.weight'\nwhole = folded[key]\nfolded[key] = whole * 1.01\n"
-            + compare,
-        ),
-        cell(
-            'bias',
-            "folded[key] = whole\nwhole = folded['conv.bias']\nfolded['conv.bias'] = whole + 0.01\n"
-            + compare,
-        ),
-        cell(
-            'module-weight',
-            "folded['conv.bias'] = whole\nmodule.features.group2.block5.conv.weight.mul_(1.01)\n"
-            + compare,
-        ),
-        cell('repaired', 'module.load_state_dict(diracnet.fold(params))\n' + compare),
-        cell(
-            'block',
-            cells['fold-block'].source.replace(
-                'fold_batch_norm(w_hat', "fold_batch_norm(params[f'{name}.conv']"
-            ),
-        ),
-        # Where the published file can be had, the last section draws it; here, a network of its shapes.
-        cell('filters-defined', cells['filters'].source),
-        cell('stand-in', 'diracnet.diracnet18 = lambda pretrained: diracnet.DiracNet(18)'),
-        cell('published', cells['published'].source),
+    raw_weight = cells['fold-block'].source.replace(
+        'fold_batch_norm(w_hat', "fold_batch_norm(params[f'{name}.conv']"
+    )
+    assert raw_weight != cells['fold-block'].source
+    spoil_weight = "key = 'group1.block2.conv.weight'\nwhole = folded[key]\n"
+    spoil_weight += 'folded[key] = whole * 1.01\n'
+    spoil_bias = "folded[key] = whole\nwhole = folded['conv.bias']\n"
+    spoil_bias += "folded['conv.bias'] = whole + 0.01\n"
+    spoil_module = "folded['conv.bias'] = whole\n"
+    spoil_module += 'module.features.group2.block5.conv.weight.mul_(1.01)\n'
+    repair = 'module.load_state_dict(diracnet.fold(params))\n'
+    faults = [
+        new_cell('hand', spoil_weight + compare),
+        new_cell('bias', spoil_bias + compare),
+        new_cell('module-weight', spoil_module + compare),
+        new_cell('repaired', repair + compare),
+        new_cell('block', raw_weight),
+        # The last section draws the published network. Here it draws another with its shapes.
+        new_cell('filters-defined', cells['filters'].source),
+        new_cell('stand-in', 'diracnet.diracnet18 = lambda pretrained: diracnet.DiracNet(18)'),
+        new_cell('published', cells['published'].source),
     ]
-    notebook.cells = altered
+    # The cells after `compare` take time and are not needed, except for those in `faults`.
+    end = notebook.cells.index(cells['compare']) + 1
+    notebook.cells = deepcopy(notebook.cells[:end]) + faults
     ran = execute(notebook, allow_errors=True)
 
     errors = {
-        id: cell.outputs[-1]
-        for id, cell in ran.items()
+        cell.id: cell.outputs[-1]
+        for cell in ran.values()
         if cell.cell_type == 'code' and cell.outputs and cell.outputs[-1].output_type == 'error'
     }
     assert set(errors) == {'hand', 'bias', 'module-weight', 'block'}, errors
     assert all(error.ename == 'AssertionError' for error in errors.values()), errors
     for id in ('hand', 'bias', 'module-weight'):
         assert 'of the largest logit' in errors[id].evalue
-    assert (
-        '11,511,784 parameters' in text(ran['published']) and len(pictures(ran['published'])) == 1
-    )
+    assert '11,511,784 parameters' in printed(ran['published'])
+    assert len(pictures(ran['published'])) == 1

@@ -1,14 +1,15 @@
-"""All models by name: their definitions, and which of them given parameters belong to."""
+"""All models by name: define them, recognize them by their tensors, fold them."""
 
+import inspect
 from functools import partial
 
 import torch
 
-from diracnet import DATASETS, define_diracnet, infer_architecture
-from lab.models.diracnet_v1 import define_diracnet_v1, infer_architecture_v1
+import diracnet
+from diracnet import DATASETS, DiracNet, define_diracnet, infer_architecture
+from lab.models.diracnet_v1 import DiracNetV1, define_diracnet_v1, fold_v1, infer_architecture_v1
 from lab.models.plain import define_plain, define_plain_ncrelu
 from lab.models.resnet import (
-    BLOCKS,
     define_resnet,
     define_resnet_dirac,
     define_wide_resnet,
@@ -23,14 +24,10 @@ MODELS = {
     'resnet': define_resnet,
     'resnet-dirac': define_resnet_dirac,
     'wrn': define_wide_resnet,
-}  # what --model names
-CHAINS = ('diracnet', 'plain')  # those of diracnet.chain
-VERSION_1 = ('diracnet-v1', 'plain-ncrelu')  # those of diracnet_v1.chain_v1
-OPTIONS = {
-    'resnet': {'block': BLOCKS[0]},
-    'resnet-dirac': {'block': BLOCKS[0]},
-    'wrn': {'dropout': 0.0},
-}  # of one model, not of others
+}
+CHAINS = ('diracnet', 'plain')  # their function is diracnet.chain
+VERSION_1 = ('diracnet-v1', 'plain-ncrelu')  # their function is diracnet_v1.chain_v1
+FOLDABLE = CHAINS + VERSION_1
 
 INITS = {
     'kaiming': partial(torch.nn.init.kaiming_normal_, nonlinearity='relu'),
@@ -40,10 +37,24 @@ INITS = {
 }
 
 
-def define(model, depth, width, dataset, *, init=None, **options):
-    """f, params of any of MODELS. `init`, a name in INITS, draws the weights of all convolutions anew; else they are as the model has
-    them. Raises ValueError."""
-    f, params = MODELS[model](depth, width, dataset, **options)
+def define(
+    model, depth, width, dataset, *, init=None, num_classes=None, in_channels=None, **own_options
+):
+    """f, params of a model.
+
+    Args:
+        model: a name in MODELS.
+        depth, width, dataset, num_classes, in_channels: as for `diracnet.define_diracnet`.
+        init: a name in INITS, which draws the weights of all convolutions again; None keeps the
+            model's own initialization.
+        own_options: see `own_options`.
+
+    Raises:
+        ValueError: a choice is impossible; the message says what is possible.
+    """
+    f, params = MODELS[model](
+        depth, width, dataset, num_classes=num_classes, in_channels=in_channels, **own_options
+    )
     if init is not None:
         with torch.no_grad():
             for tensor in params.values():
@@ -52,34 +63,70 @@ def define(model, depth, width, dataset, *, init=None, **options):
     return f, params
 
 
+def own_options(model):
+    """The options that this model has and not every other, with their defaults."""
+    shared = ('num_classes', 'in_channels', 'dirac')
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(MODELS[model]).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY and name not in shared
+    }
+
+
+def fold(model, params):
+    """The folded state dict of a model.
+
+    Args:
+        model: a name in FOLDABLE.
+        params: its flat dict of params.
+
+    Raises:
+        ValueError: the model does not fold, or these are not its params.
+    """
+    if model not in FOLDABLE:
+        raise ValueError(f'--model {model} does not fold; only {", ".join(FOLDABLE)} do')
+    return fold_v1(params) if model in VERSION_1 else diracnet.fold(params)
+
+
+def folded_module(model, folded):
+    """The module of a folded state dict, in evaluation mode. Raises ValueError if none fits."""
+    kind = DiracNetV1 if model in VERSION_1 else DiracNet
+    return kind.from_state_dict(folded).eval()
+
+
 def infer(params):
-    """The network's definition from tensors alone, as far as they tell: a CIFAR form fits several data sets."""
-    for read in (_infer_diracnet, infer_resnet):
+    """The network that tensors belong to.
+
+    Args:
+        params: flat dict of params or folded state dict of any model.
+
+    Returns:
+        A dict of model, depth, width, num_classes, in_channels and dataset: arguments of
+        `define`. None if no model fits. If several data sets fit, `dataset` is the first of them.
+    """
+    for infer_one in (_infer_chain, _infer_chain_v1, infer_resnet):
         try:
-            form, network = read(params)
+            form, network = infer_one(params)
         except ValueError:
             continue
-        fitting = [
-            name
-            for name, facts in DATASETS.items()
-            if facts == (form, network['in_channels'], network['num_classes'])
-        ]
-        return {
-            **network,
-            'dataset': fitting[0] if fitting else 'ImageNet' if form == 'imagenet' else 'CIFAR10',
-        }
+        return {**network, 'dataset': _fitting_dataset(form, network)}
     return None
 
 
-def _infer_diracnet(params):
-    dirac = any(key.endswith('.alpha') for key in params)
-    try:
-        architecture, model = infer_architecture(params), 'diracnet' if dirac else 'plain'
-    except ValueError:
-        architecture, model = (
-            infer_architecture_v1(params),
-            'diracnet-v1' if dirac or 'conv.weight' in params else 'plain-ncrelu',
-        )
+def _infer_chain(params):
+    is_dirac = any(key.endswith('.alpha') for key in params)
+    return _describe('diracnet' if is_dirac else 'plain', infer_architecture(params))
+
+
+def _infer_chain_v1(params):
+    is_dirac = any(key.endswith('.alpha') for key in params)
+    is_folded = 'conv.weight' in params
+    model = 'diracnet-v1' if is_dirac or is_folded else 'plain-ncrelu'
+    return _describe(model, infer_architecture_v1(params))
+
+
+def _describe(model, architecture):
+    """What `infer_resnet` returns, for a chain."""
     return architecture.form, {
         'model': model,
         'depth': architecture.depth,
@@ -87,3 +134,11 @@ def _infer_diracnet(params):
         'num_classes': architecture.num_classes,
         'in_channels': architecture.in_channels,
     }
+
+
+def _fitting_dataset(form, network):
+    facts = (form, network['in_channels'], network['num_classes'])
+    for name in DATASETS:
+        if DATASETS[name] == facts:
+            return name
+    return 'ImageNet' if form == 'imagenet' else 'CIFAR10'

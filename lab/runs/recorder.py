@@ -76,7 +76,7 @@ class Recorder:
             distributed.barrier()  # torchrun ends all processes when the first one ends
             name, position = signal.Signals(number).name, describe_position(epoch, progress)
             command = resume_command(self.facts['options'], self.folder)
-            self.stop.say(f'stopped by {name} at {position}; resume with:\n    {command}')
+            self.stop.last_words = f'stopped by {name} at {position}; resume with:\n    {command}'
             raise SystemExit(128 + number)
 
     def check_loss(self, epoch):

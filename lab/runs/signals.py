@@ -14,12 +14,15 @@ class Stop:
 
     torchrun and other programs may send a signal twice, so a repetition is ignored at first. After
     some seconds it ends the process.
+
+    At the end of the block, `last_words` is printed: the progress bar has gone by then.
     """
 
     IGNORE_REPETITION = 5  # seconds
 
     def __enter__(self):
         self.signal, self.handlers, self.received_at = 0, {}, None
+        self.last_words = ''
         self.parent = os.getppid()
         for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
             number = getattr(signal, name, None)
@@ -32,6 +35,8 @@ class Stop:
         return self
 
     def __exit__(self, *_):
+        if self.last_words:
+            self.say(self.last_words)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 

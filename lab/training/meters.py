@@ -168,6 +168,8 @@ class BrokenImages:
 class Pass:
     """One pass over batches: its position, time, meters and progress bar.
 
+    It is a context for the loop over the batches; leaving it removes the progress bar.
+
     Args:
         name: 'train' or 'test', for the names of the results; label: for the progress bar.
         batches: iterable; it gets the epoch, and where in it to start.
@@ -189,6 +191,12 @@ class Pass:
         self.bar = ProgressBar(label, batches.n, meters, done)
         self.started = time.perf_counter() - elapsed
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
     def add(self, loss, logits, targets):
         """Count a batch: its mean loss, logits (N, classes) and targets (N,)."""
         self.meters.add(loss, logits, targets)
@@ -208,7 +216,6 @@ class Pass:
 
     def finish(self):
         """{NAME_loss, NAME_acc, NAME_top5, NAME_time}: accuracies in percent, time in seconds."""
-        self.bar.close()
         loss, top1, top5 = self.meters.values()
         self.final_progress = self.progress()
         return {

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from diracnet import BN_EPS, BN_MOMENTUM, block_weights
+from diracnet import BN_EPS, BN_MOMENTUM, block_weights, bn_tensors
 from lab.memory import release_freed_memory
 
 
@@ -20,27 +20,21 @@ def cut_chain(block, architecture, inputs, params, mode, norm=F.batch_norm):
     weights = block_weights(architecture, params)
     large = architecture.form == 'imagenet'
     x = F.conv2d(inputs, params['conv'], stride=2 if large else 1, padding=3 if large else 1)
-    bn, pool = _bn(params, 'bn'), (3, 2, 1) if large else ()
+    bn, pool = bn_tensors(params, 'bn'), (3, 2, 1) if large else ()
     for group in architecture.groups:
         for name, _, _ in group:
             x = block(x, bn, weights[name], mode, pool, norm)
-            bn, pool = _bn(params, f'{name}.bn'), ()
+            bn, pool = bn_tensors(params, f'{name}.bn'), ()
         pool = (2,)  # before the next group
     x = F.adaptive_avg_pool2d(activate(x, bn, mode, (), norm), 1).flatten(1)
     return F.linear(x, params['fc.weight'], params['fc.bias'])
-
-
-def _bn(params, name):
-    return tuple(
-        params[f'{name}.{part}'] for part in ('weight', 'bias', 'running_mean', 'running_var')
-    )
 
 
 def activate(x, bn, mode, pool=(), norm=F.batch_norm):
     """Batch norm, max-pooling if `pool` has its arguments, and ReLU: what lies between two
     convolutions.
 
-    x: (N, C, H, W); bn: (weight, bias, running_mean, running_var), (C,) each.
+    x: (N, C, H, W); bn: as `bn_tensors` returns it.
     """
     weight, bias, mean, var = bn
     x = norm(x, mean, var, weight, bias, training=mode, momentum=BN_MOMENTUM, eps=BN_EPS)

@@ -1,0 +1,182 @@
+"""Folders of image files, ROOT/train/CLASS/* and ROOT/val/CLASS/*: their lists and their images."""
+
+import io
+import os
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lab.data.image_files import SUFFIXES, prepare, read_image, training_crop
+from lab.data.messages import missing_data
+from lab.errors import UserError
+from lab.files import cache_path, write_atomically
+
+
+class ImageFolder(torch.utils.data.Dataset):
+    """The images under root/part; `part` is train or val.
+
+    Items are asked for as (seed, epoch, index), and are (image, target, problems): uint8
+    (size, size, 3), the class, and (path, message) of each broken file that was met. In training,
+    the next whole image replaces a broken one. In testing, image is None for a broken file.
+    """
+
+    TRIES = 20  # this many broken files in a row, or in a batch: something else must be wrong
+
+    def __init__(self, root, part, classes, preprocessing):
+        self.root, self.train = Path(root) / part, part == 'train'
+        # Arrays, not lists, so that worker processes share their memory: counting references to
+        # the items of a list would write to it, and so copy it.
+        self.names, self.targets = list_files(Path(root), part, classes)
+        self.preprocessing = preprocessing
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, place):
+        seed, epoch, index = place
+        problems = []
+        for attempt in range(self.TRIES if self.train else 1):
+            sample = (index + attempt) % len(self)
+            path = self.root / os.fsdecode(self.names[sample])
+            try:
+                image = self._read(path, seed=(seed, epoch, 1, sample))
+            except UserError as error:
+                # Returned, not raised: DataLoader would put a traceback into the message.
+                problems.append((str(path), str(error)))
+            else:
+                image = torch.from_numpy(np.ascontiguousarray(image))
+                return image, int(self.targets[sample]), problems
+        return None, int(self.targets[index]), problems
+
+    def _read(self, path, seed):
+        if self.train:
+            size = self.preprocessing.image_size
+            return training_crop(path, size, np.random.default_rng(seed))
+        return prepare(read_image(path), self.preprocessing)
+
+
+def list_classes(root):
+    """The class names: the folders in root/train, which must also be those in root/val.
+
+    Raises:
+        UserError: no such folders, or different ones.
+    """
+    found = {part: _class_folders(root, part) for part in ('train', 'val')}
+    for part, other in (('train', 'val'), ('val', 'train')):
+        missing = sorted(set(found[other]) - set(found[part]))
+        if missing:
+            more = f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''
+            raise UserError(
+                f'{root / part} has no folder {missing[0]}{more}, but {root / other} has: '
+                'train and val need the same classes'
+            )
+    return found['train']
+
+
+def _class_folders(root, part):
+    """Sorted names of the folders in root/part, without hidden ones."""
+    remedy = f'put {part}/CLASS/*.jpg under {root}'
+    try:
+        folders = [entry.name for entry in os.scandir(root / part) if entry.is_dir()]
+    except OSError as error:
+        raise missing_data(f'{root / part} cannot be read ({error.strerror})', remedy) from None
+    classes = sorted(name for name in folders if not name.startswith('.'))
+    if not classes:
+        raise missing_data(f'{root / part} has no folders of classes', remedy)
+    return classes
+
+
+# --- the list of files and its cache ----------------------------------------------------------
+
+
+def list_files(root, part, classes):
+    """The image files under root/part.
+
+    The list is cached, as it takes minutes to read a million names from a slow disk. The cache is
+    used while the modification times of all folders are the same: adding or removing a file
+    changes its folder's.
+
+    Returns:
+        Arrays: names relative to root/part (bytes), indices of their classes (int64).
+
+    Raises:
+        UserError: a folder cannot be read, or a class has no images.
+    """
+    path = cache_path(root, f'.diracnets-{part}.npz')
+    listing = _read_cache(path)
+    if not listing or not _is_current(listing, root / part, classes):
+        listing = _list_folder(root / part, classes)
+        # A folder that changes twice within a tick of the file system's clock keeps its time. So
+        # the list of a folder that has just changed is not cached.
+        if listing['times'].max() < time.time_ns() - 2_000_000_000:
+            _write_cache(path, listing)
+    return listing['names'], listing['targets']
+
+
+def _list_folder(folder, classes):
+    """The files, and what tells whether the list is current: a dict of arrays."""
+    names, targets, times = [], [], {}
+    for index, label in enumerate(classes):
+        before = len(names)
+        for inside, _, files in os.walk(folder / label, onerror=_raise, followlinks=True):
+            relative = os.path.relpath(inside, folder)
+            times[os.fsencode(relative)] = os.stat(inside).st_mtime_ns
+            images = sorted(file for file in files if file.lower().endswith(SUFFIXES))
+            names.extend(os.fsencode(os.path.join(relative, image)) for image in images)
+        if len(names) == before:
+            raise UserError(
+                f'{folder / label} has no images ({", ".join(SUFFIXES)}): add some, '
+                'or remove the class from train and val'
+            )
+        targets.extend([index] * (len(names) - before))
+    return {
+        'names': np.array(names),
+        'targets': np.array(targets, np.int64),
+        'folders': np.array(list(times)),
+        'times': np.array(list(times.values())),
+        'classes': _encode(classes),
+    }
+
+
+def _raise(error):
+    raise UserError(
+        f'{error.filename} cannot be read ({error.strerror}): fix its permissions or remove it'
+    )
+
+
+def _encode(classes):
+    return np.array([os.fsencode(name) for name in classes])
+
+
+def _is_current(listing, folder, classes):
+    if not np.array_equal(listing['classes'], _encode(classes)):
+        return False
+    try:
+        return all(
+            os.stat(folder / os.fsdecode(name)).st_mtime_ns == time
+            for name, time in zip(listing['folders'], listing['times'])
+        )
+    except OSError:  # a folder is gone
+        return False
+
+
+def _read_cache(path):
+    """The cached list; None if the file is missing or broken."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {key: file[key] for key in ('names', 'targets', 'folders', 'times', 'classes')}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _write_cache(path, listing):
+    content = io.BytesIO()
+    np.savez(content, **listing)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content.getvalue())
+    except OSError:
+        pass  # without a cache the next run lists the files again
