@@ -176,7 +176,7 @@ def _node_name(node):
 
 
 def _module_name(node):
-    """The innermost module in a node's scopes, such as ['', 'features', 'features.conv', 'conv']."""
+    """The innermost module in a node's scopes, ['', 'features', 'features.conv', 'conv2d']."""
     for prop in node.metadata_props:
         if prop.key == 'pkg.torch.onnx.name_scopes':
             return prop.value.strip('[]').replace("'", '').split(', ')[-2]

@@ -1,10 +1,23 @@
-"""The benchmark's own machinery, on the smallest network: what it measures really runs, and is what it says."""
+"""tools.benchmark on the smallest networks, and the committed results in docs/performance.md."""
+
+import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import python
 from diracnet import define_diracnet
-from tools import benchmark, contestants, references
+from tools.benchmark import __main__ as program
+from tools.benchmark import contestants, references
+from tools.benchmark.made_data import random_batch, write_cifar
+from tools.benchmark.processes import ROOT, Contestant, measure_in_child
+from tools.benchmark.report import Report, spread, spread_in_milliseconds
+from tools.benchmark.timing import alternate
+
+SMALLEST = (10, 1, 'digits')
 
 
 @pytest.mark.parametrize(
@@ -12,28 +25,28 @@ from tools import benchmark, contestants, references
 )
 def test_contestants_step(kind):
     torch.manual_seed(0)
-    network = (10, 1, 'digits')
-    inputs, targets = contestants.random_batch(network, 16)
-    step = contestants.build(kind, network, inputs, targets)
+    step = contestants.build(kind, SMALLEST, *random_batch('digits', 16))
     for _ in range(2):
-        step()
+        assert step() is None
+
+
+@pytest.mark.parametrize('kind', ['folded', 'unfolded', 'textbook inference', 'folded ONNX'])
+def test_contestants_infer(kind):
+    step = contestants.build(kind, (18, 1, 'ImageNet'), *random_batch('ImageNet', 1))
+    assert step() is None
 
 
 def test_contestants_learn_the_same():
-    """Ours and the textbook's step, with the same parameters and optimizer settings, stay together."""
-    network = (10, 1, 'digits')
-    inputs, targets = contestants.random_batch(network, 16)
-    f, ours = define_diracnet(*network)
-    params = references.with_deltas(
-        {
-            key: tensor.detach().clone().requires_grad_(tensor.requires_grad)
-            for key, tensor in ours.items()
-        }
-    )
-    theirs = contestants.textbook_step(params)
-    step = contestants.training_step(
-        f, ours
-    )  # its module shares the memory of `ours`, but for convolutions
+    """With equal parameters and settings, our step and the textbook's stay together."""
+    inputs, targets = random_batch('digits', 16)
+    f, ours = define_diracnet(*SMALLEST)
+    copies = {
+        key: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        for key, tensor in ours.items()
+    }
+    params = references.with_deltas(copies)
+    theirs = contestants.textbook_training_step(params)
+    step = contestants.training_step(f, ours)  # its module shares the memory of most of `ours`
     for _ in range(3):
         theirs(inputs, targets)
         step(inputs, targets)
@@ -42,9 +55,109 @@ def test_contestants_learn_the_same():
 
 
 def test_contestant_is_a_process_with_a_peak():
-    contestant = benchmark.Contestant('DiracNet', (10, 1, 'digits'), 64)
-    samples = benchmark.alternate({'step': contestant}, 3)
+    contestant = Contestant('DiracNet', SMALLEST, 64)
+    samples = alternate({'step': contestant}, 3)
     assert len(samples['step']) == 3 and min(samples['step']) > 0
-    # At least the activations that the backward pass needs: two for each of 7 convolutions, floats.
+    # At least the activations that the backward pass needs: two floats for each of 7 convolutions.
     least = 64 * 4 * 2 * (3 * 16 * 64 + 2 * 32 * 16 + 2 * 64 * 4) / 2**20
     assert least < contestant.close() < 500
+
+
+def test_memory_of_children(tmp_path, image_folder):
+    bare = measure_in_child('torch_alone')
+    assert bare > 50
+    sums = json.dumps(write_cifar(tmp_path, images_per_file=200))
+    assert measure_in_child('cifar_loading', tmp_path, sums) > bare
+    sizes = measure_in_child('folder_loading', image_folder)
+    assert len(sizes) == 12 and min(sizes) > 50
+
+
+def test_first_step_ends_the_training(tmp_path):
+    result = python('-m', 'tools.benchmark.children', 'first_step', tmp_path)
+    assert result.status == 0, result.err
+    assert list(tmp_path.rglob('run.json')) and not list(tmp_path.rglob('model.pt7'))
+
+
+# --- committed results -----------------------------------------------------------------------
+
+PAGE = ROOT / 'docs' / 'performance.md'
+RESULTS = sorted((ROOT / 'logs' / 'reference').glob('benchmark-*.json'))
+
+
+def markdown_rows(text):
+    """The rows of all tables in a Markdown text, without headers."""
+    rows, previous = [], ''
+    for line in text.splitlines():
+        if line.startswith('|') and previous.startswith('|'):
+            rows.append([cell.strip() for cell in line[1:-1].split('|')])
+        previous = line
+    return [row for row in rows if row[0] != '---']
+
+
+def with_labels(rows):
+    """The rows, with the first cell of a group also where only its first row has it."""
+    label, filled = '', []
+    for row in rows:
+        label = row[0] or label
+        filled.append((label, *row[1:]))
+    return filled
+
+
+def committed_rows():
+    return [row for path in RESULTS for row in with_labels(json.loads(path.read_text())['rows'])]
+
+
+def goal_is_met(row):
+    """Whether the ratio of a row, the cell before the last, meets the goal, the last.
+
+    None if the goal is not a limit of the ratio.
+    """
+    *_, ratio, goal = row
+    found = re.fullmatch(r'at (most|least) ([\d.]+)', goal)
+    if not found:
+        return None
+    value, limit = float(ratio.split()[0]), float(found[2])
+    return value <= limit if found[1] == 'most' else value >= limit
+
+
+def test_committed_tables_show_their_samples():
+    assert len(RESULTS) == 6
+    for path in RESULTS:
+        content = json.loads(path.read_text())
+        report = Report('', content['columns'])
+        report.rows = content['rows']
+        table = report.markdown().split('\n\n')[-1]
+        assert path.with_suffix('.md').read_text().endswith(table), path
+        for group in content['samples'].values():
+            samples = list(group.values()) if isinstance(group, dict) else []
+            for values in samples:
+                if isinstance(values, list):
+                    assert spread(values) in table or spread_in_milliseconds(values) in table
+
+
+def test_performance_page_shows_committed_rows():
+    """Each row of the page is a committed one, and says rightly whether it meets its goal."""
+    shown = with_labels(markdown_rows(PAGE.read_text()))
+    committed = committed_rows()
+    assert len(shown) > 20
+    for *row, met in shown:
+        assert tuple(row) in committed, row
+        if goal_is_met(row) is not None:
+            assert met == ('yes' if goal_is_met(row) else 'no'), row
+    for row in committed:
+        if goal_is_met(row) is False:
+            assert (*row, 'no') in shown, row
+
+
+def test_commands_of_the_performance_page(tmp_path, monkeypatch):
+    done = []
+    for name in program.BENCHMARKS:
+        monkeypatch.setitem(program.BENCHMARKS, name, lambda args: Report('', ['measurement']))
+    monkeypatch.chdir(tmp_path)
+    for line in PAGE.read_text().splitlines():
+        if line.strip().startswith('python -m tools.benchmark'):
+            command = shlex.split(line)
+            program.main(command[3:])
+            assert Path(command[-1]).with_suffix('.json').is_file()
+            done.append(command[3])
+    assert sorted(done) == sorted(program.BENCHMARKS)

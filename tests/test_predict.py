@@ -1,4 +1,4 @@
-"""Predict and export: from a run, and from what is exported of it."""
+"""tools.predict: from a run, from its exported file, and from bare state dicts."""
 
 import json
 
@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import torch
 
-from lab.data import datasets as data
 from conftest import python
 from diracnet import DiracNet
+from lab.data import datasets
 from lab.data.preprocessing import Preprocessing
 from tools import export, predict
 
@@ -29,11 +29,12 @@ def test_classifies_files(digits_run, digit_files, tmp_path, call):
         lines = [json.loads(line) for line in result.out.splitlines()]
         assert len(lines) == 40
         right = sum(line['image'].endswith(f'-{line["classes"][0]}.png') for line in lines)
-        assert right >= 34  # the network has seen other writers, and tests at about 95 %
+        assert (
+            right >= 34
+        )  # by other writers than those of the training set; its test accuracy is about 95 %
         for line in lines:
-            assert len(line['classes']) == 5 and line['probabilities'] == sorted(
-                line['probabilities'], reverse=True
-            )
+            assert len(line['classes']) == len(line['probabilities']) == 5
+            assert line['probabilities'] == sorted(line['probabilities'], reverse=True)
             assert sum(line['probabilities']) <= 1 + 1e-6
         outputs.append([line['classes'][0] for line in lines])
     assert all(output == outputs[0] for output in outputs)
@@ -46,7 +47,7 @@ def test_text_output_and_enlarged_image(digits_run, digit_files, tmp_path):
     result = python('-m', 'tools.predict', digits_run, first, tmp_path / 'large.png', '--top', 2)
     assert result.status == 0, result.err
     small, large = result.out.splitlines()
-    # an average over areas gives back the pixels that were repeated
+    # Averaging over areas restores the pixels that were repeated.
     assert small.split(': ')[1] == large.split(': ')[1]
     assert small.split(': ')[1].startswith(first.stem[-1] + ' ') and small.count('%') == 2
 
@@ -56,7 +57,7 @@ def test_exported_file_rebuilds_the_network(digits_run, tmp_path, call):
     content = torch.load(tmp_path / 'out.pth', weights_only=True)
     assert content['network']['depth'] == 16 and content['network']['dataset'] == 'digits'
     assert content['classes'] == list('0123456789')
-    assert Preprocessing.from_dict(content['preprocessing']) == data.PREPROCESSING['digits']
+    assert Preprocessing.from_dict(content['preprocessing']) == datasets.PREPROCESSING['digits']
     net = DiracNet(16, 1, 'digits')
     net.load_state_dict(content['state_dict'])
     assert net(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
@@ -68,13 +69,10 @@ def test_imagenet_form(photographs, tmp_path, call):
     cv2.imwrite(str(tmp_path / 'photo.png'), photographs[0][:, :, ::-1])
     result = call(predict.main, tmp_path / 'net.pth', tmp_path / 'photo.png', '--json')
     probabilities = json.loads(result.out)['probabilities']
-    # by hand: the shorter side of 427 x 640 to 256, the longer truncated to 383, the center of 224
+    # By hand: the shorter side of 427 x 640 to 256, the longer truncated to 383, the center 224.
     image = cv2.resize(photographs[0], (383, 256), interpolation=cv2.INTER_CUBIC)[16:240, 79:303]
-    inputs = (
-        torch.from_numpy((image / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225))
-        .float()
-        .permute(2, 0, 1)[None]
-    )
+    pixels = (image / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
+    inputs = torch.from_numpy(pixels).float().permute(2, 0, 1)[None]  # (1, 3, 224, 224)
     with torch.no_grad():
         expected = net.eval()(inputs).softmax(1).topk(5).values[0]
     np.testing.assert_allclose(probabilities, expected, rtol=1e-4)

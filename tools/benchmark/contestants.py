@@ -1,82 +1,127 @@
-"""What tools.benchmark compares, each in a process of its own: `serve` builds one and does a step whenever it is asked to."""
+"""What the benchmarks of speed compare. Each contestant runs in a process of its own:
+
+    python -m tools.benchmark.contestants '["DiracNet", [34, 1, "CIFAR10"], 128]'
+
+builds the kind, for that network (depth, width, dataset) and batch size, and answers requests on
+stdin. So it has the memory allocator that it would have in use, and its own peak memory.
+"""
 
 import json
 import sys
 from functools import partial
 
 import torch
-import torch._dynamo  # noqa: F401  as every optimizer does at its first step: not part of what a step needs
+import torch._dynamo  # an optimizer imports it at its first step: not part of a step's memory
 import torch.nn.functional as F
 
 import diracnet
-import train
+from diracnet import define_diracnet, make_architecture
+from lab.device import autocast
 from lab.memory import keep_freed_memory
 from lab.models.plain import define_plain
-from tools import references
+from lab.training.optimizers import make_optimizer
+from lab.training.recompute import compiled_chain, recomputed_chain
+from tools.benchmark import references
+from tools.benchmark.made_data import random_batch
+from tools.benchmark.memory import peak_memory, reset_peak, resident_memory
+from tools.benchmark.pipelines import our_batches, per_sample_batches
+from tools.benchmark.references import channels_last
+
+EPOCH_IMAGES = 10_000
 
 
-def serve(specification):
-    """Read lines, answer each with a line of JSON: 'step' does one, 'peak' tells the peak memory, MB above that without a network."""
-    kind, network, batch = json.loads(specification)
+def serve(kind, network, batch):
+    """Answer each line of stdin with a line of JSON.
+
+    'step' runs a step; 'peak' returns the peak memory, in MB above the memory before the network.
+    """
     torch.manual_seed(0)
-    inputs, targets = random_batch(network, batch)
-    F.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))  # what the library needs for itself
-    before = memory('VmRSS')
-    with open('/proc/self/clear_refs', 'w') as file:
-        file.write('5')  # the peak starts anew
-    step = build(kind, network, inputs, targets)
+    inputs, targets = random_batch(network[2], batch)
+    F.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))  # loads the library
+    before = resident_memory()
+    reset_peak()
+    answers = {
+        'ready': lambda: True,
+        'step': build(kind, network, inputs, targets),
+        'peak': lambda: peak_memory() - before,
+    }
     for line in sys.stdin:
-        answer = {'ready': lambda: True, 'step': step, 'peak': lambda: memory('VmHWM') - before}[
-            line.strip()
-        ]()
-        print(json.dumps(answer), flush=True)
-
-
-def memory(name):
-    with open('/proc/self/status') as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(name)) / 1024
-
-
-def random_batch(network, batch):
-    channels, size = {'digits': (1, 8), 'CIFAR10': (3, 32), 'ImageNet': (3, 224)}[network[2]]
-    return torch.randn(batch, channels, size, size), torch.arange(batch) % 10
+        print(json.dumps(answers[line.strip()]()), flush=True)
 
 
 def build(kind, network, inputs, targets):
-    """The function that a step of this kind is."""
-    word = kind.split()[0]
-    if network[2] == 'ImageNet':
-        return inference(kind, network, inputs)
-    if word == 'floor':
-        return references.floor(diracnet.architecture(*network), inputs)
-    if word == 'textbook':
-        step = textbook_step(references.with_deltas(diracnet.define_diracnet(*network)[1]))
-    else:
-        if kind != '--recompute':
-            keep_freed_memory()
-        f, params = (define_plain if word == 'plain' else diracnet.define_diracnet)(*network)
-        block = train.choose_block(
-            {'recompute': kind == '--recompute', 'compile': kind == '--compile'}
-        )
-        step = training_step(
-            partial(f, block=block), params, torch.bfloat16 if kind == '--dtype bfloat16' else None
-        )
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-    if kind.endswith('epoch'):
-        return partial(
-            epoch, step, (per_sample_batches if word == 'textbook' else our_batches)(10_000)
-        )
-    return partial(step, inputs, targets)
+    """The function, without arguments and result, that this kind of contestant runs as a step."""
+    return BUILDERS[kind](network, inputs, targets)
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def diracnet_step(network, inputs, targets):
+    keep_freed_memory()
+    return on_batch(training_step(*define_diracnet(*network)), inputs, targets)
+
+
+def plain_step(network, inputs, targets):
+    keep_freed_memory()
+    return on_batch(training_step(*define_plain(*network)), inputs, targets)
+
+
+def bfloat16_step(network, inputs, targets):
+    keep_freed_memory()
+    step = training_step(*define_diracnet(*network), short=torch.bfloat16)
+    return on_batch(step, inputs, targets)
+
+
+def compiled_step(network, inputs, targets):
+    keep_freed_memory()
+    _, params = define_diracnet(*network)
+    f = partial(compiled_chain(), make_architecture(*network))
+    return on_batch(training_step(f, params), inputs, targets)
+
+
+def recomputed_step(network, inputs, targets):
+    _, params = define_diracnet(*network)
+    f = partial(recomputed_chain, make_architecture(*network))
+    return on_batch(training_step(f, params), inputs, targets)
+
+
+def textbook_step(network, inputs, targets):
+    return partial(textbook_training_step(textbook_params(network)), inputs, targets)
+
+
+def floor_step(network, inputs, targets):
+    return references.bare_convolutions(make_architecture(*network), inputs)
+
+
+def diracnet_epoch(network, inputs, targets):
+    keep_freed_memory()
+    step = training_step(*define_diracnet(*network))
+    return partial(run_epoch, step, our_batches(EPOCH_IMAGES))
+
+
+def textbook_epoch(network, inputs, targets):
+    step = textbook_training_step(textbook_params(network))
+    return partial(run_epoch, step, per_sample_batches(EPOCH_IMAGES))
+
+
+def run_epoch(step, batches):
+    for inputs, targets in batches:
+        step(inputs, targets)
+
+
+def on_batch(step, inputs, targets):
+    return partial(step, channels_last(inputs), targets)
 
 
 def training_step(f, params, short=None):
-    """A step as train.py does it, for a model as f, params."""
+    """A function of (inputs, targets) that takes a training step as train.py does."""
     module = diracnet.Network(f, params).to(memory_format=torch.channels_last)
-    optimizer = train.make_optimizer(module, {'lr': 1e-3, 'weight_decay': 5e-4})
+    optimizer = make_optimizer(module, {'lr': 1e-3, 'weight_decay': 5e-4})
 
     def step(inputs, targets):
         optimizer.zero_grad()
-        with train.autocast(inputs.device, short):
+        with autocast(inputs.device, short):
             logits = module(inputs)
         F.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
@@ -84,7 +129,8 @@ def training_step(f, params, short=None):
     return step
 
 
-def textbook_step(params):
+def textbook_training_step(params):
+    """The same for the textbook network."""
     optimizer = references.textbook_optimizer(params)
 
     def step(inputs, targets):
@@ -95,93 +141,73 @@ def textbook_step(params):
     return step
 
 
-def epoch(step, batches):
-    for inputs, targets in batches:
-        step(inputs, targets)
+def textbook_params(network):
+    _, params = define_diracnet(*network)
+    return references.with_deltas(params)
 
 
-def images_of_cifar(n):
-    return torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8), torch.arange(n) % 10
+# --- inference -------------------------------------------------------------------------------
 
 
-def our_batches(n):
-    from lab.data import datasets as data
-
-    return data.Data(
-        'CIFAR10', images_of_cifar(n), None, (), data.PREPROCESSING['CIFAR10']
-    ).batches(True, batch_size=128, pad=4)
-
-
-def per_sample_batches(n):
-    """As one would otherwise write it: torchvision's transforms of single PIL images, in two worker processes."""
-    from PIL import Image
-    from torchvision import transforms
-
-    pixels, targets = images_of_cifar(n)
-    transform = transforms.Compose(
-        [
-            transforms.Pad(4, padding_mode='reflect'),
-            transforms.RandomHorizontalFlip(),
-            transforms.RandomCrop(32),
-            transforms.ToTensor(),
-            transforms.Normalize((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)),
-        ]
-    )
-
-    class PerSample(torch.utils.data.Dataset):
-        def __len__(self):
-            return n
-
-        def __getitem__(self, index):
-            return transform(Image.fromarray(pixels[index].numpy())), int(targets[index])
-
-    return torch.utils.data.DataLoader(
-        PerSample(), batch_size=128, shuffle=True, num_workers=2, persistent_workers=True
-    )
+def folded(network):
+    _, params = define_diracnet(*network)
+    model = diracnet.DiracNet(*network)
+    model.load_state_dict(diracnet.fold(params))
+    return model.eval()
 
 
-def inference(kind, network, inputs):
-    """folded, unfolded (ours, before folding), textbook eval, or resnet (torchvision's, batch norms folded); with onnx in ONNX Runtime."""
-    word = kind.split()[0]
-    if word == 'textbook':
-        params = references.with_deltas(diracnet.define_diracnet(*network)[1])
-        return partial(without_gradients, lambda x: references.textbook(x, params, False), inputs)
-    if word == 'resnet':
-        import torchvision
-        from torch.fx.experimental.optimization import fuse
-
-        model = fuse(getattr(torchvision.models, f'resnet{network[0]}')().eval())
-    else:
-        f, params = diracnet.define_diracnet(*network)
-        if word == 'unfolded':
-            model = diracnet.Network(f, params).eval()
-        else:
-            model = diracnet.DiracNet(*network)
-            model.load_state_dict(diracnet.fold(params))
-            model.eval()
-    if kind.endswith('onnx'):
-        return in_onnx_runtime(model, inputs)
-    model.to(memory_format=torch.channels_last)
-    return partial(without_gradients, model, inputs.contiguous(memory_format=torch.channels_last))
+def unfolded(network):
+    return diracnet.Network(*define_diracnet(*network)).eval()
 
 
-def without_gradients(model, inputs):
+def resnet(network):
+    """torchvision's ResNet of the same depth, with its batch norms folded."""
+    import torchvision
+    from torch.fx.experimental.optimization import fuse
+
+    return fuse(getattr(torchvision.models, f'resnet{network[0]}')().eval())
+
+
+def in_pytorch(make_model, network, inputs, targets):
+    model = make_model(network).to(memory_format=torch.channels_last)
+    return partial(infer, model, channels_last(inputs))
+
+
+def in_onnx_runtime(make_model, network, inputs, targets):
+    from lab.onnx_models import OnnxNetwork, to_onnx
+
+    content = to_onnx(make_model(network), inputs.shape[1:], {}).SerializeToString()
+    return partial(infer, OnnxNetwork(content), inputs)
+
+
+def textbook_inference(network, inputs, targets):
+    params = textbook_params(network)
+    return partial(infer, lambda x: references.textbook(x, params, False), inputs)
+
+
+def infer(model, inputs):
     with torch.inference_mode():
         model(inputs)
 
 
-def in_onnx_runtime(model, inputs):
-    import onnxruntime
+BUILDERS = {
+    'DiracNet': diracnet_step,
+    'plain': plain_step,
+    '--dtype bfloat16': bfloat16_step,
+    '--compile': compiled_step,
+    '--recompute': recomputed_step,
+    'textbook': textbook_step,
+    'floor': floor_step,
+    'DiracNet epoch': diracnet_epoch,
+    'textbook epoch': textbook_epoch,
+    'folded': partial(in_pytorch, folded),
+    'unfolded': partial(in_pytorch, unfolded),
+    'ResNet': partial(in_pytorch, resnet),
+    'folded ONNX': partial(in_onnx_runtime, folded),
+    'ResNet ONNX': partial(in_onnx_runtime, resnet),
+    'textbook inference': textbook_inference,
+}
 
-    from tools import quantize
 
-    content = quantize.onnx_model(model, inputs.shape[1:], {}).SerializeToString()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
-    feed = {'images': inputs.numpy()}
-
-    def run():
-        session.run(['logits'], feed)
-
-    return run
+if __name__ == '__main__':
+    serve(*json.loads(sys.argv[1]))
