@@ -1,16 +1,20 @@
-"""Entry points of torch.hub: torch.hub.load(REPOSITORY, 'diracnet18', pretrained=True)."""
+"""Entry points for torch.hub: torch.hub.load(REPOSITORY, 'diracnet18', pretrained=True)."""
+
+from diracnet import DiracNet, Network, define_diracnet
+from diracnet import diracnet18 as diracnet18
+from diracnet import diracnet34 as diracnet34
 
 dependencies = ['torch']
 
-from diracnet import DiracNet, Network, define_diracnet, diracnet18, diracnet34  # noqa: E402, F401  torch.hub reads dependencies first
-
 
 def diracnet(depth, width=1, dataset='CIFAR10', *, folded=False, **kwargs):
-    """DiracNet-DEPTH-WIDTH for a data set, with fresh weights.
+    """DiracNet-DEPTH-WIDTH for a data set, with new weights.
 
     Args:
-        depth, width, dataset, and num_classes= and in_channels=: those of diracnet.define_diracnet.
-        folded: plain convolutions (diracnet.DiracNet) instead of Dirac ones and batch norms (diracnet.Network, to train).
+        depth, width, dataset: as for `diracnet.define_diracnet`; so are num_classes= and
+            in_channels=.
+        folded: return the folded network (diracnet.DiracNet) instead of one to train
+            (diracnet.Network).
     """
     if folded:
         return DiracNet(depth, width, dataset, **kwargs)
