@@ -1,20 +1,25 @@
-"""How far a signal travels through chains of convolutions, with and without the Dirac weight: why DiracNets train.
+"""How far a signal travels through chains of convolutions: why DiracNets train.
 
-    python -m tools.study studies/signal.yaml                    # trains four networks, keeps checkpoints, and draws the figure
-    python -m tools.propagation RUN... --out signal.png          # the figure of any runs of chains; and signal.svg, signal.csv
+    python -m tools.study studies/signal.yaml             # trains four chains, and draws the figure
+    python -m tools.propagation RUN... --out signal.png   # the figure of any runs of chains
 
-A run's kept checkpoints (`epoch1.pt7`, ...) and its newest one are measured, and the network that it began with. For each batch norm, one
-behind every convolution of the chain:
+Writes PNG, SVG and CSV. Each run is measured at its first, untrained parameters, at its kept
+checkpoints (epoch1.pt7, ...) and at its newest one. For each batch norm, which follows each
+convolution of the chain, the CSV has
 
-    alpha, beta       means of the convolution's scales (absolute values)
-    identity          share of the energy (sum of squares) of the folded weight that lies on the taps of the identity
-    responding        share of the units, channel x position behind ReLU or NCReLU, that respond to the input: over images, what a unit gives for
-                      an image and for the same with noise of a tenth of its standard deviation correlate by more than 0.9. A unit that is
-                      always zero doesn't respond, and neither does one that noise tosses about as much as another image does.
-    correlation       that correlation's histogram over units, in tenths from -1 to 1; units without variance are in none
-    gradient          norm of the loss's gradient by the batch norm's output
+    alpha, beta   means of the absolute scales of the convolution
+    identity      share of the energy (sum of squares) of the folded weight at the taps of the
+                  identity
+    responding    share of the units, channel x position after ReLU or NCReLU, that respond to the
+                  input: the values of a unit for the images correlate by more than 0.9 with its
+                  values for the same images plus noise of a tenth of their standard deviation. A
+                  unit that is always zero does not respond, nor one that noise changes as much as
+                  another image does.
+    correlation   histogram of that correlation over the units, in 20 bins from -1 to 1, without
+                  the units that do not vary
+    gradient      norm of the gradient of the loss at the output of the batch norm
 
-Batches are 256 training images, in the order of the first epoch; batch norm takes their statistics.
+The batch is the first 256 training images of the first epoch. Batch norm uses its statistics.
 """
 
 import csv
@@ -24,39 +29,56 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from lab.runs import checkpoint
-from lab.data import datasets as data
-from lab.models.diracnet_v1 import ncrelu, tiled_delta
+from lab.data import datasets
 from lab.errors import OneLineParser, UserError, run
+from lab.models.diracnet_v1 import ncrelu, tiled_delta
 from lab.models.registry import CHAINS, VERSION_1, define
-from tools import plot
+from lab.runs import checkpoint
+from lab.runs.log import read_log
+from tools.propagation_figure import draw
 
 IMAGES, NOISE, RESPONDS = 256, 0.1, 0.9
 BINS = 20
+COLUMNS = (
+    'run',
+    'epoch',
+    'layer',
+    'name',
+    'alpha',
+    'beta',
+    'identity',
+    'responding',
+    'gradient',
+    'correlation',
+)
 
 
-def kept_checkpoints(folder):
-    """The checkpoints of a run, by their epoch, with what it began with as that of epoch 0. Raises UserError."""
-    paths = {
-        int(match[1]): path
-        for path in Path(folder).glob('epoch*.pt7')
-        if (match := re.fullmatch(r'epoch(\d+)\.pt7', path.name))
-    }
-    found = {epoch: checkpoint.load(path) for epoch, path in sorted(paths.items())}
+def checkpoints_by_epoch(folder):
+    """The checkpoints of a run, by their epoch; that of epoch 0 has the parameters that the
+    training began with. Raises UserError."""
     newest = checkpoint.load(folder)
     if not newest.is_run or newest.network['model'] not in CHAINS + VERSION_1:
-        raise UserError(f'{folder} is no run of a chain ({", ".join(CHAINS + VERSION_1)})')
+        raise UserError(f'{folder} is not a run of a chain ({", ".join(CHAINS + VERSION_1)})')
+    found = {0: untrained(newest)}
+    for path in Path(folder).glob('epoch*.pt7'):
+        match = re.fullmatch(r'epoch(\d+)\.pt7', path.name)
+        if match:
+            found[int(match[1])] = checkpoint.load(path)
     found[newest.epoch] = newest
-    torch.manual_seed(newest.options['seed'])  # as the training did
-    _, params = define(init=newest.options.get('init'), **newest.network)
-    first = checkpoint.Checkpoint(
-        newest.path, {key: tensor.detach() for key, tensor in params.items()}, False, newest.network
-    )
-    return {0: first, **found}
+    return dict(sorted(found.items()))
+
+
+def untrained(found):
+    """The checkpoint of the same run before its training."""
+    torch.manual_seed(found.options['seed'])  # as train.py does
+    _, params = define(init=found.options.get('init'), **found.network)
+    params = {key: tensor.detach() for key, tensor in params.items()}
+    return checkpoint.Checkpoint(found.path, params, network=found.network)
 
 
 def layer_outputs(f, params, images, targets=None):
-    """What each batch norm gives, (N, C, H, W); with targets, each has the gradient of their cross-entropy."""
+    """The output of each batch norm, (N, C, H, W). With targets, (N,), each has the gradient of
+    the cross-entropy."""
     outputs = []
 
     def norm(*args, **kwargs):
@@ -64,7 +86,7 @@ def layer_outputs(f, params, images, targets=None):
         if targets is not None:
             output.retain_grad()
         outputs.append(output)
-        return output.clone()  # the ReLU behind works in place
+        return output.clone()  # the next ReLU works in place
 
     with torch.set_grad_enabled(targets is not None):
         logits = f(images, params, True, norm=norm)
@@ -74,223 +96,127 @@ def layer_outputs(f, params, images, targets=None):
 
 
 def correlations(one, other):
-    """Of each unit's values over images, (N, ...) both: (units,), NaN where a unit doesn't vary."""
+    """The correlation over images of each unit's values in two outputs.
+
+    Args:
+        one, other: (N, ...).
+
+    Returns:
+        (units,), NaN for a unit that does not vary.
+    """
     one, other = ((values - values.mean(0)).flatten(1).double() for values in (one, other))
     lengths = one.norm(dim=0) * other.norm(dim=0)
     return torch.where(lengths > 1e-9 * len(one), (one * other).sum(0) / lengths, torch.nan)
 
 
-def identity_share(weight, delta):
+def identity_share(weight, version_1):
+    """Share of the energy of a folded weight, (out, in, *kernel), at the taps of the identity."""
+    delta = tiled_delta(weight) if version_1 else torch.nn.init.dirac_(torch.empty_like(weight))
     return ((weight * delta).square().sum() / weight.square().sum()).item()
 
 
+def histogram(correlation):
+    """Share of the units in each bin, from their correlations with NaN."""
+    varying = correlation[correlation.isfinite()].clamp(-1, 1)
+    return (torch.histc(varying, BINS, -1, 1) / len(correlation)).tolist()
+
+
+def noise_like(images):
+    """Noise of a tenth of the images' standard deviation, always the same."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    return NOISE * images.std() * noise.to(images)
+
+
 def measure(found, images, targets):
-    """One dict for each convolution of a checkpoint's chain, from the first on, as this module's docstring says."""
+    """The measurements of a checkpoint: one dict for each convolution of its chain."""
     version_1 = found.network['model'] in VERSION_1
-    f, _ = define(**found.network)
-    params = {
-        key: tensor.clone().requires_grad_(not key.rpartition('.')[2].startswith('running_'))
-        for key, tensor in found.params.items()
-    }
-    clean = layer_outputs(f, params, images, targets)
-    noise = (
-        NOISE
-        * images.std()
-        * torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
-    )
-    noisy = layer_outputs(f, params, images + noise)
     activation = ncrelu if version_1 else F.relu
-    names = ['', *(re.match(r'(.*)conv$', key)[1] for key in params if key.endswith('.conv'))]
-    folded = {
-        name: tensor
-        for name, tensor in found.fold().named_parameters()
-        if name.endswith('conv.weight')
-    }
+    f, _ = define(**found.network)
+    params = {}
+    for key, tensor in found.params.items():
+        is_running = key.rpartition('.')[2].startswith('running_')
+        params[key] = tensor.clone().requires_grad_(not is_running)
+    clean = layer_outputs(f, params, images, targets)
+    noisy = layer_outputs(f, params, images + noise_like(images))
+    names = [key for key in params if key.rpartition('.')[2] == 'conv']
+    folded = found.fold().named_parameters()
+    weights = [weight.detach() for key, weight in folded if key.endswith('conv.weight')]
+
     rows = []
-    for layer, (name, weight, one, other) in enumerate(
-        zip(names, folded.values(), clean, noisy, strict=True)
-    ):
-        r = correlations(activation(one.detach()), activation(other))
+    for name, weight, one, other in zip(names, weights, clean, noisy, strict=True):
+        correlation = correlations(activation(one.detach()), activation(other))
         row = {
-            'layer': layer,
-            'name': f'{name}conv',
-            'responding': (r > RESPONDS).double().mean().item(),
+            'layer': len(rows),
+            'name': name,
+            'responding': (correlation > RESPONDS).double().mean().item(),
             'gradient': one.grad.norm().item(),
+            'correlation': histogram(correlation),
         }
-        if name:
-            delta = (
-                tiled_delta(weight) if version_1 else torch.nn.init.dirac_(torch.empty_like(weight))
-            )
-            row['identity'] = identity_share(weight.detach(), delta)
-            row.update(
-                {
-                    part: params[f'{name}{part}'].detach().abs().mean().item()
-                    for part in ('alpha', 'beta')
-                    if f'{name}{part}' in params
-                }
-            )
-        row['correlation'] = (
-            torch.histc(r[r.isfinite()].clamp(-1, 1), BINS, -1, 1) / len(r)
-        ).tolist()
+        if name != 'conv':  # the first convolution has no identity
+            row['identity'] = identity_share(weight, version_1)
+            row.update(mean_scales(params, name.removesuffix('conv')))
         rows.append(row)
     return rows
 
 
+def mean_scales(params, prefix):
+    """The mean absolute alpha and beta of a convolution; {} for plain weights."""
+    keys = {part: f'{prefix}{part}' for part in ('alpha', 'beta')}
+    return {
+        part: params[key].detach().abs().mean().item()
+        for part, key in keys.items()
+        if key in params
+    }
+
+
+def first_batch(options, dataroot):
+    """The first training images of a run, (N, C, H, W), and their targets, without crops."""
+    source = datasets.load(options['dataset'], dataroot or options['dataroot'])
+    return next(iter(source.batches(True, batch_size=IMAGES, seed=options['seed'])))
+
+
 def measure_runs(folders, dataroot=None):
-    """{run's label: {epoch: rows}}, all on the same images."""
+    """{label of a run: {epoch: rows}}, all on the same images."""
     measured, batch = {}, None
     for folder in folders:
-        found = kept_checkpoints(folder)
+        found = checkpoints_by_epoch(folder)
         options = checkpoint.load(folder).options
         if batch is None:
-            source = data.load(options['dataset'], dataroot or options['dataroot'])
-            batch = next(
-                iter(
-                    source.batches(
-                        True,
-                        batch_size=IMAGES,
-                        device=torch.device('cpu'),
-                        seed=options['seed'],
-                        pad=0,
-                        workers=0,
-                    )
-                )
-            )
+            batch = first_batch(options, dataroot)
         label = f'{options["model"]}-{options["depth"]}'
         if label in measured:
-            raise UserError(f'{folder} is a second run of {label}: give one of each')
+            raise UserError(f'{folder} is a second run of {label}: pass one of each')
         measured[label] = {epoch: measure(one, *batch) for epoch, one in found.items()}
     return measured
 
 
 def write_csv(measured, path):
-    names = [
-        'run',
-        'epoch',
-        'layer',
-        'name',
-        'alpha',
-        'beta',
-        'identity',
-        'responding',
-        'gradient',
-        'correlation',
-    ]
     with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for label, epochs in measured.items():
             for epoch, rows in epochs.items():
-                for row in rows:
-                    writer.writerow(
-                        {
-                            'run': label,
-                            'epoch': epoch,
-                            **{
-                                key: f'{value:.4g}' if isinstance(value, float) else value
-                                for key, value in row.items()
-                            },
-                            'correlation': ' '.join(f'{share:.3f}' for share in row['correlation']),
-                        }
-                    )
+                writer.writerows({'run': label, 'epoch': epoch, **as_text(row)} for row in rows)
 
 
-def draw(measured, logs, out):
-    """The figure. Above: the first run's scales and share of the identity over depth, in several epochs, and the error of all runs; below: all runs'
-    responding units before and after training, their histograms, and gradients at the beginning."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 4, figsize=(17, 7.5), layout='constrained')
-    label, epochs = next(iter(measured.items()))
-    parts = [
-        ('alpha', 'mean |alpha|'),
-        ('beta', 'mean |beta|'),
-        ('identity', "identity's share of the folded weight"),
-    ]
-    for ax, (part, name) in zip(axes[0], parts):
-        for e, (epoch, rows) in enumerate(epochs.items()):
-            some = [row for row in rows if part in row]
-            style, marker, _ = plot.style_of(e)
-            ax.plot(
-                [row['layer'] for row in some],
-                [row[part] for row in some],
-                linestyle=style,
-                marker=marker,
-                markevery=(e, max(1, len(some) // 6)),
-                markersize=4,
-                color=pyplot.cm.viridis(0.9 * e / len(epochs)),
-                linewidth=1.2,
-                label=f'epoch {epoch}',
-            )
-        ax.set_title(f'{label}: {name}', fontsize=10)
-        ax.set_xlabel('layer')
-    axes[0][0].legend(fontsize=8)
-
-    def lines(ax, value, title, **kwargs):
-        for g, (label, epochs) in enumerate(measured.items()):
-            style, marker, color = plot.style_of(g)
-            x, y = value(label, epochs)
-            ax.plot(
-                x,
-                y,
-                linestyle=style,
-                marker=marker,
-                color=color,
-                markevery=(g * max(1, len(x) // 40), max(1, len(x) // 7)),
-                markersize=4,
-                label=label,
-                **kwargs,
-            )
-        ax.set_title(title, fontsize=10)
-
-    lines(
-        axes[0][3],
-        lambda label, _: zip(*[(line['epoch'], 100 - line['test_acc']) for line in logs[label]]),
-        'test error, %',
-    )
-    axes[0][3].set_xlabel('epoch')
-    axes[0][3].set_yscale('log')
-    axes[0][3].legend(fontsize=8)
-
-    def over_depth(part, which):
-        return lambda _, epochs: zip(*[(row['layer'], row[part]) for row in epochs[which(epochs)]])
-
-    lines(
-        axes[1][0],
-        over_depth('responding', min),
-        'units that respond to the input, before training',
-    )
-    lines(
-        axes[1][1], over_depth('responding', max), 'units that respond to the input, after training'
-    )
-    lines(axes[1][3], over_depth('gradient', min), 'norm of the gradient, before training')
-    axes[1][3].set_yscale('log')
-    for ax in axes[1][:2]:
-        ax.set_ylim(-0.02, 1)
-    for ax in axes[1][[0, 1, 3]]:
-        ax.set_xlabel('layer')
-    middle = len(next(iter(measured.values()))[0]) // 2
-    centres = [-1 + (b + 0.5) * 2 / BINS for b in range(BINS)]
-    lines(
-        axes[1][2],
-        lambda _, epochs: (centres, epochs[0][middle]['correlation']),
-        f'histogram of units, layer {middle}, before training',
-        drawstyle='steps-mid',
-    )
-    axes[1][2].set_xlabel('correlation of a unit with and without noise in the input')
-    for ax in axes.flat:
-        ax.grid(True, color='0.9')
-        ax.spines[['top', 'right']].set_visible(False)
-    return plot.save(figure, out)
+def as_text(row):
+    texts = {}
+    for key, value in row.items():
+        if key == 'correlation':
+            texts[key] = ' '.join(f'{share:.3f}' for share in value)
+        else:
+            texts[key] = f'{value:.4g}' if isinstance(value, float) else value
+    return texts
 
 
 def report(folders, out, dataroot=None):
-    """Measure, and write the figure and beside it the CSV. Returns the files."""
+    """Measure runs; write the figure and the CSV next to it. Returns the paths.
+
+    Raises:
+        UserError: a folder is not a run of a chain, or two have the same network.
+    """
     measured = measure_runs(folders, dataroot)
-    logs = dict(zip(measured, map(plot.read_log, folders)))
+    logs = dict(zip(measured, map(read_log, folders)))
     table = Path(out).with_suffix('.csv')
     write_csv(measured, table)
     return [*draw(measured, logs, out), str(table)]
@@ -300,10 +226,10 @@ def main(arguments=None):
     parser = OneLineParser(prog='-m tools.propagation', description=__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN')
     parser.add_argument(
-        '--out', required=True, type=Path, help='file of the picture; PNG, SVG and CSV are written'
+        '--out', required=True, type=Path, help='file for the figure; PNG, SVG and CSV are written'
     )
     parser.add_argument(
-        '--dataroot', help='folder of the data, where it is another than in training'
+        '--dataroot', help='folder of the data, if it is not the one of the training'
     )
     args = parser.parse_args(arguments)
     print(*report(args.runs, args.out, args.dataroot))

@@ -1,13 +1,14 @@
-"""Kill training runs at random, again and again, and see that they end as an undisturbed one does, to the bit.
+"""Kill trainings at random moments, resume them, and compare their results, to the bit, with those
+of an undisturbed training.
 
-    python -m tools.soak --kills 200 --jobs 2 --out logs/reference/soak.md         # a quarter of an hour on two cores
+    python -m tools.soak --kills 200 --jobs 2 --out logs/reference/soak.md    # about 15 minutes
 
-Each run trains a DiracNet-10-1 on digits with `--resume auto`, is killed at a random moment (mostly SIGKILL, some SIGTERM and SIGINT), and is
-started again until it is done; then the next run begins. After some kills the newest checkpoint is cut or one of its bits is flipped.
+Each run trains DiracNet-10-1 on digits with --resume auto. It is killed at a random moment, mostly
+with SIGKILL, sometimes with SIGTERM or SIGINT, and started again, until it finishes. After some
+kills the newest checkpoint is cut off, or one of its bits is flipped. Exit status 1 means that the
+results differ or that something else went wrong.
 """
 
-import argparse
-import collections
 import os
 import random
 import shutil
@@ -16,47 +17,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tools import plot
+import torch
+
+from lab.errors import OneLineParser, UserError, run
+from lab.runs import checkpoint
+from lab.runs.checkpoint import FILE_NAME, PREVIOUS
+from lab.runs.log import LOG, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = [
-    'train.py',
-    '--dataset',
-    'digits',
-    '--depth',
-    '10',
-    '--epochs',
-    '60',
-    '--epoch_step',
-    '[30,50]',
-    '--randomcrop_pad',
-    '1',
-    '--device',
-    'cpu',
-]
-MINUTES = (
-    '0',
-    '0.005',
-    '10',
-)  # between checkpoints: every step, every 0.3 s, at ends of epochs alone
+TRAINING = (
+    'train.py --dataset digits --depth 10 --epochs 60 --epoch_step [30,50] --randomcrop_pad 1 '
+    '--device cpu'
+)
+MINUTES = ('0', '0.005', '10')  # checkpoints at every step; every 0.3 s; after epochs only
 SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGINT]
+DAMAGE_PROBABILITY = 0.15
 
 
 def start(folder, minutes):
+    """A process that starts or resumes the run in a folder."""
+    flags = ['--save', str(folder), '--resume', 'auto', '--checkpoint_minutes', minutes]
     return subprocess.Popen(
-        [
-            sys.executable,
-            *COMMAND,
-            '--save',
-            str(folder),
-            '--resume',
-            'auto',
-            '--checkpoint_minutes',
-            minutes,
-        ],
+        [sys.executable, *TRAINING.split(), *flags],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -64,216 +50,267 @@ def start(folder, minutes):
     )
 
 
-def log_of(folder):
-    """What log.txt says, but for times and what was not the same on all command lines."""
-    path = folder / 'log.txt'
-    lines = plot.read_log(path) if path.exists() and path.stat().st_size else []
+def train_undisturbed(folder):
+    """Train to the end. Returns the seconds that it took. Raises UserError if it fails."""
+    began = time.monotonic()
+    process = start(folder, '10')
+    _, err = process.communicate()
+    if process.returncode != 0:
+        raise UserError(f'{TRAINING} ended with status {process.returncode}: {err[-300:]}')
+    return time.monotonic() - began
+
+
+def comparable_log(folder):
+    """The epochs in a run's log, without times and without the options that `start` varies."""
+    path = folder / LOG
+    lines = read_log(path) if path.exists() and path.stat().st_size else []
+    varied = ('save', 'checkpoint_minutes')
     return [
         {
             key: value
             for key, value in line.items()
-            if not key.endswith('_time') and key not in ('save', 'checkpoint_minutes')
+            if not key.endswith('_time') and key not in varied
         }
         for line in lines
     ]
 
 
-def different(left, right):
-    """What is not the same, to the bit, in two finished runs: names of tensors, or of the log."""
-    import torch
+def tensors_of(folder):
+    """All tensors in a run's checkpoint: parameters, running statistics and momentum."""
+    content = torch.load(folder / FILE_NAME, weights_only=True)
+    tensors = dict(content['params'])
+    for i, state in content['optimizer']['state'].items():
+        tensors[f'momentum {i}'] = state['momentum_buffer']
+    return tensors
 
-    contents = [torch.load(folder / 'model.pt7', weights_only=True) for folder in (left, right)]
-    flat = [
-        {
-            **content['params'],
-            **{
-                f'momentum {i}': state['momentum_buffer']
-                for i, state in content['optimizer']['state'].items()
-            },
-        }
-        for content in contents
-    ]
+
+def differences(left, right):
+    """What differs between two finished runs: names of tensors, and log.txt."""
+    one, other = tensors_of(left), tensors_of(right)
     found = [
         key
-        for key in {**flat[0], **flat[1]}
-        if key not in flat[0] or key not in flat[1] or not torch.equal(flat[0][key], flat[1][key])
+        for key in {**one, **other}
+        if key not in one or key not in other or not torch.equal(one[key], other[key])
     ]
-    return found + (['log.txt'] if log_of(left) != log_of(right) else [])
+    if comparable_log(left) != comparable_log(right):
+        found.append(LOG)
+    return found
 
 
 def damage(path, chance):
-    """Cut a file, or flip one bit of its tensors (a bit elsewhere may be of no consequence)."""
+    """Cut a checkpoint off, or flip one bit of its largest tensor. Returns which."""
     content = bytearray(path.read_bytes())
     if chance.random() < 0.5:
         del content[chance.randrange(len(content)) :]
-        kind = 'cut'
+        kind = 'cut off'
     else:
-        import torch
-
-        tensors = torch.load(path, weights_only=True)['params']
-        place = content.find(
-            max(tensors.values(), key=lambda tensor: tensor.numel()).numpy().tobytes()
-        )
+        # A bit outside the tensors may have no effect.
+        tensors = torch.load(path, weights_only=True)['params'].values()
+        largest = max(tensors, key=torch.numel)
+        place = content.find(largest.numpy().tobytes())
         content[place + chance.randrange(1000)] ^= 1 << chance.randrange(8)
-        kind = 'bit flipped'
+        kind = 'one bit flipped'
     path.write_bytes(content)
     return kind
 
 
-def undisturbed(folder):
-    """How long such a run takes."""
-    began = time.monotonic()
-    process = start(folder, '10')
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    return time.monotonic() - began
+def position_of(found):
+    """Where in its training a checkpoint was saved: (finished epochs, steps of the next)."""
+    return found.epoch, found.progress['step'] if found.progress else 0
 
 
-def soak(kills, seed, work, reference, whole):
-    """Runs until so many kills are done: counts, faults, and (lives, differences) of each run."""
-    from lab.runs import checkpoint
+class Soak:
+    """A worker that kills trainings.
 
-    chance, counts, faults, runs = random.Random(seed), collections.Counter(), [], []
-    work.mkdir()
-    expected = log_of(reference)
-    while counts['kills'] < kills:
-        folder, lives, place = work / f'run{len(runs)}', 0, (0, 0)
-        while True:
-            lives += 1
-            born = time.monotonic()
-            process = start(folder, chance.choice(MINUTES))
-            try:
-                out, err = process.communicate(timeout=chance.uniform(0, 0.7 * whole))
-            except subprocess.TimeoutExpired:
-                number = chance.choice(SIGNALS)
-                process.send_signal(number)
-                out, err = process.communicate()
-                counts['kills'] += 1
-                counts[signal.Signals(number).name] += 1
-                allowed = (
-                    -number,
-                    128 + number,
-                )  # before its training, a process has Python's own handlers
-                if process.returncode not in allowed:
-                    faults.append(
-                        f'run {len(runs)}, life {lives}: exit status {process.returncode} after {signal.Signals(number).name}: {err[-300:]}'
-                    )
-            else:
-                if process.returncode != 0:
-                    faults.append(
-                        f'run {len(runs)}, life {lives}: exit status {process.returncode}: {err[-300:]}'
-                    )
-                if lives == 1:  # nobody disturbed it: how long that takes now
-                    whole = time.monotonic() - born
-                break
-            counts['given way to the checkpoint before'] += 'is used, which' in err
-            log = log_of(folder)
-            if log != expected[: len(log)]:
-                faults.append(
-                    f'run {len(runs)}, life {lives}: log.txt is not the beginning of the undisturbed one'
-                )
-            if (folder / 'model.pt7').exists() or (folder / 'previous.pt7').exists():
-                try:
-                    found = checkpoint.load(folder)
-                except checkpoint.UserError as error:
-                    faults.append(f'run {len(runs)}, life {lives}: {error}')
-                    continue
-                now = found.epoch, found.progress['step'] if found.progress else 0
-                counts[
-                    'killed without progress since the kill before'
-                    if now == place
-                    else 'killed with progress'
-                ] += 1
-                if now < place:
-                    faults.append(f'run {len(runs)}, life {lives}: at {now} after {place}')
-                place = now
-                # Not twice in a row: a newest checkpoint that is damaged already is not the one that was loaded.
-                if (
-                    chance.random() < 0.15
-                    and found.path.name == 'model.pt7'
-                    and all((folder / name).exists() for name in ('model.pt7', 'previous.pt7'))
-                ):
-                    counts[f'newest checkpoint {damage(folder / "model.pt7", chance)}'] += 1
-                    found = checkpoint.load(folder)
-                    place = found.epoch, found.progress['step'] if found.progress else 0
-            else:
-                counts['killed before a first checkpoint'] += 1
-        wrong = different(reference, folder)
-        runs.append((lives, wrong))
-        faults += (
-            [f'run {len(runs) - 1}: {", ".join(wrong[:5])} differ from the undisturbed run']
-            if wrong
-            else []
-        )
+    Args:
+        seed: of the moments, signals and damages.
+        work: folder for its runs.
+        reference: folder of the undisturbed run.
+        duration: seconds that the undisturbed run took.
+
+    Attributes:
+        counts: a Counter of what happened.
+        faults: what went wrong, as texts.
+        starts, differences: how often each run was started, and how its result differs.
+    """
+
+    def __init__(self, seed, work, reference, duration):
+        self.seed, self.work, self.reference, self.duration = seed, work, reference, duration
+        self.chance = random.Random(seed)
+        self.expected_log = comparable_log(reference)
+        self.counts, self.faults = Counter(), []
+        self.starts, self.differences = [], []
+        work.mkdir()
+
+    def kill_runs(self, kills):
+        """Train runs to their end, until at least so many kills are done."""
+        while self.counts['kills'] < kills:
+            folder = self.work / f'run{len(self.starts)}'
+            self.starts.append(0)
+            self.finish_run(folder)
+            self.compare(folder)
+            shutil.rmtree(folder)
+        return self
+
+    def finish_run(self, folder):
+        """Start and kill a run until one start reaches the end."""
+        position, killed = (0, 0), True
+        while killed:
+            self.starts[-1] += 1
+            began = time.monotonic()
+            killed = self.start_and_kill(folder)
+            if killed:
+                self.check_log(folder)
+                position = self.check_position(folder, position)
+        if self.starts[-1] == 1:  # undisturbed: the current duration on this machine
+            self.duration = time.monotonic() - began
+
+    def start_and_kill(self, folder):
+        """Start a run and kill it at a random moment. Returns whether it was still running."""
+        process = start(folder, self.chance.choice(MINUTES))
+        try:
+            _, err = process.communicate(timeout=self.chance.uniform(0, 0.7 * self.duration))
+        except subprocess.TimeoutExpired:
+            number = self.chance.choice(SIGNALS)
+        else:
+            if process.returncode != 0:
+                self.add_fault(f'exit status {process.returncode}: {err[-300:]}')
+            return False
+        process.send_signal(number)
+        _, err = process.communicate()
+        name = signal.Signals(number).name
+        self.counts['kills'] += 1
+        self.counts[name] += 1
+        # Before its training, a process has Python's own handlers.
+        if process.returncode not in (-number, 128 + number):
+            self.add_fault(f'exit status {process.returncode} after {name}: {err[-300:]}')
+        if PREVIOUS in err:
+            self.counts[f'{FILE_NAME} was broken, {PREVIOUS} used'] += 1
+        return True
+
+    def check_log(self, folder):
+        log = comparable_log(folder)
+        if log != self.expected_log[: len(log)]:
+            self.add_fault(f'{LOG} is not the beginning of the log of the undisturbed run')
+
+    def check_position(self, folder, last):
+        """Check that a killed run has not lost progress, and perhaps damage its checkpoint.
+
+        Args:
+            last: the position after the previous kill.
+
+        Returns:
+            The position from which the run will resume.
+        """
+        names = (FILE_NAME, PREVIOUS)
+        if not any((folder / name).exists() for name in names):
+            self.counts['killed before the first checkpoint'] += 1
+            return last
+        try:
+            found = checkpoint.load(folder)
+        except UserError as error:
+            self.add_fault(str(error))
+            return last
+        position = position_of(found)
+        if position == last:
+            self.counts['killed without progress since the previous kill'] += 1
+        else:
+            self.counts['killed with progress since the previous kill'] += 1
+        if position < last:
+            self.add_fault(f'at {position} after {last}')
+        may_damage = self.chance.random() < DAMAGE_PROBABILITY
+        # Never two damaged checkpoints at once: then the loaded one was previous.pt7.
+        is_intact = found.path.name == FILE_NAME and all((folder / name).exists() for name in names)
+        if may_damage and is_intact:
+            self.counts[f'{FILE_NAME} damaged: {damage(folder / FILE_NAME, self.chance)}'] += 1
+            position = position_of(checkpoint.load(folder))
+        return position
+
+    def compare(self, folder):
+        """Compare a finished run with the undisturbed one."""
+        found = differences(self.reference, folder)
+        self.differences.append(found)
+        if found:
+            self.add_fault(f'{", ".join(found[:5])} differ from the undisturbed run')
+        result = f'{len(found)} differences' if found else 'identical to the bit'
         print(
-            f'seed {seed}, run {len(runs)}: {lives} lives, {"the same to the bit" if not wrong else f"{len(wrong)} differences"}; {counts["kills"]} kills',
+            f'seed {self.seed}, run {len(self.starts)}: {self.starts[-1]} starts, {result}; '
+            f'{self.counts["kills"]} kills',
             flush=True,
         )
-        shutil.rmtree(folder)
-    return counts, faults, runs
+
+    def add_fault(self, text):
+        self.faults.append(f'run {len(self.starts)}, start {self.starts[-1]}: {text}')
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def summary(parts, arguments, minutes):
+    """The results of all workers as a Markdown page."""
+    counts = sum((part.counts for part in parts), Counter())
+    starts = [n for part in parts for n in part.starts]
+    faults = [fault for part in parts for fault in part.faults]
+    identical = [found for part in parts for found in part.differences if not found]
+    rows = [
+        *counts.most_common(),
+        ('finished runs', len(starts)),
+        (
+            'of these, identical to the undisturbed run to the bit (parameters, running '
+            'statistics, momentum, log without times)',
+            len(identical),
+        ),
+        ('largest number of starts of one run', max(starts)),
+        ('faults', len(faults)),
+    ]
+    lines = [
+        '# Trainings killed at random moments',
+        '',
+        f'`python -m tools.soak {arguments}`, torch {torch.__version__}, '
+        f'{os.environ["OMP_NUM_THREADS"]} thread per process, {minutes:.0f} minutes.',
+        '',
+        f'Each run is `python {TRAINING} --resume auto`, with a random choice of',
+        f'`--checkpoint_minutes` {", ".join(MINUTES)} at each start.',
+        '',
+        '| event | count |',
+        '| --- | --- |',
+        *(f'| {event} | {count} |' for event, count in rows),
+        '',
+        *(f'- {fault}' for fault in faults),
+    ]
+    return '\n'.join(lines).rstrip() + '\n'
+
+
+def main(arguments=None):
+    parser = OneLineParser(prog='-m tools.soak', description=__doc__)
+    parser.add_argument('--kills', type=int, default=200, help='number of kills (default 200)')
+    parser.add_argument(
+        '--seed', type=int, default=0, help='of the moments, signals and damages (default 0)'
     )
-    parser.add_argument('--kills', type=int, default=200)
-    parser.add_argument('--seed', type=int, default=0, help='of the moments, signals and damages')
     parser.add_argument(
         '--jobs',
         type=int,
         default=1,
-        help='of such at once, each with its part of the kills and a seed of its own',
+        help='workers that share the kills, each with its own seed (default 1)',
     )
     parser.add_argument('--out', type=Path, help='Markdown file for the summary')
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     began = time.monotonic()
+    kills_each = -(-args.kills // args.jobs)
     with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
         reference = Path(work) / 'reference'
-        whole = undisturbed(reference)
-        futures = [
-            pool.submit(
-                soak,
-                -(-args.kills // args.jobs),
-                args.seed + job,
-                Path(work) / str(job),
-                reference,
-                whole,
-            )
+        duration = train_undisturbed(reference)
+        workers = [
+            Soak(args.seed + job, Path(work) / str(job), reference, duration)
             for job in range(args.jobs)
         ]
-        parts = [future.result() for future in futures]
-    counts = sum((part[0] for part in parts), collections.Counter())
-    faults, runs = (sum((part[i] for part in parts), []) for i in (1, 2))
-    seconds = time.monotonic() - began
-    import torch
-
-    lines = [
-        '# Kills at random',
-        '',
-        f'`python -m tools.soak --kills {args.kills} --seed {args.seed} --jobs {args.jobs}`, torch {torch.__version__}, '
-        f'{os.environ["OMP_NUM_THREADS"]} thread, {seconds / 60:.0f} minutes.',
-        '',
-        f'Each run: `python {" ".join(COMMAND)} --resume auto`, with `--checkpoint_minutes` {", ".join(MINUTES)} by chance in each life.',
-        '',
-        '| what | how often |',
-        '| --- | --- |',
-        *(f'| {name} | {n} |' for name, n in sorted(counts.items(), key=lambda item: -item[1])),
-        f'| runs that came to their end | {len(runs)} |',
-        f'| of them the same as the undisturbed one to the bit (parameters, running statistics, '
-        f'momentum, log but for times) | {sum(not wrong for _, wrong in runs)} |',
-        f'| most lives of a run | {max(lives for lives, _ in runs)} |',
-        f'| faults | {len(faults)} |',
-        '',
-        *(f'- {fault}' for fault in faults),
-    ]
-    text = '\n'.join(lines).rstrip() + '\n'
+        parts = list(pool.map(lambda worker: worker.kill_runs(kills_each), workers))
+    minutes = (time.monotonic() - began) / 60
+    given = f'--kills {args.kills} --seed {args.seed} --jobs {args.jobs}'
+    text = summary(parts, given, minutes)
     print(text)
     if args.out:
         args.out.write_text(text)
-    sys.exit(bool(faults))
+    return 1 if any(part.faults for part in parts) else 0
 
 
 if __name__ == '__main__':
-    main()
+    run(main, 'tools.soak')

@@ -1,0 +1,80 @@
+"""Curves of runs and graphs of networks."""
+
+import json
+
+import pytest
+
+from lab.runs.log import read_log
+from tools import plot
+
+
+@pytest.fixture
+def original_run(tmp_path):
+    """The folder of a run of the original code: its log has other lines too, and may hold lists."""
+    lines = ['parsed options: {}']
+    for epoch in range(1, 6):
+        stats = {
+            'train_loss': 2.0 / epoch,
+            'train_acc': 50.0 + epoch,
+            'test_loss': 2.1 / epoch,
+            'test_acc': [40.0 + epoch],
+            'epoch': epoch,
+            'num_classes': 10,
+            'n_parameters': 1,
+            'train_time': 1.0,
+            'test_time': 1.0,
+        }
+        lines.append('json_stats: ' + json.dumps(stats))
+    lines.append('json_stats: {"trai')  # cut off
+    folder = tmp_path / 'original'
+    folder.mkdir()
+    (folder / 'log.txt').write_text('\n'.join(lines))
+    return folder
+
+
+def test_logs_of_the_original_code(original_run):
+    log = read_log(original_run / 'log.txt')
+    assert [line['test_acc'] for line in log] == [41.0, 42.0, 43.0, 44.0, 45.0]
+
+
+@pytest.mark.parametrize('options', [(), ('--median',)])
+def test_curves(digits_run, original_run, tmp_path, call, options):
+    out = tmp_path / 'curves.png'
+    result = call(plot.main, digits_run, original_run, '--out', out, *options)
+    assert result.status == 0, result.err
+    assert result.out.split() == [str(out), str(out.with_suffix('.svg'))]
+    assert out.read_bytes()[:4] == b'\x89PNG'
+    assert '<svg' in out.with_suffix('.svg').read_text()
+
+
+def test_runs_are_grouped_by_the_options_in_which_they_differ():
+    line = {'model': 'diracnet', 'lr': 0.1, 'epochs': 2, 'epoch': 2, 'test_acc': 90.0}
+    logs = {
+        'a': [{**line, 'seed': 1, 'save': 'a', 'device': 'cpu'}],
+        'b': [{**line, 'seed': 2, 'save': 'b', 'test_acc': 80.0, 'epoch': 1}],
+        'c': [{**line, 'seed': 1, 'lr': 0.2}],
+        'd': [{**line, 'seed': 1, 'epochs': 3}],
+    }
+    groups = plot.group_by_options(logs)
+    assert groups == {
+        'lr 0.1, epochs 2': [logs['a'], logs['b']],
+        'lr 0.2, epochs 2': [logs['c']],
+        'lr 0.1, epochs 3': [logs['d']],
+    }
+    assert list(plot.group_by_options({'logs/a': logs['a']})) == ['a']
+
+
+def test_graph(digits_run, tmp_path, call):
+    out = tmp_path / 'graph.svg'
+    assert call(plot.main, digits_run, '--graph', '--out', out).status == 0
+    svg = out.read_text()
+    assert '<svg' in svg
+    for text in ('images', 'logits', 'conv2d'):
+        assert text in svg  # as a comment: letters are drawn as paths
+
+
+def test_mistakes(tmp_path, refused):
+    refused(1, 'nothing', plot.main, tmp_path / 'nothing', '--out', tmp_path / 'x.png')
+    refused(2, '--out', plot.main, tmp_path)
+    refused(2, 'x.pdf', plot.main, tmp_path, '--out', tmp_path / 'x.pdf')
+    refused(2, '--graph', plot.main, tmp_path, tmp_path, '--graph', '--out', tmp_path / 'x.png')

@@ -1,0 +1,76 @@
+"""What all figures share: line styles that differ in black and white too, axes, and saving."""
+
+from pathlib import Path
+
+from lab.errors import UserError
+
+STYLES = [  # line, marker, color
+    ('-', 'o', '#0b3d91'),
+    ('--', 's', '#c1440e'),
+    (':', '^', '#2e7d32'),
+    ('-.', 'D', '#6a1b9a'),
+    ((0, (5, 1, 1, 1, 1, 1)), 'v', '#00838f'),
+    ((0, (1, 3)), 'P', '#5d4037'),
+    ((0, (8, 3)), 'X', '#37474f'),
+]
+
+
+def style_of(g):
+    """Line style, marker and color of the g-th line. After seven lines the styles repeat with
+    other markers."""
+    style, _, color = STYLES[g % len(STYLES)]
+    _, marker, _ = STYLES[(g + g // len(STYLES)) % len(STYLES)]
+    return style, marker, color
+
+
+def new_figure(rows=1, columns=1, width=6.0, height=4.0):
+    """A figure and its axes, (rows, columns); width and height of one of them in inches."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        rows,
+        columns,
+        figsize=(width * columns, height * rows),
+        layout='constrained',
+        squeeze=False,
+    )
+    for ax in axes.flat:
+        ax.grid(True, color='0.9')
+        ax.spines[['top', 'right']].set_visible(False)
+    return figure, axes
+
+
+def use_log_scale(ax):
+    """Make the y axis logarithmic, with plain numbers at its ticks."""
+
+    def minor_label(y, _):
+        bottom, top = ax.get_ylim()
+        first_digit = f'{y:e}'[0]
+        # Over many decades these labels would overlap.
+        return f'{y:g}' if first_digit in '235' and top < 300 * bottom else ''
+
+    ax.set_yscale('log')
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_formatter(minor_label)
+
+
+def save(figure, out):
+    """Write a figure as PNG and as SVG, whatever the suffix of `out`. Returns both paths.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    from matplotlib import pyplot
+
+    pyplot.rcParams['svg.hashsalt'] = 'diracnets'  # equal figures become equal files
+    png, svg = (Path(out).with_suffix(suffix) for suffix in ('.png', '.svg'))
+    try:
+        figure.savefig(png, dpi=150)
+        figure.savefig(svg, dpi=150, metadata={'Date': None})
+    except OSError as error:
+        raise UserError(f'{out} cannot be written ({error.strerror})') from None
+    pyplot.close(figure)
+    return [str(png), str(svg)]

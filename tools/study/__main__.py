@@ -1,0 +1,128 @@
+"""Run a comparison: train a grid of train.py command lines over seeds; make a table and a figure.
+
+    python -m tools.study studies/depth.yaml --jobs 2
+    python -m tools.study studies/depth.yaml --dataset CIFAR10    # with train.py's recipe for it
+    python -m tools.study studies/depth.yaml --table              # train nothing
+
+Finished runs are not repeated, so the same command resumes after Ctrl-C. A run that diverged is
+finished too: failed.txt in its folder says why; without that file it runs again.
+
+Runs, table (Markdown and CSV) and figure (PNG and SVG) go to logs/reference/study-NAME; for
+another data set than the study's own to logs/study-NAME-DATASET; for a file outside studies/ to
+logs/study-NAME. The table has all finished runs.
+
+The YAML file has
+
+    title, note   one line, and what the results show (Markdown); both go into table.md
+    seeds         a list
+    dataset       the study's own data set
+    options       options of train.py for every run
+    recipes       more options, by data set
+    runs          a list of options for one run each; a list as a value makes one run per element
+    table         names of the options that distinguish the rows
+    reported      heading of a column with numbers of others; a run gives its number as `reported`
+    figure        x: the name of an option in the table, or epoch
+                  lines: the option that distinguishes the lines, or a list of options
+                  signal: true, instead of both, for the figure of tools.propagation
+    keep          epochs whose checkpoints are kept as epochN.pt7 in the run's folder
+"""
+
+import argparse
+import re
+import signal
+import sys
+from pathlib import Path
+
+from lab.errors import OneLineParser, OptionError, UserError, run
+from tools import propagation
+from tools.study.definition import read
+from tools.study.execution import execute
+from tools.study.figure import draw_study
+from tools.study.runs import ROOT, all_runs
+from tools.study.table import collect, write_tables
+
+
+def seed_list(text):
+    try:
+        return [int(seed) for seed in text.split(',')]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text} must be whole numbers such as 1,2,3') from None
+
+
+def build_parser():
+    parser = OneLineParser(prog='-m tools.study', description=__doc__)
+    parser.add_argument('study', metavar='STUDY.yaml', type=Path)
+    parser.add_argument('--dataset', help="instead of the study's own")
+    parser.add_argument('--dataroot', help='folder of the data')
+    parser.add_argument('--device', help='as for train.py')
+    parser.add_argument('--jobs', type=int, default=1, help='trainings at once (default 1)')
+    parser.add_argument('--seeds', type=seed_list, help="instead of the study's own: 1,2,3")
+    parser.add_argument('--out', type=Path, help='folder for everything (default: see above)')
+    parser.add_argument(
+        '--table', action='store_true', help='only make table and figure, from the finished runs'
+    )
+    return parser
+
+
+def study_folder(path, study, dataset):
+    """Where runs, table and figure go without --out."""
+    if dataset != study.dataset:
+        return ROOT / 'logs' / f'study-{study.name}-{dataset}'
+    if path.resolve().parent == ROOT / 'studies':
+        return ROOT / 'logs' / 'reference' / f'study-{study.name}'
+    return ROOT / 'logs' / f'study-{study.name}'
+
+
+def seeds_in(folder):
+    """The seeds of all runs in a study's folder."""
+    matches = [re.fullmatch(r'seed(\d+)', path.name) for path in folder.glob('*/seed*')]
+    return {int(match[1]) for match in matches if match}
+
+
+def draw(study, rows, runs, folder, dataroot):
+    """Draw the figure that the study asks for, if any."""
+    out = folder / 'figure'
+    if study.figure is None:
+        return
+    if not study.figure.get('signal'):
+        draw_study(study, rows, runs, out)
+        return
+    folders = [one.folder for one in runs if one.seed == runs[0].seed and not one.failed]
+    if all((path / 'model.pt7').exists() for path in folders):
+        propagation.report(folders, out, dataroot)
+    else:
+        print(
+            f'{out}.png is not drawn again: it needs the checkpoints of all runs, and the '
+            'repository has only their logs',
+            file=sys.stderr,
+        )
+
+
+def main(arguments=None):
+    args = build_parser().parse_args(arguments)
+    if args.jobs < 1:
+        raise OptionError(f'--jobs {args.jobs} must be at least 1')
+    study = read(args.study)
+    dataset = args.dataset or study.dataset
+    folder = args.out.resolve() if args.out else study_folder(args.study, study, dataset)
+    if args.dataroot:
+        study.options['dataroot'] = args.dataroot
+    seeds = args.seeds or study.seeds
+    runs = all_runs(study, seeds, dataset, folder)
+    if not args.table:
+        # End as after Ctrl-C, so that `execute` stops the trainings.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        execute(runs, args.jobs, args.device)
+    seeds = sorted({*study.seeds, *seeds, *seeds_in(folder)})
+    runs = all_runs(study, seeds, dataset, folder)
+    runs = [one for one in runs if one.folder.exists() and one.is_done()]
+    if not runs:
+        raise UserError(f'{folder} has no finished runs yet')
+    rows = collect(study, runs)
+    write_tables(study, rows, dataset, folder)
+    draw(study, rows, runs, folder, args.dataroot)
+    print((folder / 'table.md').read_text())
+
+
+if __name__ == '__main__':
+    run(main, 'tools.study')

@@ -1,0 +1,86 @@
+"""Train the runs of a study, several at a time."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+from tqdm import tqdm
+
+from lab.errors import UserError
+from tools.study.runs import FAILED, OUTPUT, ROOT
+
+DIVERGED = 'the loss is'  # train.py's last line if the loss or a parameter is not finite
+
+
+def execute(runs, jobs, device):
+    """Train what is not done yet, `jobs` runs at a time, with one progress bar over all epochs.
+
+    Raises:
+        UserError: a training failed for another reason than that it diverged.
+    """
+    waiting = [one for one in runs if not one.is_done()]
+    active = {}  # process: its run
+    n_epochs = sum(one.n_epochs for one in runs)
+    with tqdm(total=n_epochs, unit='epoch', dynamic_ncols=True, disable=None) as bar:
+        try:
+            while waiting or active:
+                while waiting and len(active) < jobs:
+                    one = waiting.pop(0)
+                    active[start(one, device, jobs)] = one
+                time.sleep(1)
+                show_progress(bar, runs, active)
+                for process in [process for process in active if process.poll() is not None]:
+                    one = active.pop(process)
+                    record_end(one, process.returncode, device)
+                    if not one.is_done():
+                        waiting.insert(0, one)
+        except (KeyboardInterrupt, SystemExit):
+            print('\nstopped; the same command resumes', file=sys.stderr)
+            raise
+        finally:
+            stop(active)
+
+
+def start(one, device, jobs):
+    """The process that trains a run to its next stop; it prints to a file in the run's folder."""
+    one.folder.mkdir(parents=True, exist_ok=True)
+    one.keep_checkpoint()  # in case an earlier process was killed just before it
+    environment = dict(os.environ)
+    if jobs > 1:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        environment.setdefault('OMP_NUM_THREADS', str(threads))
+    with open(one.folder / OUTPUT, 'a') as output:
+        return subprocess.Popen(
+            one.command(device), cwd=ROOT, stdout=output, stderr=output, env=environment
+        )
+
+
+def show_progress(bar, runs, active):
+    bar.n = sum(one.n_epochs if one.failed else len(one.log()) for one in runs)
+    names = [f'{one.folder.parent.name}/{one.folder.name}' for one in active.values()]
+    bar.set_postfix_str(', '.join(names), refresh=False)
+    bar.refresh()
+
+
+def record_end(one, status, device):
+    """Keep the checkpoint of a run whose process has ended, or record that the run diverged."""
+    if status == 0:
+        one.keep_checkpoint()
+        return
+    lines = (one.folder / OUTPUT).read_text().splitlines()
+    last = next((line for line in reversed(lines) if line.strip()), '')
+    if DIVERGED not in last:
+        command = shlex.join(one.command(device)[1:])
+        raise UserError(f'{command} ended with status {status}: {last}')
+    (one.folder / FAILED).write_text(last + '\n')
+
+
+def stop(active):
+    """End trainings with SIGTERM: they save first, and can be resumed."""
+    for process in active:
+        process.send_signal(signal.SIGTERM)
+    for process in active:
+        process.wait()

@@ -1,0 +1,115 @@
+"""The runs of a study: their command lines, their folders, and what they have done."""
+
+import json
+import sys
+from pathlib import Path
+
+from lab.errors import OptionError, UserError
+from lab.files import write_atomically
+from lab.runs.checkpoint import FILE_NAME
+from lab.runs.log import read_log
+from lab.training.options import FREE_ON_RESUME, complete, parse
+from tools.study.definition import expand
+
+ROOT = Path(__file__).resolve().parents[2]
+FAILED = 'failed.txt'  # why a run diverged
+OUTPUT = 'output.txt'  # what its processes print
+
+
+def flags(options):
+    """The options as command-line arguments."""
+    arguments = []
+    for name, value in options.items():
+        if value is False:
+            continue
+        arguments.append(f'--{name}')
+        if isinstance(value, list):
+            arguments.append(json.dumps(value, separators=(',', ':')))
+        elif value is not True:
+            arguments.append(str(value))
+    return arguments
+
+
+class Run:
+    """One training of a study: one row of its table with one seed.
+
+    Raises:
+        OptionError: train.py would not accept its options.
+    """
+
+    def __init__(self, study, row, seed, dataset, folder):
+        self.row = {name: value for name, value in row.items() if name != 'reported'}
+        self.reported = row.get('reported', '')
+        self.seed, self.keep = seed, study.keep
+        recipe = study.recipes.get(dataset, {})
+        options = {'dataset': dataset, **study.options, **recipe, **self.row, 'seed': seed}
+        try:
+            self.options = parse(flags(options))  # with types: YAML reads 1e-2 as a text
+            self.n_epochs = complete(self.options)['epochs']
+        except OptionError as error:
+            raise OptionError(f'{" ".join(flags(options))}: {error}') from None
+        name = '-'.join(str(value) for value in self.row.values()) or study.name
+        self.folder = folder / name.replace('/', '_').replace(' ', '') / f'seed{seed}'
+
+    def log(self):
+        """The epochs in its log so far."""
+        try:
+            return read_log(self.folder)
+        except UserError:  # there is none yet
+            return []
+
+    @property
+    def failed(self):
+        """Why it diverged; None if it did not."""
+        path = self.folder / FAILED
+        return path.read_text().strip() if path.exists() else None
+
+    def is_done(self):
+        """Whether it has diverged, or trained all its epochs.
+
+        Raises:
+            UserError: the run in its folder has other options.
+        """
+        log = self.log()
+        if log:
+            self._check_options(log[-1])
+        return bool(self.failed) or (bool(log) and log[-1]['epoch'] >= self.n_epochs)
+
+    def _check_options(self, line):
+        for name, value in self.options.items():
+            if name not in FREE_ON_RESUME and line.get(name) != value:
+                raise UserError(
+                    f'{self.folder} was run with --{name} {line.get(name)}, but the study has '
+                    f'{value}: move the folder away, or change the study'
+                )
+
+    def next_stop(self):
+        """The epoch to train to next: one whose checkpoint is kept, or the last."""
+        done = len(self.log())
+        return min([epoch for epoch in self.keep if epoch > done] + [self.n_epochs])
+
+    def keep_checkpoint(self):
+        """Copy the newest checkpoint if it is one to keep. Does nothing if that is done already."""
+        done = len(self.log())
+        kept = self.folder / f'epoch{done}.pt7'
+        if done in self.keep and not kept.exists():
+            write_atomically(kept, (self.folder / FILE_NAME).read_bytes())
+
+    def command(self, device):
+        """The command line that trains it to its next stop."""
+        options = dict(self.options)
+        if self.keep:
+            options['epochs'] = self.next_stop()
+        folder = self.folder
+        if folder.is_relative_to(ROOT):
+            folder = folder.relative_to(ROOT)
+        own = {'save': folder, 'resume': 'auto'}
+        if device:
+            own = {'device': device, **own}
+        return [sys.executable, 'train.py', *flags(options), *flags(own)]
+
+
+def all_runs(study, seeds, dataset, folder):
+    """All runs of a study, seed by seed."""
+    rows = [row for options in study.runs for row in expand(options)]
+    return [Run(study, row, seed, dataset, folder) for seed in seeds for row in rows]

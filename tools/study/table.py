@@ -1,0 +1,102 @@
+"""The table of a study: table.csv and table.md."""
+
+import csv
+from statistics import median
+
+
+def collect(study, runs):
+    """One dict for each row of the table.
+
+    It has the row's options, n, the number of diverged runs, the test error (median, least and
+    most, in percent) and more. Numbers of diverged runs are left out.
+    """
+    groups = {}
+    for one in runs:
+        groups.setdefault(str(one.row), []).append(one)
+    return [summarize(study, group) for group in groups.values()]
+
+
+def summarize(study, group):
+    """The row of runs that differ only in their seed."""
+    logs = [one.log() for one in group if one.log() and not one.failed]
+    last = [log[-1] for log in logs]
+    first = last[0] if last else {}
+    options = {**first, **group[0].options}
+    errors = [100 - line['test_acc'] for line in last]
+    return {
+        **{name: options.get(name, '') for name in study.table},
+        'n': len(errors),
+        'diverged': sum(bool(one.failed) for one in group),
+        'error': median_or_none(errors),
+        'least': min(errors, default=None),
+        'most': max(errors, default=None),
+        'train_error': median_or_none([100 - line['train_acc'] for line in last]),
+        'parameters': first.get('n_parameters'),
+        'seconds': median_or_none([seconds(log) for log in logs]),
+        'preprocess': first.get('preprocess', ''),
+        'reported': group[0].reported,
+        'seeds': ' '.join(str(one.seed) for one in group),
+        'errors': ' '.join(f'{error:.2f}' for error in errors),
+    }
+
+
+def median_or_none(values):
+    return median(values) if values else None
+
+
+def seconds(log):
+    return sum(line['train_time'] + line['test_time'] for line in log)
+
+
+def write_tables(study, rows, dataset, folder):
+    """Write table.csv and table.md."""
+    with open(folder / 'table.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / 'table.md').write_text(page(study, rows, dataset))
+
+
+def page(study, rows, dataset):
+    """The text of table.md: title, how it was made, table, and the note on the results."""
+    command = f'python -m tools.study studies/{study.name}.yaml'
+    if dataset != study.dataset:
+        command += f' --dataset {dataset}'
+    lines = [
+        f'# {study.title}',
+        '',
+        f'`{command}` makes this page and the files next to it:',
+        f'{dataset}, preprocessing {rows[0]["preprocess"]}, seeds {rows[0]["seeds"]}. '
+        'Errors are those after the last epoch.',
+        'The folders next to this file have the log and the command of each run.',
+        '',
+        *markdown_table(study, rows),
+    ]
+    if study.note and dataset == study.dataset:
+        lines += ['', study.note.strip()]
+    return '\n'.join(lines) + '\n'
+
+
+def markdown_table(study, rows):
+    """The lines of the table; a column for diverged runs and one for reported numbers if any."""
+    columns = {name: [str(row[name]) for row in rows] for name in (*study.table, 'n')}
+    if any(row['diverged'] for row in rows):
+        columns['diverged'] = [str(row['diverged']) for row in rows]
+    columns['test error, %: median'] = [number(row['error']) for row in rows]
+    columns['min'] = [number(row['least']) for row in rows]
+    columns['max'] = [number(row['most']) for row in rows]
+    columns['training error, %'] = [number(row['train_error']) for row in rows]
+    columns['parameters'] = [thousands(row['parameters']) for row in rows]
+    columns['seconds per run'] = [number(row['seconds'], 0) for row in rows]
+    if any(row['reported'] for row in rows):
+        columns[study.reported] = [str(row['reported']) for row in rows]
+    lines = [columns, ['---'] * len(columns), *zip(*columns.values())]
+    return [f'| {" | ".join(cells)} |' for cells in lines]
+
+
+def number(value, digits=2):
+    return '' if value is None else f'{value:.{digits}f}'
+
+
+def thousands(value):
+    return '' if value is None else f'{value:,}'
