@@ -248,14 +248,14 @@ def summary(parts, arguments, minutes):
     counts = sum((part.counts for part in parts), Counter())
     starts = [n for part in parts for n in part.starts]
     faults = [fault for part in parts for fault in part.faults]
-    identical = [found for part in parts for found in part.differences if not found]
+    all_differences = [found for part in parts for found in part.differences]
     rows = [
         *counts.most_common(),
         ('finished runs', len(starts)),
         (
             'of these, identical to the undisturbed run to the bit (parameters, running '
             'statistics, momentum, log without times)',
-            len(identical),
+            all_differences.count([]),
         ),
         ('largest number of starts of one run', max(starts)),
         ('faults', len(faults)),

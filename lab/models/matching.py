@@ -6,9 +6,8 @@ from lab.models import registry
 
 def network_flags(network):
     """The options of train.py that define a network, as on a command line."""
-    names = ('model', 'depth', 'width', 'dataset', *registry.own_options(network['model']))
     flags = []
-    for name in names:
+    for name in registry.network_option_names(network['model']):
         if name in network:
             value = f'{network[name]:g}' if name == 'width' else network[name]
             flags.append(f'--{name} {value}')

@@ -73,6 +73,11 @@ def own_options(model):
     }
 
 
+def network_option_names(model):
+    """The options of train.py that define a network of this model."""
+    return ('model', 'depth', 'width', 'dataset', *own_options(model))
+
+
 def fold(model, params):
     """The folded state dict of a model.
 

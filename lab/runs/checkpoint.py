@@ -108,8 +108,7 @@ class Checkpoint:
         dataset = given.get('dataset', 'CIFAR10')
         if not self.preprocessing and DATASETS[dataset] == DATASETS[network['dataset']]:
             network['dataset'] = given.get('dataset', network['dataset'])
-        own_options = registry.own_options(network['model'])
-        names = ('model', 'depth', 'width', 'dataset', *own_options)
+        names = registry.network_option_names(network['model'])
         for name in names:
             if given.get(name, network[name]) != network[name]:
                 wanted = {**network, **{key: given[key] for key in names if key in given}}

@@ -26,14 +26,11 @@ class BatchNorm:
 
 def network_arguments(options, source):
     """The arguments of registry.define for these options and this data set."""
+    names = registry.network_option_names(options['model'])
     return {
-        'model': options['model'],
-        'depth': options['depth'],
-        'width': options['width'],
-        'dataset': options['dataset'],
+        **{name: options[name] for name in names},
         'num_classes': len(source.classes),
         'in_channels': source.preprocessing.channels,
-        **{name: options[name] for name in registry.own_options(options['model'])},
     }
 
 
