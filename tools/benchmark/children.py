@@ -13,6 +13,7 @@ import os
 import sys
 import tempfile
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -49,21 +50,25 @@ def random_training():
 
 def cifar_batches(root, sums):
     """Training batches of files from made_data.write_cifar; sums: JSON of their MD5 sums."""
-    from lab.data import datasets
+    from lab.data.datasets import PREPROCESSING, Data
+    from lab.data.torchvision_sets import read_in_child
 
-    # `load` reads the files in a forked process. Only that one imports torchvision, whose memory
-    # is not measured, and is told the sums.
-    os.register_at_fork(after_in_child=partial(expect_sums, json.loads(sums)))
-    return datasets.load('CIFAR10', root).batches(True, batch_size=128, pad=4)
+    read = partial(read_made_cifar, json.loads(sums))
+    train, test, classes = read_in_child(read, 'CIFAR10', Path(root), download=False)
+    data = Data('CIFAR10', train, test, classes, PREPROCESSING['CIFAR10'])
+    return data.batches(True, batch_size=128, pad=4)
 
 
-def expect_sums(sums):
-    """Let torchvision accept CIFAR-10 files with these MD5 sums."""
+def read_made_cifar(sums, name, root, download):
+    """`read_cifar`, which accepts files with these MD5 sums."""
     from torchvision.datasets import CIFAR10
 
+    from lab.data.torchvision_sets import read_cifar
+
     for part in (CIFAR10.train_list, CIFAR10.test_list):
-        part[:] = [[name, sums[name]] for name, _ in part]
+        part[:] = [[file, sums[file]] for file, _ in part]
     CIFAR10.meta['md5'] = sums['batches.meta']
+    return read_cifar(name, root, download)
 
 
 def train_steps(batches, steps=30):
