@@ -26,15 +26,15 @@ def dirac_weight(weight, alpha, beta, groups=1):
         weight: (out, in / groups, *kernel), with any number of kernel dimensions.
         alpha: (out,), scales the identity.
         beta: (out,), scales the normalized weight.
-        groups: the groups of the convolution; each has an identity of its own.
+        groups: the number of groups of the convolution; each has its own identity.
 
     Returns:
         (out, in / groups, *kernel). Row i is alpha[i] times row i of `torch.nn.init.dirac_`, plus
         beta[i] times filter i divided by its l2 norm. If a group has more outputs than inputs,
-        the remaining rows have no identity. A filter of zeros stays zero; its gradient is that
+        the remaining rows have no identity. An all-zero filter stays zero; its gradient is that
         of a filter with norm 1.
 
-    To compute several weights of one shape at once, concatenate them as the groups of one weight.
+    To compute several weights of one shape at once, concatenate them and make each a group.
     """
     out, inside = weight.shape[:2]
     # View the weight as rows of taps in memory order, so that nothing is copied.
@@ -45,11 +45,11 @@ def dirac_weight(weight, alpha, beta, groups=1):
     )
     ordered = weight.movedim(1, -1) if channels_last else weight
     flat = ordered.flatten(1)  # (out, taps)
-    # torch.jit cannot save a trace that has a custom autograd function in it.
+    # torch.jit cannot save a trace that contains a custom autograd function.
     normalize = _normalized if torch.jit.is_tracing() else _Normalized.apply
     effective = normalize(flat, beta)
-    # Add alpha to the diagonal of the central tap instead of building a delta tensor. index_put_
-    # is used because for an addition to a view, autograd would copy the whole gradient.
+    # Add alpha to the diagonal of the central tap instead of building a delta tensor. This uses
+    # index_put_, because autograd copies the whole gradient for an addition to a view.
     n = min(out // groups, inside)
     rows = torch.arange(out, device=weight.device).view(groups, -1)[:, :n].reshape(-1)
     columns = torch.arange(n, device=weight.device).repeat(groups)
@@ -111,9 +111,9 @@ def split_weight(weight, groups=1):
         weight: (out, in / groups, *kernel), the weight of the ordinary convolution.
 
     Returns:
-        alpha, (out,), is the diagonal of the central tap; weight is the rest; beta, (out,), holds
-        the norms of the rest's filters. `dirac_weight` of the three gives the argument back, up
-        to rounding.
+        (weight, alpha, beta). alpha, (out,), is the diagonal of the central tap; weight is the
+        rest; beta, (out,), has the norms of the filters of this rest. From these three,
+        `dirac_weight` computes the ordinary weight again, up to rounding.
     """
     weight = weight.detach().clone()
     alpha = torch.zeros(weight.shape[0], device=weight.device, dtype=weight.dtype)
@@ -131,7 +131,7 @@ def _central_diagonal(weight, groups):
 
 
 def plain_conv(kind, conv, weight):
-    """A plain convolution of class `kind` with this weight and all else as in `conv`."""
+    """A plain convolution of class `kind` with this weight and everything else from `conv`."""
     plain = kind(
         conv.in_channels,
         conv.out_channels,
@@ -142,7 +142,7 @@ def plain_conv(kind, conv, weight):
         conv.groups,
         conv.bias is not None,
         conv.padding_mode,
-        device='meta',  # allocates nothing: the tensors are replaced at once
+        device='meta',  # allocates nothing: the tensors are replaced right away
         dtype=weight.dtype,
     )
     plain.weight = nn.Parameter(weight.detach())
@@ -152,7 +152,7 @@ def plain_conv(kind, conv, weight):
 
 
 class DiracConv:
-    """What the three layers share. It comes before the `torch.nn` convolution among the bases."""
+    """What the three layers share; a base class listed before the `torch.nn` convolution."""
 
     def __init_subclass__(cls):
         cls.__signature__ = inspect.signature(cls.plain_class)  # help() shows torch's arguments
@@ -190,8 +190,8 @@ class DiracConv:
         return plain_conv(self.plain_class, self, weight.to(self.weight.dtype))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # The original code's modules store the identity as a buffer. Here it is implied, so a
-        # stored one must agree with it.
+        # The original code's modules store the identity as a buffer. Here it is implicit, so a
+        # stored one is only checked.
         delta = state_dict.pop(prefix + 'delta', None)
         if delta is not None and not self._is_delta(delta):
             error_msgs = args[-1]
@@ -221,7 +221,7 @@ class DiracConv1d(DiracConv, nn.Conv1d):
 
     Input (N, in, L), output (N, out, L'). Parameters: weight, bias, and alpha and beta, (out,)
     each. Do not apply weight decay to alpha and beta: both would collapse to zero (paper,
-    section 3). repr shows their means.
+    section 3). The repr shows their means.
     """
 
     plain_class = nn.Conv1d
@@ -251,8 +251,8 @@ class DiracParametrization(nn.Module):
         register_parametrization(conv, 'weight', DiracParametrization(conv))
         remove_parametrizations(conv, 'weight')  # leaves the folded weight
 
-    The convolution still computes the same (see `split_weight`). With fresh=True alpha and beta
-    start at 1.0 and 0.1 instead, and the weight is only normalized.
+    The convolution still computes the same function (see `split_weight`). With fresh=True, alpha
+    and beta start at 1.0 and 0.1 instead, and the weight is only normalized.
     """
 
     def __init__(self, conv, fresh=False):
@@ -267,7 +267,7 @@ class DiracParametrization(nn.Module):
 
     @torch.no_grad()
     def right_inverse(self, weight):
-        """torch calls this at registration, and when a weight is assigned."""
+        """Split an ordinary weight. torch calls this at registration and when one is assigned."""
         if self.fresh:
             self.fresh = False
             return weight

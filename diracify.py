@@ -1,8 +1,8 @@
 """Dirac weights for any network.
 
-    diracify(model)       # its convolutions get Dirac weights; the function stays the same
+    diracify(model)       # its convolutions get Dirac weights; the model still computes the same
     ...                   # train it
-    folded = fold(model)  # plain convolutions again, which include the batch norms
+    folded = fold(model)  # plain convolutions again, with the batch norms folded in
 
 This file needs torch, diracconv.py and diracnet.py alone.
 """
@@ -34,9 +34,9 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def qualifies(conv):
-    """Whether the identity is a sensible start for a module.
+    """Whether a module is a convolution for which the identity is a sensible starting point.
 
-    It is for a `torch.nn` convolution whose output has the size of its input and whose kernel is
+    That is a `torch.nn` convolution whose output has the size of its input and whose kernel is
     larger than one tap.
     """
     return type(conv) in LAYERS and max(conv.kernel_size) > 1 and _keeps_size(conv)
@@ -52,10 +52,10 @@ def _keeps_size(conv):
 
 
 def diracify(model, *, fresh=False, where=qualifies):
-    """Replace convolutions of a network by Dirac convolutions, in place.
+    """Replace convolutions of a network with Dirac convolutions, in place.
 
     Args:
-        model: any module. A convolution that appears in several places remains one module.
+        model: any module. A convolution that appears in several places stays a single module.
         fresh: start from new weights near the identity. By default the layers start from the
             weights of the model, and the function that it computes stays the same.
         where: predicate that selects from the model's `torch.nn.Conv1d`, `Conv2d` and `Conv3d`.
@@ -95,7 +95,7 @@ def _dirac_conv(conv, fresh):
 
 
 def _replace(model, selected, make):
-    """Replace each selected module by make(module), in every place where it appears."""
+    """Replace each selected module with make(module), in every place where it appears."""
     made = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if not selected(module):
@@ -115,18 +115,18 @@ def _replace(model, selected, make):
 def fold(model):
     """Fold Dirac weights and batch norms into plain convolutions.
 
-    A batch norm is folded into the convolution (or linear layer) directly before it. It stays,
-    and a warning names it, if there is none, if either of the two is called more than once, or
-    if something else also uses the output of the convolution. All batch norms stay, with a
-    warning, if torch.fx cannot trace the model.
+    A batch norm is folded into the convolution (or linear layer) directly before it. It stays, and
+    a warning names it, if there is no such layer, if either of the two is called more than once,
+    or if the output of the layer is also used elsewhere. All batch norms stay, with a warning, if
+    torch.fx cannot trace the model.
 
     Args:
         model: any module, with layers of diracconv.py or with DiracParametrization; or a
             DiracNet's flat dict of params, whose folded state dict `diracnet.fold` returns.
 
     Returns:
-        A copy in evaluation mode that computes what the model computes there. If the model has
-        batch norms, it is a `torch.fx.GraphModule` that keeps the names of the modules.
+        A copy that computes the same as the model in evaluation mode. If the model has batch
+        norms, the copy is a `torch.fx.GraphModule` that keeps the names of the modules.
     """
     if not isinstance(model, nn.Module):
         return diracnet.fold(model)
@@ -148,7 +148,7 @@ def _is_parametrized(module):
 
 
 def _without_parametrization(conv):
-    # remove_parametrizations would change the class of the module, which a copy shares with its
+    # remove_parametrizations would change the class of the module, which the copy shares with the
     # original.
     return plain_conv(parametrize.type_before_parametrizations(conv), conv, conv.weight)
 
@@ -179,7 +179,7 @@ def _fold_batch_norms(model):
 def _reused_batch_norms(traced):
     """Batch norms that are called more than once, or after a module that is.
 
-    `fuse` treats each call separately, but folding one call would change the module for all.
+    `fuse` treats each call separately, but folding one call would change the module for all calls.
     """
     calls_by_module = {}
     for node in _calls(traced):

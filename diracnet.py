@@ -1,15 +1,15 @@
 """DiracNets, version 2: plain chains of convolutions that train like residual networks.
 
     f, params = define_diracnet(depth=34, width=2, dataset='CIFAR10')
-    logits = f(images, params, mode=False)  # mode=True: batch statistics; updates the running ones
+    logits = f(images, params, mode=False)  # mode=True: use batch statistics, update running ones
 
-    folded = DiracNet(34, 2, 'CIFAR10')     # the same function as convolutions and ReLUs alone
+    folded = DiracNet(34, 2, 'CIFAR10')     # the same function, made of convolutions and ReLUs
     folded.load_state_dict(fold(params))
 
     model = diracnet18(pretrained=True)     # a folded DiracNet-18 with ImageNet weights
 
 Source: Zagoruyko and Komodakis, DiracNets: Training Very Deep Neural Networks Without
-Skip-Connections, arXiv 1706.00388. This file needs torch alone.
+Skip-Connections, arXiv 1706.00388. This file needs torch and diracconv.py alone.
 """
 
 import hashlib
@@ -29,7 +29,8 @@ from diracconv import ALPHA, BETA, dirac_weight
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 
-# What a network needs to know about a data set: its form, the channels of an image, the classes.
+# What each data set determines: the form of the network, the channels of an image, the number of
+# classes.
 DATASETS = {
     'digits': ('cifar', 1, 10),
     'FashionMNIST': ('cifar', 1, 10),
@@ -40,7 +41,7 @@ DATASETS = {
     'folder': ('imagenet', 3, None),  # a folder of images: pass num_classes
 }
 BASE_WIDTHS = {'cifar': (16, 32, 64), 'imagenet': (64, 128, 256, 512)}
-# As a ResNet counts its blocks; a group of a DiracNet has twice that many.
+# Blocks in each group of a ResNet of this depth; the groups of a DiracNet have twice as many.
 IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 
 
@@ -79,7 +80,7 @@ def chain(architecture, inputs, params, mode, norm=F.batch_norm):
 
 
 def relu(x):
-    return F.relu(x, inplace=True)  # batch norm and pooling do not need their output again
+    return F.relu(x, inplace=True)  # the backward passes of batch norm and pooling do not need it
 
 
 def batch_norm(x, params, name, mode, norm=F.batch_norm):
@@ -153,7 +154,7 @@ class Architecture:
 
 
 def make_architecture(depth, width, dataset, num_classes=None, in_channels=None):
-    """The Architecture for these choices; the data set gives what is None.
+    """The Architecture for these choices; the data set determines what is None.
 
     Raises:
         ValueError: there is no such network; the message says what is possible.
@@ -244,10 +245,10 @@ def define_diracnet(depth, width, dataset, *, num_classes=None, in_channels=None
 
     Args:
         depth: 6n + 4 for small images (n >= 1); 18 or 34 for ImageNet.
-        width: multiplies the channels, (16, 32, 64), or (64, 128, 256, 512) for ImageNet; the
-            products are truncated to integers.
+        width: multiplies the channels of the groups, (16, 32, 64), or (64, 128, 256, 512) for
+            ImageNet; the products are truncated to integers.
         dataset: a name in DATASETS; it determines the form, the channels and the classes.
-        num_classes, in_channels: replace those of the data set.
+        num_classes, in_channels: override those of the data set.
 
     Returns:
         f, params: `f(inputs, params, mode)` returns logits, see `chain`. params is a flat dict
@@ -498,7 +499,7 @@ def infer_architecture(params):
             depth = depth_of[tuple(count // 2 for count in counts)]
         else:
             depth = 3 * counts[0] + 4
-        # The last of the truncated widths is the finest, so it determines the others.
+        # Widths are truncated to integers. The last is the largest, so truncation changes it least.
         width = fc.shape[1] / base_widths[-1]
         width = int(width) if width.is_integer() else width
         architecture = Architecture(form, depth, width, stem.shape[1], fc.shape[0])

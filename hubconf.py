@@ -11,9 +11,9 @@ def diracnet(depth, width=1, dataset='CIFAR10', *, folded=False, **kwargs):
     """DiracNet-DEPTH-WIDTH for a data set, with new weights.
 
     Args:
-        depth, width, dataset: as for `diracnet.define_diracnet`; so are num_classes= and
-            in_channels=.
-        folded: return the folded network (diracnet.DiracNet) instead of one to train
+        depth, width, dataset: as for `diracnet.define_diracnet`, like the keyword arguments
+            num_classes and in_channels.
+        folded: return the folded network (diracnet.DiracNet) instead of the one to train
             (diracnet.Network).
     """
     if folded:

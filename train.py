@@ -63,7 +63,7 @@ def main(arguments=None):
             found = distributed.from_first(lambda: checkpoint.load(to_evaluate))
             options = options_to_evaluate(found, given)
         else:
-            if not to_launch:  # the processes that train will lock it
+            if not to_launch:  # otherwise the launched processes lock it
                 distributed.from_first(folder.lock)
             found = distributed.from_first(lambda: find_resumed(given))
             options = options_to_train(found, given)
@@ -80,7 +80,7 @@ def main(arguments=None):
 
 
 def train(options, resumed, device, folder, arguments):
-    """Train to the last epoch, and write all that `folder` has at the end."""
+    """Train to the last epoch; write checkpoints, log and command line to `folder`."""
     folder.settle(options, resumed, auto=options.pop('resume', None) == 'auto')
     options['save'] = str(folder.path)
     with Stop() as stop:
@@ -143,7 +143,7 @@ def train(options, resumed, device, folder, arguments):
                     stop.check_parent()
                     recorder.check_loss(epoch)
                     recorder.save_if_due(finished, training.progress)
-            progress = None  # only the first epoch can be an interrupted one
+            progress = None  # only the first epoch can start in the middle
             train_stats = training.finish()
             recorder.check_loss(epoch)
 
@@ -172,12 +172,12 @@ def train(options, resumed, device, folder, arguments):
 
 
 def evaluate(options, found, device):
-    """Test a checkpoint, and print what its log would say, as one line of JSON."""
+    """Test a checkpoint, and print the results as one line of JSON."""
     dtype, short = DTYPES[options['dtype']]
     module = found.module().to(device, dtype, memory_format=torch.channels_last)
     source = load_data(options)
     check_classes(source, found, options)
-    if found.preprocessing:  # that of its own training set, which may be whitened
+    if found.preprocessing:  # that of its training set, which may have been whitened
         source = replace(source, preprocessing=Preprocessing.from_dict(found.preprocessing))
     batches = make_batches(source, False, options, device)
     test = Pass('test', 'test', batches, Meters(len(source.classes)), epoch=0)
@@ -199,25 +199,25 @@ def evaluate(options, found, device):
 
 
 def forward(model, inputs, targets, dtype, short):
-    """Mean loss and logits, (N, classes), of a batch; convolutions run in the type `short`."""
+    """Mean loss and logits, (N, classes), of a batch; `short` is the dtype of autocast, or None."""
     with autocast(inputs.device, short):
         logits = model(inputs.to(dtype))
     return F.cross_entropy(logits.to(dtype), targets), logits
 
 
 def distributed_share(targets, batch_size):
-    """What to multiply the loss by: gradients are averaged over processes, whose shares of a
-    batch may differ by one sample."""
+    """The factor for this process's loss: gradients are averaged over processes, whose shares of
+    a batch may differ by one sample."""
     return len(targets) * world() / batch_size if world() > 1 else 1
 
 
 def finished_already(found, options):
     if options.get('resume') != 'auto':
         raise OptionError(
-            f'{found.path} has {found.epoch} epochs already; choose more with --epochs '
+            f'{found.path} has already trained {found.epoch} epochs; choose more with --epochs '
             f'(now {options["epochs"]})'
         )
-    say(f'{found.path} has all its {found.epoch} epochs: nothing left to do')
+    say(f'{found.path} has finished its {found.epoch} epochs: nothing left to do')
 
 
 def describe_epoch(stats, k):

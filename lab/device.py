@@ -81,12 +81,12 @@ def _device_name(given, n_devices):
 
 
 def set_up(options, device):
-    """Set torch's global switches. Raises OptionError for a dtype that the device does not have."""
+    """Set torch's global switches. Raises OptionError for a dtype that the device cannot train."""
     if options['dtype'] == 'half' and device.type != 'cuda':
         raise OptionError(f'--dtype half needs CUDA, but the device is {device}; use bfloat16')
     if device.type == 'cuda':
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision('high')  # TF32
         torch.backends.cudnn.allow_tf32 = True
-    elif not options['recompute']:  # --recompute is for little memory: malloc should return it
+    elif not options['recompute']:  # --recompute saves memory, so malloc should return it
         keep_freed_memory()

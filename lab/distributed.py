@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from lab.errors import OptionError, UserError
 
-UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID'  # torchrun (and `launch`) set this in each process
+UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID'  # set in each process by torchrun (and by `launch`)
 UNDER_LAUNCH = 'DIRACNETS_NGPU'
 
 
@@ -53,7 +53,7 @@ def rank():
 
 
 def say(text):
-    """Print in one of the processes."""
+    """Print, in rank 0 only."""
     if rank() == 0:
         print(text, flush=True)
 
@@ -67,8 +67,8 @@ def start(device):
     store, number, count = next(dist.rendezvous('env://'))
     if os.environ.get('GROUP_WORLD_SIZE') == '1':
         # torchrun's store outlives a restart (torch 2.14), and with it the addresses of dead
-        # processes. On several machines the restart counts may differ, so this cannot be done;
-        # there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart its own store.
+        # processes. A prefix for each restart hides them. On several machines the restart counts
+        # may differ; there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart its own store.
         store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
@@ -104,7 +104,7 @@ def launch(n, command):
 
 @contextmanager
 def one_line_errors():
-    """Raise a UserError where another process died: one that trains, or one that decodes images."""
+    """Raise a UserError if another process died: one that trains, or one that decodes images."""
     try:
         yield
     except RuntimeError as error:
@@ -167,7 +167,7 @@ def union(mapping):
 
 
 def from_first(function):
-    """What `function()` returns or raises (a UserError) in rank 0.
+    """What `function()` returns in rank 0; all processes raise its UserError.
 
     The other processes may not have the files that it reads.
     """
@@ -224,7 +224,7 @@ def share_statistics(module):
 class _Sum(torch.autograd.Function):
     """The sum of a tensor over all processes.
 
-    The backward pass sums too: the loss of every process depends on every term.
+    The backward pass sums gradients too: the loss of every process depends on every term.
     """
 
     @staticmethod

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 class OptionError(UserError):
-    """A command line that cannot be carried out."""
+    """Options that are invalid or do not fit together."""
 
     status = 2
 
@@ -60,5 +60,5 @@ def run(main, name):
 
 
 def _is_distributed():
-    module = sys.modules.get('torch.distributed')  # never imported only for this
+    module = sys.modules.get('torch.distributed')  # do not import it just for this
     return module is not None and module.is_initialized()

@@ -1,4 +1,4 @@
-"""Writing a file as a whole or not at all, and where to keep what was computed from data."""
+"""Writing files atomically, and where to cache what was computed from data."""
 
 import contextlib
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 def write_atomically(path, content, keep_previous_as=None):
     """Write bytes to a file so that at any moment it has its old or its new content.
 
-    The bytes go to a temporary file in the same folder, and to the disk, before it is renamed.
+    The bytes go to a temporary file in the same folder, which is synced to disk and then renamed.
 
     Args:
-        keep_previous_as: the path that the existing file is renamed to.
+        keep_previous_as: the path to rename the existing file to, just before; for a moment, only
+            that path exists.
 
     Raises:
         OSError: the file is unchanged, and the temporary file is removed.
@@ -44,8 +45,8 @@ def _sync_folder(folder):
 
 
 def cache_path(root, name):
-    """Where to keep what was computed from the data in `root`: in that folder, or in the user's
-    cache if the folder is read-only."""
+    """Where to cache what was computed from the data in `root`: in that folder, or in the user's
+    cache if the folder is missing or read-only."""
     if os.access(root, os.W_OK):
         return Path(root) / name
     cache = Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser() / 'diracnets'

@@ -1,4 +1,4 @@
-"""A trained network, folded, next to the unfolded network and its data set."""
+"""A trained network, folded and unfolded, with its data set."""
 
 import os
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import UserError
 from lab.runs.checkpoint import Checkpoint
 
-FILE_IMAGES = 500  # the most image files that sample_images reads
+FILE_IMAGES = 500  # sample_images reads at most this many image files
 
 
 @dataclass
@@ -42,7 +42,7 @@ class FoldedNetwork:
 
     @property
     def facts(self):
-        """What an exported file says about its network: a dict of values that JSON represents."""
+        """What an exported file says about its network: a dict of values that JSON can hold."""
         return {
             'network': {**(self.checkpoint.network or {}), 'dataset': self.dataset},
             'classes': self.classes,
@@ -100,7 +100,7 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
 
     Args:
         dataset: name of the data set, for a checkpoint that does not record it.
-        dataroot: folder of the data set; None for the one that it was trained from.
+        dataroot: folder of the data set; None for the folder that the training used.
 
     Raises:
         UserError: the network does not fold, its preprocessing is unknown, or the data set does
@@ -133,8 +133,8 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
 
 
 def _dataset_name(checkpoint, given):
-    """The data set that the checkpoint records, or the given one, or ImageNet."""
-    # Without preprocessing, the checkpoint's data set is only inferred from shapes.
+    """The data set that the checkpoint records, else the given one, else ImageNet."""
+    # In a checkpoint without preprocessing, the data set was only inferred from shapes.
     if checkpoint.preprocessing and checkpoint.network and checkpoint.network.get('dataset'):
         return checkpoint.network['dataset']
     return given or 'ImageNet'

@@ -1,4 +1,4 @@
-"""How Linux's malloc treats the memory of CPU tensors. Elsewhere these functions do nothing."""
+"""How malloc treats the memory of CPU tensors on Linux. Elsewhere, these functions do nothing."""
 
 import ctypes
 import sys
@@ -25,7 +25,7 @@ def keep_freed_memory():
 
 
 def release_freed_memory():
-    """Return the memory that malloc holds free to the system."""
+    """Return to the system the free memory that malloc holds."""
     malloc_trim = _libc_function('malloc_trim')
     if malloc_trim:
         malloc_trim(0)

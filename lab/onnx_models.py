@@ -34,7 +34,7 @@ def require_onnx(packages=PACKAGES):
 
 @contextlib.contextmanager
 def quiet():
-    """Silence the progress reports and warnings of exporters; their errors are exceptions."""
+    """Silence the progress reports and warnings of exporters; errors still raise exceptions."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
@@ -146,9 +146,9 @@ def to_onnx(net, shape, metadata):
 
 
 def _name_after_modules(graph, taken):
-    """Name each node after its module, and each value after the node that makes or reads it.
+    """Name each node after its module, and each value after the node that produces or reads it.
 
-    No node gets one of the names in `taken`.
+    No node gets a name in `taken`.
     """
     names = {}
     for node in graph.node:
@@ -191,7 +191,7 @@ def _unique(name, taken):
 
 def _remove_traces(graph):
     """Remove the exporter's notes on the source code, which are several times as large as the
-    graph and contain paths of the machine."""
+    graph and contain local paths."""
     for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
         del part.metadata_props[:]
     del graph.value_info[:]

@@ -1,17 +1,18 @@
-"""Shared by the tests: calling the programs as a user does, and small data sets in the real formats."""
+"""Shared by the tests: the programs, called as a user does, and small data sets in real formats."""
 
+import gzip
 import hashlib
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-if (
-    'PYTEST_XDIST_WORKER' in os.environ
-):  # tests run beside each other: a thread each, in the processes that they start, too
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    # Tests run in parallel: one thread each, in the processes that they start too.
     os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
@@ -22,10 +23,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 DEVICES = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
 
+# A short run with random crops: 23 batches to train on and 6 to test on in each of 4 epochs.
+SHORT_RUN = (
+    *('--dataset', 'digits', '--depth', '10', '--epochs', '4', '--epoch_step', '[2,3]'),
+    *('--randomcrop_pad', '1', '--seed', '3'),
+)
+
+
+# --- calling the programs --------------------------------------------------------------------
+
 
 @pytest.fixture
 def call(capfd):
-    """call(main, *args): a program's exit status, stdout and stderr, in this process (a traceback fails the test)."""
+    """call(main, *args): a program's exit status, stdout and stderr, in this process.
+
+    A traceback fails the test.
+    """
     from lab.errors import run
 
     def call(main, *args):
@@ -40,7 +53,8 @@ def call(capfd):
 
 @pytest.fixture
 def refused(call):
-    """refused(status, words, main, *args): the program ends with that status and one line on stderr, which has the words."""
+    """refused(status, words, main, *args): the program ends with that status and with one line on
+    stderr that has the words."""
 
     def refused(status, words, main, *args):
         result = call(main, *args)
@@ -55,7 +69,7 @@ def refused(call):
 
 
 def start(*args, **kwargs):
-    """python ARGS in the repository's root, as a real process."""
+    """A running process: python ARGS in the repository's root."""
     return subprocess.Popen(
         [sys.executable, *map(str, args)],
         cwd=ROOT,
@@ -67,19 +81,54 @@ def start(*args, **kwargs):
 
 
 def python(*args, **kwargs):
+    """Exit status, stdout and stderr of python ARGS in the repository's root."""
     process = start(*args, **kwargs)
     out, err = process.communicate(timeout=500)
     return SimpleNamespace(status=process.returncode, out=out, err=err)
 
 
+def train_digits(folder, options=''):
+    """Train on digits with `options`, a part of a command line; returns the lines of the log."""
+    import train
+
+    train.main(['--dataset', 'digits', *options.split(), '--save', str(folder)])
+    return read_log(folder)
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """stop_at(n, number): this process gets that signal in the n-th batch from now on, of training
+    or test. stop_at(n, act=act): it calls act() instead."""
+    from lab.training.meters import Meters
+
+    add, left = Meters.add, {'n': 0}
+
+    def counting_add(self, *args):
+        add(self, *args)
+        left['n'] -= 1
+        if left['n'] == 0:
+            left['act']()
+
+    monkeypatch.setattr(Meters, 'add', counting_add)
+
+    def stop_at(n, number=signal.SIGTERM, act=None):
+        left.update(n=n, act=act or (lambda: os.kill(os.getpid(), number)))
+
+    return stop_at
+
+
+# --- runs ------------------------------------------------------------------------------------
+
+
 def read_log(folder):
+    """The lines of a run's log.txt as dicts."""
     lines = (Path(folder) / 'log.txt').read_text().splitlines()
     assert all(line.startswith('json_stats: ') for line in lines)
     return [json.loads(line.removeprefix('json_stats: ')) for line in lines]
 
 
 def same(left, right):
-    """Bitwise equality of two checkpoints' tensors, the optimizer's included."""
+    """Whether the checkpoints in two folders are bitwise equal, with the optimizer's momenta."""
     left, right = (torch.load(folder / 'model.pt7', weights_only=True) for folder in (left, right))
     momenta = [
         [state['momentum_buffer'] for state in content['optimizer']['state'].values()]
@@ -95,6 +144,7 @@ def same(left, right):
 
 
 def without_times(folder):
+    """The lines of a run's log without what differs between two equal runs."""
     return [
         {
             key: value
@@ -109,11 +159,35 @@ def without_times(folder):
 def digits_run(tmp_path_factory):
     """The folder of a short real run on digits."""
     folder = tmp_path_factory.mktemp('runs') / 'digits'
-    result = python(
-        'train.py', '--dataset', 'digits', '--epochs', 8, '--epoch_step', '[6]', '--save', folder
-    )
+    command = '--dataset digits --epochs 8 --epoch_step [6] --save'
+    result = python('train.py', *command.split(), folder)
     assert result.status == 0, result.err
     return folder
+
+
+@pytest.fixture(scope='session')
+def short_run(tmp_path_factory):
+    """The folder of SHORT_RUN, undisturbed."""
+    import train
+
+    folder = tmp_path_factory.mktemp('short') / 'run'
+    train.main([*SHORT_RUN, '--save', str(folder)])
+    return folder
+
+
+@pytest.fixture
+def stopped(short_run, tmp_path, stop_at):
+    """A folder in which SHORT_RUN was stopped in its third epoch. Its previous checkpoint is from
+    the end of the second."""
+    import train
+
+    stop_at(29 * 2 + 9)
+    with pytest.raises(SystemExit):
+        train.main([*SHORT_RUN, '--save', str(tmp_path / 'stopped')])
+    return tmp_path / 'stopped'
+
+
+# --- data ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='session')
@@ -121,10 +195,10 @@ def digit_files(tmp_path_factory):
     """The first 40 test digits as PNG files, named by their class."""
     import cv2
 
-    from lab.data import datasets as data
+    from lab.data import datasets
 
     folder = tmp_path_factory.mktemp('digits')
-    images, targets = data.load('digits', '.').test
+    images, targets = datasets.load('digits', '.').test
     for i in range(40):
         cv2.imwrite(str(folder / f'{i:02}-{targets[i]}.png'), images[i].numpy())
     return folder
@@ -140,8 +214,10 @@ def photographs():
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """cifar(name): a folder with a small CIFAR10 or CIFAR100 in torchvision's real format. As its files can't have the MD5 sums of the
-    real ones, torchvision is told theirs."""
+    """cifar(name): a folder with a small CIFAR10 or CIFAR100 in torchvision's real format.
+
+    Its files cannot have the MD5 sums of the real ones, so torchvision's sums are replaced.
+    """
     from torchvision import datasets
 
     def make(name, n=20):
@@ -159,24 +235,15 @@ def cifar(tmp_path, monkeypatch):
             labels = random.integers(0, 10 if name == 'CIFAR10' else 100, n).tolist()
             data = random.integers(0, 256, (n, 3072)).astype(np.uint8)
             key = 'labels' if name == 'CIFAR10' else 'fine_labels'
-            return [
-                file_name,
-                write(
-                    file_name,
-                    {'data': data, key: labels, 'filenames': [f'{i}.png' for i in range(n)]},
-                ),
-            ]
+            content = {'data': data, key: labels, 'filenames': [f'{i}.png' for i in range(n)]}
+            return [file_name, write(file_name, content)]
 
         for part in ('train_list', 'test_list'):
-            monkeypatch.setattr(
-                reader, part, [batch(file_name) for file_name, _ in getattr(reader, part)]
-            )
+            batches = [batch(file_name) for file_name, _ in getattr(reader, part)]
+            monkeypatch.setattr(reader, part, batches)
         names = [f'class{i}' for i in range(10 if name == 'CIFAR10' else 100)]
-        monkeypatch.setattr(
-            reader,
-            'meta',
-            {**reader.meta, 'md5': write(reader.meta['filename'], {reader.meta['key']: names})},
-        )
+        md5 = write(reader.meta['filename'], {reader.meta['key']: names})
+        monkeypatch.setattr(reader, 'meta', {**reader.meta, 'md5': md5})
         return folder.parent
 
     return make
@@ -193,25 +260,16 @@ def svhn(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     split_list = {}
     for part, (url, file_name, _) in SVHN.split_list.items():
-        savemat(
-            folder / file_name,
-            {
-                'X': random.integers(0, 256, (32, 32, 3, 30)).astype(np.uint8),
-                'y': np.arange(30)[:, None] % 10 + 1,
-            },
-        )
-        split_list[part] = [
-            url,
-            file_name,
-            hashlib.md5((folder / file_name).read_bytes()).hexdigest(),
-        ]
+        images = random.integers(0, 256, (32, 32, 3, 30)).astype(np.uint8)
+        savemat(folder / file_name, {'X': images, 'y': np.arange(30)[:, None] % 10 + 1})
+        md5 = hashlib.md5((folder / file_name).read_bytes()).hexdigest()
+        split_list[part] = [url, file_name, md5]
     monkeypatch.setattr(SVHN, 'split_list', split_list)
     return folder
 
 
 def write_idx(path, array):
-    import gzip
-
+    """Write an array of bytes in the IDX format, gzipped if the path ends with .gz."""
     header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, '>i4').tobytes()
     with (gzip.open if path.suffix == '.gz' else open)(path, 'wb') as file:
         file.write(header + array.astype(np.uint8).tobytes())
@@ -219,15 +277,13 @@ def write_idx(path, array):
 
 @pytest.fixture(params=['', '.gz'])
 def fashion_mnist(tmp_path, request):
-    """A folder with a small Fashion-MNIST in its real format, plain and gzipped IDX files."""
+    """A folder with a small Fashion-MNIST in its real format: IDX files, plain or gzipped."""
     folder = tmp_path / 'fashion'
     folder.mkdir()
     random = np.random.default_rng(0)
     for part, n in (('train', 50), ('t10k', 20)):
-        write_idx(
-            folder / f'{part}-images-idx3-ubyte{request.param}',
-            random.integers(0, 256, (n, 28, 28)),
-        )
+        images = random.integers(0, 256, (n, 28, 28))
+        write_idx(folder / f'{part}-images-idx3-ubyte{request.param}', images)
         write_idx(folder / f'{part}-labels-idx1-ubyte{request.param}', np.arange(n) % 10)
     return folder
 
@@ -252,7 +308,7 @@ def image_folder(tmp_path, photographs):
 
 
 class Malicious:
-    """Unpickling this with a loader that runs code makes a file."""
+    """A loader that runs code makes a folder when it unpickles this."""
 
     def __init__(self, path):
         self.path = str(path)

@@ -5,16 +5,16 @@
 
 The suffix chooses the format:
     .pth        a dict: `state_dict` (diracnet.DiracNet.from_state_dict makes the module),
-                `network` (its depth, width, dataset, num_classes and in_channels), `classes` and
-                `preprocessing`
+                `network` (its model, depth, width, dataset, num_classes and in_channels),
+                `classes` and `preprocessing`
     .pt2        torch.export; its extra file metadata.json has the last three of these
     .onnx       ONNX with input `images`, normalized floats (any batch size, C, H, W), and output
                 `logits`; metadata_props has the same three
     .int8.onnx  the same in int8, calibrated on training images; see tools.int8
 
-Each file is loaded in a new process and compared with the unfolded network on test images. If its
-logits are off by more than 1e-4 of the largest, or an int8 file loses more than 0.5 points of
-top-1, it is not written, and the exit status is 1.
+Each file is loaded in a new process and compared with the unfolded network on test images. If the
+logits of a float format are off by more than 1e-4 of the largest, or int8 loses more than 0.5
+points of top-1, the file is not written, and the exit status is 1.
 """
 
 import io
@@ -38,7 +38,7 @@ from tools.measure_file import LATENCIES, measure, measure_content
 SUFFIXES = ('.pth', '.pt2', '.onnx', '.int8.onnx')
 INT8 = '.int8.onnx'
 FLOAT_LIMIT, INT8_LIMIT = 1e-4, 0.5  # relative error of the logits; points of top-1
-TEST_IMAGES, RANDOM_IMAGES = 10_000, 64  # the most images to compare, and how many without data
+TEST_IMAGES, RANDOM_IMAGES = 10_000, 64  # compare on at most this many; on noise without data
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def export_file(network, out, reference):
 
 
 def comparison_images(network):
-    """Images to compare on, their classes or None, and what they are, in words."""
+    """Images to compare on, their classes (None for noise), and a description of the images."""
     if network.data is None:
         generator = torch.Generator().manual_seed(0)
         inputs = torch.randn(RANDOM_IMAGES, *network.input_shape, generator=generator)
@@ -184,9 +184,7 @@ def check_format(network, out):
             f'{out} needs training images of {network.dataset} to calibrate: {network.missing}'
         )
     if out.name.endswith(INT8) and isinstance(network.folded, DiracNetV1):
-        raise UserError(
-            f'{out}: networks with NCReLU cannot be quantized to int8: export .onnx instead'
-        )
+        raise UserError(f'{out} is impossible: int8 does not support NCReLU; export .onnx instead')
     if not out.name.endswith('.pth') and network.preprocessing.whitening:
         raise UserError(
             f'{out} cannot store the matrix of --preprocess zca in its metadata: '

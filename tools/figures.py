@@ -1,4 +1,4 @@
-"""What all figures share: line styles that differ in black and white too, axes, and saving."""
+"""What all figures share: line styles that differ even in black and white, axes, and saving."""
 
 from pathlib import Path
 
@@ -65,7 +65,7 @@ def save(figure, out):
     """
     from matplotlib import pyplot
 
-    pyplot.rcParams['svg.hashsalt'] = 'diracnets'  # equal figures become equal files
+    pyplot.rcParams['svg.hashsalt'] = 'diracnets'  # identical figures give identical files
     png, svg = (Path(out).with_suffix(suffix) for suffix in ('.png', '.svg'))
     try:
         figure.savefig(png, dpi=150)

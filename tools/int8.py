@@ -35,7 +35,7 @@ RECIPES = {  # steps of `int8_onnx`; the last recipe is the one that tools.expor
     'identity apart, equalized, first and last layer in float': ('equalize', 'separate', 'ends'),
 }
 BEST = tuple(RECIPES.values())[-1]
-# Without the product and the sum of a SeparateConv2d: in int8 these would round the activation
+# The product and the sum of a SeparateConv2d are left out: in int8 they would round the activation
 # three times instead of once.
 INT8_OPERATIONS = ['Conv', 'Gemm', 'Relu', 'MaxPool', 'ReduceMean', 'Reshape']
 
@@ -160,7 +160,7 @@ def int8_onnx(net, inputs, metadata, steps=BEST, only=None):
 
 
 def calibration_reader(inputs):
-    """What gives images to ONNX Runtime's quantizer, in batches of 64."""
+    """An object that feeds images to ONNX Runtime's quantizer, in batches of 64."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):
@@ -176,7 +176,7 @@ def calibration_reader(inputs):
 
 
 def calibration_options(steps):
-    """The arguments of `quantize_static` for a recipe's way to find activation ranges."""
+    """The arguments of `quantize_static` for how a recipe finds activation ranges."""
     from onnxruntime.quantization import CalibrationMethod
 
     if 'percentile' in steps:

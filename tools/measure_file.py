@@ -76,7 +76,7 @@ def measure_content(content, path, inputs):
         )
         if child.returncode:
             lines = child.stderr.strip().splitlines() or [f'exit status {child.returncode}']
-            raise UserError(f'{path} is not written: a new process cannot use it: {lines[-1]}')
+            raise UserError(f'{path} is not written, as a new process cannot use it: {lines[-1]}')
         with np.load(result_file) as result:
             return result['logits'], result['times'].tolist()
 

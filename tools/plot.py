@@ -1,12 +1,12 @@
-"""Draw the training curves of runs, or the graph of a network. Readable in black and white.
+"""Draw the training curves of runs, or the graph of a network, readable in black and white.
 
     python -m tools.plot logs/RUN... --out curves.png           # loss and error, a line per run
     python -m tools.plot logs/RUN... --out curves.png --median  # a line per group of seeds
     python -m tools.plot logs/RUN --graph --out graph.png       # the network of a checkpoint
 
-Each command writes a PNG and an SVG. A run is a folder with a log.txt, or a log.txt itself, also
-of the original code. With --median, runs that differ only in their seed are drawn as their median
-and a band from the minimum to the maximum.
+Each command writes a PNG and an SVG. A run is a folder with a log.txt, or a log.txt itself; logs of
+the original code work too. With --median, runs that differ only in their seed are drawn as their
+median and a band from the minimum to the maximum.
 """
 
 import json
@@ -103,7 +103,7 @@ def draw_group(ax, g, label, logs, panel):
 
 
 def add_legend_below(figure, handles, panels):
-    """Add a legend, from {label: line}, under a figure of so many panels, and make room for it."""
+    """Add a legend, from {label: line}, under a figure with this many panels; make room for it."""
     longest = max(map(len, handles))
     columns = max(1, min(3, 80 * panels // (8 + longest)))
     rows = -(-len(handles) // columns)
@@ -131,7 +131,7 @@ def group_by_options(logs):
 
 
 def options_of(log):
-    """The options of a run that may change its numbers, but for the seed."""
+    """The options of a run that may change its numbers, except the seed."""
     from lab.training.options import FREE_ON_RESUME  # imports torch
 
     without_effect = FREE_ON_RESUME - {'epochs'}

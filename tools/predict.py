@@ -1,4 +1,4 @@
-"""Classify image files with a trained network, folded.
+"""Fold a trained network, and classify image files with it.
 
     python -m tools.predict logs/RUN digit.png photos/
 

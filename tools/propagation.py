@@ -3,9 +3,9 @@
     python -m tools.study studies/signal.yaml             # trains four chains, and draws the figure
     python -m tools.propagation RUN... --out signal.png   # the figure of any runs of chains
 
-Writes PNG, SVG and CSV. Each run is measured at its first, untrained parameters, at its kept
-checkpoints (epoch1.pt7, ...) and at its newest one. For each batch norm, which follows each
-convolution of the chain, the CSV has
+Both write PNG, SVG and CSV. Each run is measured before its training, at its kept checkpoints
+(epoch1.pt7, ...) and at its newest one. For each convolution of the chain and the batch norm after
+it, the CSV has
 
     alpha, beta   means of the absolute scales of the convolution
     identity      share of the energy (sum of squares) of the folded weight at the taps of the
@@ -13,7 +13,7 @@ convolution of the chain, the CSV has
     responding    share of the units, channel x position after ReLU or NCReLU, that respond to the
                   input: the values of a unit for the images correlate by more than 0.9 with its
                   values for the same images plus noise of a tenth of their standard deviation. A
-                  unit that is always zero does not respond, nor one that noise changes as much as
+                  unit does not respond if it is always zero, or if noise changes it as much as
                   another image does.
     correlation   histogram of that correlation over the units, in 20 bins from -1 to 1, without
                   the units that do not vary
@@ -116,7 +116,7 @@ def identity_share(weight, version_1):
 
 
 def histogram(correlation):
-    """Share of the units in each bin, from their correlations with NaN."""
+    """Share of the units in each bin, from their correlations, which may be NaN."""
     varying = correlation[correlation.isfinite()].clamp(-1, 1)
     return (torch.histc(varying, BINS, -1, 1) / len(correlation)).tolist()
 
@@ -185,7 +185,7 @@ def measure_runs(folders, dataroot=None):
             batch = first_batch(options, dataroot)
         label = f'{options["model"]}-{options["depth"]}'
         if label in measured:
-            raise UserError(f'{folder} is a second run of {label}: pass one of each')
+            raise UserError(f'{folder} is a second run of {label}: pass one run of each network')
         measured[label] = {epoch: measure(one, *batch) for epoch, one in found.items()}
     return measured
 
@@ -229,7 +229,7 @@ def main(arguments=None):
         '--out', required=True, type=Path, help='file for the figure; PNG, SVG and CSV are written'
     )
     parser.add_argument(
-        '--dataroot', help='folder of the data, if it is not the one of the training'
+        '--dataroot', help='folder of the data set, if it is not where the training had it'
     )
     args = parser.parse_args(arguments)
     print(*report(args.runs, args.out, args.dataroot))

@@ -7,7 +7,7 @@ def draw(measured, logs, out):
     """Draw two rows of panels, and save.
 
     The upper row has, over the layers, the scales and the identity's share of the first run at
-    several epochs, and the test errors of all runs. The lower row has, of all runs, the units that
+    several epochs, and the test errors of all runs. The lower row has, for all runs, the units that
     respond before and after training, the histogram of a middle layer, and the gradients.
 
     Args:

@@ -1,7 +1,7 @@
-"""int8 for folded networks: how much each recipe loses, and how much each layer alone.
+"""int8 for folded networks: how much each recipe loses, and how much each layer loses alone.
 
     python -m tools.quantize logs/RUN                  # each recipe
-    python -m tools.quantize logs/RUN --per-layer      # and each layer quantized alone
+    python -m tools.quantize logs/RUN --per-layer      # also each layer quantized alone
 
 tools.export writes the int8 file; this shows why it uses the last recipe. A recipe is judged by
 the noise in the logits of held-out training images, which are not used for calibration.
@@ -19,7 +19,7 @@ from lab.onnx_models import OnnxNetwork, require_onnx
 from lab.runs import checkpoint
 from tools.int8 import BEST, CALIBRATION, RECIPES, find_layers, int8_onnx, observe
 
-TEST_IMAGES = 10_000  # the most to judge by
+TEST_IMAGES = 10_000  # judge by at most this many
 
 
 def signal_to_noise(logits, reference):
@@ -61,8 +61,8 @@ def print_recipes(net, calibration, held_out, test):
 
 
 def print_layers(net, calibration, held_out):
-    """A row for each layer: its largest tap, its input's ranges, and the noise that it makes when
-    it is quantized alone."""
+    """A row for each layer: its largest tap, the ranges of its input, and the noise if it alone is
+    quantized."""
     print_header(
         'layer, alone in int8',
         'largest tap / rms of its filter, median (possible)',
@@ -93,7 +93,7 @@ def channel_ranges(activation):
 def largest_tap(layer):
     """The largest weight of a filter over the root mean square of its weights, median of a layer.
 
-    A filter with a single tap has the square root of its number of weights.
+    For a filter with a single tap, this is the square root of its number of weights.
     """
     weight = layer.weight.detach().flatten(1).abs()  # (out, taps)
     return (weight.amax(1) / weight.square().mean(1).sqrt().clamp(min=1e-12)).median()

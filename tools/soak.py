@@ -1,5 +1,5 @@
-"""Kill trainings at random moments, resume them, and compare their results, to the bit, with those
-of an undisturbed training.
+"""Kill trainings at random moments, resume them, and check that their results equal those of an
+undisturbed training to the bit.
 
     python -m tools.soak --kills 200 --jobs 2 --out logs/reference/soak.md    # about 15 minutes
 
@@ -123,7 +123,7 @@ class Soak:
     """A worker that kills trainings.
 
     Args:
-        seed: of the moments, signals and damages.
+        seed: for the random moments, signals and damage.
         work: folder for its runs.
         reference: folder of the undisturbed run.
         duration: seconds that the undisturbed run took.
@@ -143,7 +143,7 @@ class Soak:
         work.mkdir()
 
     def kill_runs(self, kills):
-        """Train runs to their end, until at least so many kills are done."""
+        """Train runs to their end, until there have been at least this many kills."""
         while self.counts['kills'] < kills:
             folder = self.work / f'run{len(self.starts)}'
             self.starts.append(0)
@@ -181,7 +181,7 @@ class Soak:
         name = signal.Signals(number).name
         self.counts['kills'] += 1
         self.counts[name] += 1
-        # Before its training, a process has Python's own handlers.
+        # Before training starts, a process still has Python's own handlers.
         if process.returncode not in (-number, 128 + number):
             self.add_fault(f'exit status {process.returncode} after {name}: {err[-300:]}')
         if PREVIOUS in err:
@@ -219,7 +219,7 @@ class Soak:
         if position < last:
             self.add_fault(f'at {position} after {last}')
         may_damage = self.chance.random() < DAMAGE_PROBABILITY
-        # Never two damaged checkpoints at once: then the loaded one was previous.pt7.
+        # Never damage both: if previous.pt7 was loaded, model.pt7 is damaged already.
         is_intact = found.path.name == FILE_NAME and all((folder / name).exists() for name in names)
         if may_damage and is_intact:
             self.counts[f'{FILE_NAME} damaged: {damage(folder / FILE_NAME, self.chance)}'] += 1
@@ -282,7 +282,7 @@ def main(arguments=None):
     parser = OneLineParser(prog='-m tools.soak', description=__doc__)
     parser.add_argument('--kills', type=int, default=200, help='number of kills (default 200)')
     parser.add_argument(
-        '--seed', type=int, default=0, help='of the moments, signals and damages (default 0)'
+        '--seed', type=int, default=0, help='for the moments, signals and damage (default 0)'
     )
     parser.add_argument(
         '--jobs',

@@ -1,7 +1,7 @@
 """Batches of a data set: their order, augmentation in memory, and decoding in worker processes.
 
-Nothing random is stored. The order of an epoch follows from (seed, epoch), the augmentation of a
-sample from (seed, epoch, index), so a run can resume at any batch with the same pixels.
+No random state is stored. The order of an epoch follows from (seed, epoch), and the augmentation of
+a sample from (seed, epoch, index), so a run can resume at any batch with the same pixels.
 """
 
 import weakref
@@ -15,14 +15,14 @@ from lab.errors import OptionError, UserError
 
 
 class Batches:
-    """What all batches share: sizes, and the order in which samples come.
+    """What all batches share: sizes, and the order of the samples.
 
-    Set `epoch` and `start` (the number of a batch) before iterating, to say where to start.
+    Before iterating, set `epoch`, and set `start` to the number of the first batch.
 
     Attributes:
-        n: samples in an epoch, of all processes together; batch_size likewise.
+        n, batch_size: samples in an epoch and in a batch, of all processes together.
         broken: {path: message} of the files of this epoch that could not be used.
-        broken_before: the same for the batches before `start`; set it to resume.
+        broken_before: the same for the batches before `start`; set it when resuming.
     """
 
     def __init__(self, n, batch_size, seed, shuffle, shard):
@@ -57,7 +57,7 @@ class MemoryBatches(Batches):
     Args:
         images, targets: uint8 (N, H, W, C) and int64 (N,), moved to `device` once.
         shuffle: whether each epoch has a new order.
-        pad: crop at random from the image, padded by that many reflected pixels.
+        pad: pad the image by this many reflected pixels, then crop it at random.
         flip: whether to mirror half of the images, at random.
         shard: (rank, number of processes); each process gets its share of every batch.
 
@@ -86,7 +86,7 @@ class MemoryBatches(Batches):
                 f'images, {min(images.shape[1:3])} pixels'
             )
         self.images, self.targets = images.to(device), targets.to(device)
-        if preprocessing.whitening:  # whitening is for whole images, so it comes before the crop
+        if preprocessing.whitening:  # whitening takes whole images, so it comes before the crop
             self.images = whiten(self.images, preprocessing.whitening)
         self.preprocessing, self.pad, self.flip = preprocessing, pad, flip
         self.scratch = None
@@ -121,13 +121,13 @@ class MemoryBatches(Batches):
         torch.add(rows[:, :, None], columns[:, None, :], out=pixels)  # (B, H, W)
         all_pixels = self.images.view(-1, channels)
         torch.index_select(all_pixels, 0, pixels.view(-1), out=cropped.view(-1, channels))
-        # normalize copies bytes, but returns floats as they are; the buffer will be overwritten.
+        # normalize copies bytes, but may return floats uncopied; the buffer will be overwritten.
         return cropped.clone() if cropped.is_floating_point() else cropped
 
     def _buffers(self, size):
         """Memory for the indices of the pixels (B, H, W) and the cropped images (B, H, W, C).
 
-        It is the same for all batches: fresh memory would cost more time than the gather.
+        All batches reuse it: allocating new memory would take longer than the gather.
         """
         if self.scratch is None or len(self.scratch[0]) < size:
             n, height, width, channels = self.images.shape
@@ -150,7 +150,7 @@ class FolderBatches(Batches):
     """Batches of an ImageFolder, decoded in `workers` processes and normalized on the device.
 
     Iterating yields (images, targets): normalized floats (B, C, H, W) in channels_last, and int64
-    (B,). Training batches are shuffled. Test batches lack the broken files.
+    (B,). Training batches are shuffled. Test batches leave out broken files.
 
     Raises:
         UserError: ImageFolder.TRIES broken files in one training batch, while iterating.
@@ -185,7 +185,7 @@ class FolderBatches(Batches):
                     f'{len(problems)} image files under {self.folder.root} are broken in one '
                     f'batch; the first: {problems[0][1]}'
                 )
-            if targets or self.world > 1:  # processes need the same number of batches
+            if targets or self.world > 1:  # all processes need the same number of batches
                 images = self.source.slots[slot, : len(targets)]
                 images, targets = self._to_device(images, torch.tensor(targets, dtype=torch.int64))
                 yield normalize(images, self.folder.preprocessing), targets
@@ -201,10 +201,10 @@ class FolderBatches(Batches):
 
 
 class _Slots(torch.utils.data.Dataset):
-    """An ImageFolder in whole batches, in memory shared by all processes and used again.
+    """An ImageFolder read in whole batches, into reused memory that all processes share.
 
     DataLoader alone would allocate shared memory for each batch, which takes a fifth of the time.
-    Items are asked for as (slot, [(seed, epoch, index), ...]).
+    The index of an item is (slot, [(seed, epoch, index), ...]).
     """
 
     def __init__(self, folder, slots, batch_size):
@@ -227,7 +227,7 @@ class _Slots(torch.utils.data.Dataset):
 
 
 class _SlotOrder(torch.utils.data.Sampler):
-    """For each batch of the epoch, its slot and the places of its samples."""
+    """For each batch of the epoch, its slot and the (seed, epoch, index) of its samples."""
 
     def __init__(self, batches):
         # No reference cycle: deleting the batches ends the loader's worker processes at once.
@@ -244,10 +244,10 @@ class _SlotOrder(torch.utils.data.Sampler):
 
 
 def _use_one_opencv_thread(*_):
-    """Keep OpenCV to one thread, as the workers are the parallelism.
+    """Keep OpenCV to one thread, because the workers already run in parallel.
 
-    It is called before workers are forked, too: a child would inherit OpenCV's thread pool without
-    its threads, and wait for them forever.
+    This is also called before workers are forked: otherwise a child would inherit OpenCV's thread
+    pool without its threads, and wait for them forever.
     """
     import cv2
 

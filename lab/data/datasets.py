@@ -1,8 +1,8 @@
 """The data sets: one table, and `load`, which reads a data set named in it.
 
 `load(name, root)` returns a `Data`. Its `batches(...)` are iterables of (images, targets):
-floats (N, C, H, W) in channels_last, augmented and normalized, on the device that trains.
-The table's readers import the libraries that only they need.
+floats (N, C, H, W) in channels_last, augmented and normalized, on the training device.
+Each reader imports the libraries that only it needs.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from lab.errors import OptionError
 
 @dataclass(frozen=True)
 class Source:
-    """A row of the table: what this package knows of a data set.
+    """A row of the table: what this package knows about a data set.
 
     `read(name, root, download)` returns (images, targets) for training, the same for testing, and
     class names; it raises UserError. It is None for folders of image files.
@@ -29,7 +29,7 @@ class Source:
 
     preprocessing: Preprocessing
     read: Callable | None
-    # Whether training images in memory are mirrored at random; digits do not allow it.
+    # Whether training images in memory are mirrored at random. Digits must not be.
     mirrored: bool = False
 
 
@@ -58,7 +58,7 @@ PREPROCESSING = {name: source.preprocessing for name, source in SOURCES.items()}
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: `train` and `test` are (images, targets) in memory, or an `ImageFolder` each.
+    """A data set: `train` and `test` are each (images, targets) in memory, or an `ImageFolder`.
 
     Images in memory are uint8 (N, H, W, C), targets int64 (N,).
     """
@@ -70,7 +70,7 @@ class Data:
     preprocessing: Preprocessing
 
     def batches(self, train, *, batch_size, device='cpu', seed=0, pad=0, workers=0, shard=(0, 1)):
-        """Batches of the training set, shuffled and augmented, or of the test set, as it is.
+        """Batches of the training set, shuffled and augmented, or of the unchanged test set.
 
         Args:
             batch_size: of all processes together.
@@ -105,7 +105,7 @@ class Data:
             OptionError: a folder of image files, or n is out of range.
         """
         if isinstance(self.train, ImageFolder):
-            raise OptionError(f'--holdout needs images in memory, but {self.name} is image files')
+            raise OptionError(f'--holdout needs images in memory, but {self.name} has image files')
         images, targets = self.train
         if not 0 < n < len(images):
             raise OptionError(
@@ -121,7 +121,7 @@ class Data:
         """
         if isinstance(self.train, ImageFolder):
             raise OptionError(
-                f'--preprocess zca needs images in memory, but {self.name} is image files'
+                f'--preprocess zca needs images in memory, but {self.name} has image files'
             )
         whitening = cached_whitening(self.train[0], Path(root).expanduser(), self.name)
         return replace(self, preprocessing=replace(self.preprocessing, whitening=whitening))
@@ -132,7 +132,7 @@ def load(name, root, *, download=True, image_size=224):
 
     Args:
         name: a key of SOURCES.
-        root: the folder with its files. Small data sets are downloaded to there, if `download`.
+        root: the folder with its files. If `download`, small data sets are downloaded to it.
         image_size: the network's input in pixels, for folders of image files.
 
     Returns:

@@ -25,12 +25,12 @@ CLASSES = (
 TRAIN_FILES = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte')
 TEST_FILES = ('t10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
 IDX_FILES = TRAIN_FILES + TEST_FILES
-# Where the files may be under --dataroot: directly, where torchvision or Debian puts them.
+# Where the files may be under --dataroot: directly, or where torchvision or Debian puts them.
 SUBFOLDERS = ('', 'FashionMNIST/raw', 'fashion-mnist', 'datasets/fashion-mnist')
 
 
 def read_fashion_mnist(name, root, download):
-    """Read the files under `root`, or download them to there.
+    """Read the files under `root`; download them to it if one is missing and `download` is true.
 
     Returns:
         (images, targets) for training, the same for testing, class names. Images are uint8
@@ -68,7 +68,7 @@ def _find_files(root):
 
 
 def _download(root):
-    """Download with torchvision. Returns '', or how it failed, for a message."""
+    """Download with torchvision. Returns '', or why it failed, as part of a message."""
     from torchvision.datasets import FashionMNIST
 
     try:

@@ -1,8 +1,9 @@
-"""Image files: found, decoded by OpenCV to RGB, and cut to a network's input.
+"""Image files: find them, decode them to RGB with OpenCV, and crop them to a network's input.
 
-The preprocessing is the one that the published weights were trained with. All resizing is
-bicubic. Testing: the shorter side to 256, the center of 224. Training: a random crop of 8 % to
-100 % of the area, resized to 224, mirrored half of the time.
+The preprocessing is the one that the published weights were trained with. Resizing is bicubic.
+Testing: the shorter side is resized to 256, and the image cropped to its central 224 x 224.
+Training: a random crop of 8 % to 100 % of the area is resized to 224 x 224, and mirrored half of
+the time.
 """
 
 import io
@@ -43,12 +44,12 @@ def find_images(paths):
 
 
 def read_image(path):
-    """An image file as RGB uint8 (H, W, 3), upright, with transparent parts over white.
+    """An image file as RGB uint8 (H, W, 3), upright, with transparent parts white.
 
     Gray, palette, CMYK and 16-bit images are converted.
 
     Raises:
-        UserError: the file cannot be read, is not an image, or is cut off.
+        UserError: the file cannot be read, is not an image, or is truncated.
     """
     return decode(_read(path), path)
 
@@ -74,7 +75,7 @@ def decode(content, path, reduce=1):
     image = _decode_bgr(content, reduce) if _is_whole(content) else None
     if image is None:
         raise UserError(
-            f'{path} is not an image that OpenCV can read, or is cut off: replace it or remove it'
+            f'{path} is not an image that OpenCV can read, or is truncated: replace it or remove it'
         )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
@@ -101,7 +102,7 @@ def _is_jpeg(content):
 
 
 def _is_whole(content):
-    """Whether JPEG and PNG files have their end. OpenCV fills cut ones with gray, silently."""
+    """Whether a JPEG or PNG is complete. OpenCV silently completes a truncated one with gray."""
     if not content.size:
         return False
     if _is_jpeg(content):
@@ -120,20 +121,21 @@ def _over_white(image):
     return np.rint(255 * (color * alpha + 1 - alpha)).astype(np.uint8)
 
 
-# --- cutting ----------------------------------------------------------------------------------
+# --- cropping ---------------------------------------------------------------------------------
 
 
 def prepare(image, preprocessing):
-    """The test image: RGB uint8 (H, W, 3) to uint8 (image_size, image_size, channels).
+    """Prepare an image for testing: RGB uint8 (H, W, 3) to uint8 (size, size, channels).
 
-    The shorter side is resized to `resize`, then the center is cropped. Resizing is bicubic, but
-    small images are shrunk by area: bicubic would alias.
+    The shorter side is resized to `resize`, then the image is cropped to its central `image_size`.
+    Resizing is bicubic, except that for networks of small images, larger images are averaged by
+    area: bicubic would alias.
     """
     import cv2
 
     height, width = image.shape[:2]
     shorter, size = min(height, width), preprocessing.image_size
-    # The original code truncates the longer side, too.
+    # The length of the longer side is truncated to an integer, as in the original code.
     target = (width * preprocessing.resize // shorter, height * preprocessing.resize // shorter)
     if target != (width, height):
         shrinks = preprocessing.resize == size and shorter > size
@@ -150,8 +152,8 @@ def crop_window(height, width, random):
     """A random window (top, left, height, width) with 8 % to 100 % of an image's area.
 
     This is Inception's crop, with the distribution of torchvision's RandomResizedCrop: the aspect
-    is log-uniform between 3/4 and 4/3. If ten tries do not fit into the image, it is the largest
-    centered window with an aspect in that range.
+    ratio is log-uniform between 3/4 and 4/3. If ten tries do not fit into the image, it is the
+    largest centered window with an aspect ratio in that range.
     """
     for _ in range(10):
         area = height * width * random.uniform(0.08, 1)

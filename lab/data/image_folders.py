@@ -18,9 +18,9 @@ from lab.files import cache_path, write_atomically
 class ImageFolder(torch.utils.data.Dataset):
     """The images under root/part; `part` is train or val.
 
-    Items are asked for as (seed, epoch, index), and are (image, target, problems): uint8
-    (size, size, 3), the class, and (path, message) of each broken file that was met. In training,
-    the next whole image replaces a broken one. In testing, image is None for a broken file.
+    The index of an item is (seed, epoch, index). The item is (image, target, problems): uint8
+    (size, size, 3), the class, and (path, message) of each broken file encountered. In training,
+    the next intact image replaces a broken one. In testing, image is None for a broken file.
     """
 
     TRIES = 20  # this many broken files in a row, or in a batch: something else must be wrong
@@ -62,7 +62,7 @@ def list_classes(root):
     """The class names: the folders in root/train, which must also be those in root/val.
 
     Raises:
-        UserError: no such folders, or different ones.
+        UserError: the folders do not exist, or they differ.
     """
     found = {part: _class_folders(root, part) for part in ('train', 'val')}
     for part, other in (('train', 'val'), ('val', 'train')):
@@ -95,9 +95,9 @@ def _class_folders(root, part):
 def list_files(root, part, classes):
     """The image files under root/part.
 
-    The list is cached, as it takes minutes to read a million names from a slow disk. The cache is
-    used while the modification times of all folders are the same: adding or removing a file
-    changes its folder's.
+    The list is cached, because it takes minutes to read a million names from a slow disk. The cache
+    is used as long as no folder's modification time has changed: adding or removing a file changes
+    that of its folder.
 
     Returns:
         Arrays: names relative to root/part (bytes), indices of their classes (int64).
@@ -117,7 +117,7 @@ def list_files(root, part, classes):
 
 
 def _list_folder(folder, classes):
-    """The files, and what tells whether the list is current: a dict of arrays."""
+    """The files, and what `_is_current` compares, as a dict of arrays."""
     names, targets, times = [], [], {}
     for index, label in enumerate(classes):
         before = len(names)

@@ -96,7 +96,7 @@ def fit_whitening(images):
 
 
 def cached_whitening(images, root, name):
-    """`fit_whitening(images)`, cached next to the data under the images' SHA-256."""
+    """`fit_whitening(images)`, cached next to the data in a file named by the images' SHA-256."""
     digest = sha256(images.numpy().tobytes()).hexdigest()
     path = cache_path(root, f'zca-{name}-{digest[:16]}.pt')
     whitening = _read_cache(path)

@@ -1,7 +1,7 @@
 """CIFAR10, CIFAR100 and SVHN, which torchvision reads, checks (MD5) and downloads.
 
 torchvision and its copies of the images take as much memory as a whole training. So
-`read_in_child` calls a reader in a child process; its memory is free again when it ends.
+`read_in_child` calls a reader in a child process, whose memory is freed when it ends.
 """
 
 import multiprocessing
@@ -13,11 +13,11 @@ from lab.data.messages import missing_data, one_line
 from lab.errors import UserError
 
 SVHN_CLASSES = tuple('0123456789')
-MESSAGE_BYTES = 2**28  # a message through a pipe must have less than 2 GB
+MESSAGE_BYTES = 2**28  # a message through a pipe must be smaller than 2 GB
 
 
 def read_cifar(name, root, download):
-    """CIFAR10 or CIFAR100, the files under `root`.
+    """Read CIFAR10 or CIFAR100 from the files under `root`.
 
     Returns:
         Lists of two, for training and testing: uint8 arrays (N, H, W, C), and lists of N labels;
@@ -43,7 +43,7 @@ def read_cifar(name, root, download):
 
 
 def read_svhn(name, root, download):
-    """SVHN. Arguments, results and errors are those of read_cifar."""
+    """Read SVHN. Arguments, results and errors are those of read_cifar."""
     from torchvision.datasets import SVHN
 
     files = SVHN.split_list
@@ -61,7 +61,7 @@ def read_svhn(name, root, download):
 
 
 def _open_parts(reader, parts, root, download, *, md5_sums, wanted):
-    """`reader` (a class of torchvision's) for each of `parts`; downloads what is not complete.
+    """An instance of `reader`, a torchvision class, for each of `parts`; downloads incomplete data.
 
     `md5_sums` ({path: sum}) and `wanted` (the files, in words) are for the error message.
     """
@@ -96,7 +96,8 @@ def _broken_file(md5_sums):
 def read_in_child(read, name, root, download):
     """Call `read(name, root, download)`, such as read_cifar, in a child process.
 
-    The child is forked (where the system can), so `read` may be any function.
+    The child is forked, so `read` may be any function. Where the system cannot fork, `read` runs in
+    this process.
 
     Returns:
         (images, targets) for training, the same for testing, class names. Images are uint8

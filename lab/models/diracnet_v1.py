@@ -4,7 +4,7 @@
     folded = DiracNetV1.from_state_dict(fold_v1(params))
 
 NCReLU keeps the negative part that ReLU drops. A convolution therefore sees twice the channels,
-and the identity passes both signs. params has the keys of `diracnet.define_diracnet`.
+and the identity passes on both signs. params has the keys of `diracnet.define_diracnet`.
 
 Source: the first version of arXiv 1706.00388.
 """
@@ -28,14 +28,14 @@ from diracnet import (
     make_architecture,
 )
 
-ALPHA, BETA, STD = 5.0, 1e-3, 0.1  # initial scales, and initial deviation of the weights
+ALPHA, BETA, STD = 5.0, 1e-3, 0.1  # initial scales; initial standard deviation of the weights
 
 
 # --- the network -----------------------------------------------------------------------------
 
 
 def chain_v1(architecture, inputs, params, mode, norm=F.batch_norm):
-    """A DiracNet of version 1 as a function, or its plain chain if params has no alpha and beta.
+    """A DiracNet of version 1 as a function, or its plain chain if params has no alpha or beta.
 
     Arguments and returns are those of `diracnet.chain`.
     """
@@ -96,7 +96,7 @@ def tiled_delta(weight):
 
 
 def define_diracnet_v1(depth, width, dataset, *, num_classes=None, in_channels=None):
-    """DiracNet-DEPTH-WIDTH, version 1; arguments, returns and errors as `define_diracnet`.
+    """DiracNet-DEPTH-WIDTH, version 1; arguments, returns and errors as for `define_diracnet`.
 
     The paper applied weight decay to all parameters.
     """

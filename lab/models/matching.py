@@ -1,4 +1,4 @@
-"""Whether parameters fit a network, and how to say where they do not."""
+"""Whether parameters fit a network, and messages that say where they do not."""
 
 from lab.errors import UserError
 from lab.models import registry
@@ -15,7 +15,7 @@ def network_flags(network):
 
 
 def differences(theirs, ours):
-    """A line with key and both shapes for each key at which two dicts of tensors differ."""
+    """A line for each key at which two dicts of tensors differ, with the key and both shapes."""
     their_shapes = {key: tuple(tensor.shape) for key, tensor in theirs.items()}
     our_shapes = {key: tuple(tensor.shape) for key, tensor in ours.items()}
     lines = []

@@ -1,6 +1,7 @@
 """The chains of DiracNets, versions 1 and 2, with ordinary convolutions instead of Dirac ones.
 
-Arguments, returns and errors are those of `diracnet.define_diracnet`. params has no alpha and beta.
+Arguments, returns and errors are those of `diracnet.define_diracnet`, but params has no alpha or
+beta.
 """
 
 from diracnet import define_chain, make_architecture
@@ -14,6 +15,6 @@ def define_plain(depth, width, dataset, *, num_classes=None, in_channels=None):
 
 
 def define_plain_ncrelu(depth, width, dataset, *, num_classes=None, in_channels=None):
-    """The same for version 1: NCReLU stays; the convolutions start Kaiming normal."""
+    """The same for version 1: NCReLU stays; the convolutions start with Kaiming normal weights."""
     architecture = make_architecture(depth, width, dataset, num_classes, in_channels)
     return define_chain_v1(architecture, dirac=False)

@@ -45,9 +45,9 @@ def define(
     Args:
         model: a name in MODELS.
         depth, width, dataset, num_classes, in_channels: as for `diracnet.define_diracnet`.
-        init: a name in INITS, which draws the weights of all convolutions again; None keeps the
-            model's own initialization.
-        own_options: see `own_options`.
+        init: a name in INITS, to initialize the weights of all convolutions in that way; None
+            keeps the model's own initialization.
+        own_options: options that not all models share, see the function `own_options`.
 
     Raises:
         ValueError: a choice is impossible; the message says what is possible.
@@ -64,7 +64,7 @@ def define(
 
 
 def own_options(model):
-    """The options that this model has and not every other, with their defaults."""
+    """The options of this model that not all models share, with their defaults."""
     shared = ('num_classes', 'in_channels', 'dirac')
     return {
         name: parameter.default

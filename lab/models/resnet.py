@@ -1,4 +1,4 @@
-"""Residual networks, which DiracNets are compared with. Like those, each is a pair f, params.
+"""Residual networks to compare DiracNets with. Like a DiracNet, each is a pair f, params.
 
     f, params = define_resnet(depth=20, width=1, dataset='CIFAR10')
     f, params = define_wide_resnet(depth=28, width=10, dataset='CIFAR10')
@@ -146,8 +146,8 @@ def define_resnet(
 ):
     """A ResNet with basic blocks.
 
-    On small images its shortcuts have no parameters (option A). On ImageNet its parameters are
-    those of torchvision's ResNet-18 and -34.
+    On small images its shortcuts have no parameters (option A). On ImageNet its parameters have the
+    names and shapes of those of torchvision's ResNet-18 and -34.
 
     Args:
         depth: 6n + 2 for small images (n >= 1); 18 or 34 for ImageNet.
@@ -192,8 +192,8 @@ def define_wide_resnet(depth, width, dataset, *, num_classes=None, in_channels=N
     """A Wide ResNet, WRN-DEPTH-WIDTH.
 
     On small images its blocks are preactivated. On ImageNet it is WRN-50-WIDTH-bottleneck: the
-    inner 3x3 convolutions are `width` times as wide as those of ResNet-50. WRN-50-2 has the
-    parameters of torchvision's wide_resnet50_2.
+    inner 3x3 convolutions are `width` times as wide as those of ResNet-50. The parameters of
+    WRN-50-2 have the names and shapes of those of torchvision's wide_resnet50_2.
 
     Args:
         depth: 6n + 4 for small images (n >= 1); 50 for ImageNet.
@@ -305,7 +305,7 @@ def bn_tree(channels):
 
 
 def architecture_of_width(width, dataset, num_classes, in_channels):
-    """The Architecture of a DiracNet of this width. Only its depth is not the residual network's.
+    """The Architecture of a DiracNet of this width; all but its depth fits a residual network too.
 
     Raises ValueError for an impossible choice.
     """
@@ -373,7 +373,7 @@ def infer_resnet(params):
 
 
 def _is_preactivated(params):
-    """Whether batch norms come before convolutions, so that their channels differ."""
+    """Whether batch norms come before convolutions, which shows in their numbers of channels."""
     return any(
         len(params[f'{prefix}bn1.weight']) != len(params[f'{prefix}conv1.weight'])
         for prefix in ('', 'layer1.0.')

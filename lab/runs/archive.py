@@ -12,11 +12,11 @@ from lab.errors import UserError
 
 
 class BrokenFile(UserError):
-    """A file that does not have the content that was written to it."""
+    """A file that is missing, damaged, or not from torch.save."""
 
 
 def read_archive(path):
-    """What a file holds, in PyTorch's zip format or in its old one.
+    """The content of a file in PyTorch's zip format or in its older format.
 
     Raises:
         BrokenFile: the file is missing, truncated or damaged, or not from torch.save.
@@ -35,18 +35,18 @@ def read_archive(path):
         ) from None
     except UserError:
         raise
-    except OSError as error:  # also for a cut archive: an offset before its beginning
+    except OSError as error:  # also raised for a truncated archive, by a negative offset
         raise BrokenFile(f'{path} cannot be read ({error.strerror})') from None
     except pickle.UnpicklingError as error:
         if re.search('GLOBAL |Can only (create|build)|unrecognized function', str(error)):
             raise UserError(
-                f'{path} is refused: it has more than tensors and plain values, so loading it '
+                f'{path} is refused: it contains more than tensors and plain values, so loading it '
                 'could run code'
             ) from None
-        raise BrokenFile(f'{path} is not a checkpoint of PyTorch, or it is broken') from None
-    except Exception as error:  # torch raises many kinds for a file that is cut or random
+        raise BrokenFile(f'{path} is not a PyTorch checkpoint, or it is broken') from None
+    except Exception as error:  # torch raises many types for truncated or random files
         raise BrokenFile(
-            f'{path} is not a checkpoint of PyTorch, or it is truncated or broken '
+            f'{path} is not a PyTorch checkpoint, or it is truncated or broken '
             f'({type(error).__name__})'
         ) from None
 
@@ -61,7 +61,7 @@ def _check_sums(file, path):
             compressed = any(entry.compress_type != ZIP_STORED for entry in entries)
             size = sum(entry.file_size for entry in entries)
             if compressed or size > os.fstat(file.fileno()).st_size:
-                raise BrokenFile(f'{path} is not a checkpoint of PyTorch: it is compressed')
+                raise BrokenFile(f'{path} is not a PyTorch checkpoint: it is compressed')
             wrong = archive.testzip()
     except (BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         reason = ' '.join(str(error).split())

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run saves, and every kind of file with a network that can be loaded.
+"""Checkpoints: what a run saves, and how to load it or any other file with a network.
 
 A run's `model.pt7` is a dict with
     params         flat dict of the network's tensors, running statistics included
@@ -9,11 +9,11 @@ A run's `model.pt7` is a dict with
     network        the arguments that define the network: model, depth, width, dataset,
                    num_classes, in_channels, and the options that only this model has
     classes        names of the classes
-    preprocessing  turns an image file into an input (lab.data.preprocessing.Preprocessing)
-    progress       position in the next epoch, and what was measured in it; only within an epoch
+    preprocessing  how an image becomes an input (lab.data.preprocessing.Preprocessing)
+    progress       position in the unfinished epoch, and what was measured in it, if there is one
     log            the lines of log.txt so far
 
-The checkpoint before it is kept as `previous.pt7`, and loaded if the newest is broken.
+The one before it is kept as `previous.pt7`, and loaded if the newest is missing or broken.
 """
 
 import io
@@ -46,7 +46,7 @@ class Checkpoint:
     path: Path
     params: dict
     folded: bool = False
-    network: dict = None  # the arguments that define it; None if the file does not tell
+    network: dict = None  # the arguments that define it; None if they are unknown
     classes: list = None
     preprocessing: dict = None
     options: dict = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Checkpoint:
         """The network as a module in evaluation mode; a folded one as DiracNet.
 
         Raises:
-            UserError: the tensors do not fit a network that is known here.
+            UserError: the tensors do not fit a known network.
         """
         try:
             if self.folded:
@@ -79,7 +79,7 @@ class Checkpoint:
             load_params(module, self.params, self.path)
             return module.eval()
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f'{self.path} has no network that is known here: {error}') from None
+            raise UserError(f'{self.path} has no known network: {error}') from None
 
     def fold(self):
         """The folded module in evaluation mode. Raises UserError if the network does not fold."""
@@ -173,15 +173,15 @@ def load_file(path):
 
 
 def parse(content, path):
-    """The Checkpoint that the content of a file describes. Raises UserError if it is none."""
+    """The Checkpoint that the content of a file describes. Raises UserError if it is not one."""
     if not isinstance(content, dict):
         raise UserError(f'{path} is not a checkpoint: it holds a {type(content).__name__}')
     facts = {name: content[name] for name in CHECKS if content.get(name) is not None}
     for name, value in facts.items():
         if not CHECKS[name](value):
-            raise UserError(f'{path} is not a checkpoint: its {name} cannot be used')
+            raise UserError(f'{path} is not a checkpoint: its {name} is invalid')
     if not all(isinstance(key, str) for key in content):
-        raise UserError(f'{path} is not a checkpoint: its keys cannot be used')
+        raise UserError(f'{path} is not a checkpoint: its keys must be strings')
     params = _find_params(content)
     if not params or not _is_state_dict(params):
         raise UserError(f'{path} is not a checkpoint: it has no state dict of tensors')
@@ -211,8 +211,8 @@ def _is_state_dict(params):
 
 
 def _is_used(key):
-    """The original's files store the identities, under names such as eye64_64_3_3, which are
-    implied here. torchvision's files count batches."""
+    """Whether a tensor is needed here. The original's files also store identities, under names such
+    as eye64_64_3_3, and torchvision's files count batches."""
     return not key.startswith('eye') and not key.endswith('.num_batches_tracked')
 
 
@@ -269,7 +269,7 @@ CHECKS = {
 
 
 def save(path, content, keep_previous=True):
-    """Write a checkpoint, and keep the one before it as previous.pt7.
+    """Write a checkpoint, and keep the existing one as previous.pt7.
 
     Raises:
         OSError: both files are unchanged.

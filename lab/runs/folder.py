@@ -2,7 +2,7 @@
 
 model.pt7     the newest checkpoint; previous.pt7: the one before it (see checkpoint.py)
 log.txt       a line of JSON per epoch (see log.py)
-run.json      how the run was started, each time, and on what
+run.json      the command, versions and machine of each start of the run
 """
 
 import contextlib
@@ -34,16 +34,16 @@ PACKAGES = ('torch', 'torchvision', 'torchnet', 'opencv-python', 'tqdm', 'numpy'
 class RunFolder:
     """The folder of a run. Only rank 0 writes to it, and only one training at a time.
 
-    It is used in this order: `lock` an existing folder before looking at what it holds, `settle`
-    which folder it is, `open` it when nothing else can go wrong, write to it, `finish`.
+    Use it in this order: `lock` an existing folder before reading from it, `settle` which folder it
+    is, `open` it once nothing else can go wrong, write to it, `finish`.
 
-    A file that cannot be written is reported. It ends the run only if there is no checkpoint yet.
+    A failed write is reported. It ends the run only if there is no checkpoint yet.
     """
 
     PATIENCE = 15  # seconds to wait for the processes of a run that was just killed
 
     def __init__(self, given):
-        """given: the options of the command line, of which `save` and `resume` name a folder."""
+        """given: the options of the command line; `save` or `resume` names the folder."""
         resume = given.get('resume')
         self.path = None
         if 'save' in given:
@@ -71,7 +71,7 @@ class RunFolder:
         try:
             self.handle = os.open(self.path, os.O_RDONLY)
         except OSError:
-            return  # the first write reports that it is not permitted
+            return  # the first write will report the missing permission
         deadline = time.monotonic() + self.PATIENCE
         while not _try_to_lock(self.handle):
             if time.monotonic() > deadline:
@@ -105,7 +105,7 @@ class RunFolder:
     def _refuse_another_run(self):
         if rank() > 0 or self.continues:
             return
-        # --resume auto starts a run again that was killed before its first checkpoint.
+        # --resume auto restarts a run that was killed before its first checkpoint.
         names = (checkpoint.FILE_NAME,) if self.auto else (LOG, checkpoint.FILE_NAME)
         if any((self.path / name).exists() for name in names):
             raise OptionError(
@@ -120,10 +120,10 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f'--save {self.path} cannot be made ({error.strerror})') from None
+            raise UserError(f'--save {self.path} cannot be created ({error.strerror})') from None
         if self.handle is None:
             self.lock()
-            self._refuse_another_run()  # another process may have made one in the meantime
+            self._refuse_another_run()  # another process may have started one in the meantime
         for name in (checkpoint.FILE_NAME, LOG, COMMANDS):  # left by a killed process
             for leftover in self.path.glob(f'{name}.*.tmp'):
                 with contextlib.suppress(OSError):
@@ -188,7 +188,7 @@ class RunFolder:
         self._try('events.out.tfevents', write)
 
     def record_command(self, arguments, device):
-        """Add to run.json how this run was started, and on what."""
+        """Add the command, versions and machine of this start to run.json."""
         if rank() > 0:
             return
         entry = {
@@ -213,7 +213,7 @@ class RunFolder:
         """Raise UserError if a file could not be written."""
         if self.faults:
             raise UserError(
-                f'files could not be written {len(self.faults)} times, first: {self.faults[0]}; '
+                f'{len(self.faults)} writes failed; the first: {self.faults[0]}; '
                 f'the last checkpoint is {self.last_save}'
             )
 
@@ -232,7 +232,7 @@ def _try_to_lock(handle):
 
 
 def _is_own(resumed):
-    """Whether a checkpoint is one that a run wrote in its folder, and not a renamed copy."""
+    """Whether a checkpoint has the name that its run gave it, so that it is not a renamed copy."""
     if not resumed or not resumed.is_run:
         return False
     return resumed.path.name in (checkpoint.FILE_NAME, checkpoint.PREVIOUS)
@@ -244,7 +244,7 @@ def log_lines(resumed):
         return []
     if resumed.log is not None:
         return list(resumed.log)
-    path = resumed.path.parent / LOG  # a checkpoint of the original code does not have them
+    path = resumed.path.parent / LOG  # checkpoints of the original code do not contain the log
     lines = path.read_text().splitlines() if path.exists() else []
     return [line for line in lines if (parse_line(line) or {}).get('epoch', 0) <= resumed.epoch]
 

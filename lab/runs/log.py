@@ -14,7 +14,7 @@ def format_line(stats):
 
 
 def parse_line(line):
-    """The dict in a line of a log; None for other lines, and for one that was cut off."""
+    """The dict in a line of a log; None for other lines, and for a truncated one."""
     if not line.startswith(PREFIX):
         return None
     try:
@@ -24,10 +24,10 @@ def parse_line(line):
 
 
 def read_log(path):
-    """The epochs of a run folder's log.txt, or of such a file, as a list of dicts.
+    """The epochs of a log as a list of dicts. `path` is a run folder or its log.txt.
 
-    Logs of the original code can be read too: their other lines are ignored, and where a value is
-    a list of top-1 and top-5, top-1 is taken.
+    Logs of the original code can be read too: their other lines are ignored, and if a value is a
+    list of top-1 and top-5, top-1 is used.
 
     Raises:
         UserError: the file cannot be read, or has no line with `test_acc`.

@@ -1,4 +1,4 @@
-"""Saves a training: checkpoints when they are due, and a last one when a signal stops the run."""
+"""Saving a training: checkpoints when they are due, and a last one when a signal stops the run."""
 
 import signal
 import time
@@ -56,14 +56,14 @@ class Recorder:
         self._schedule_save()
 
     def save_if_due(self, epoch, measure_progress):
-        """After a step: save if it is time to, or if a signal has come, and then leave.
+        """After a step: save if it is time to. If a signal has come, save and exit.
 
         Args:
             epoch: number of finished epochs.
-            measure_progress: returns the progress of the next one; only called to save.
+            measure_progress: returns the progress in the next one; called only to save.
 
         Raises:
-            SystemExit: a signal has come; all processes leave together.
+            SystemExit: a signal has come; all processes exit together.
         """
         due = time.monotonic() >= self.next_save
         number, due = distributed.agree(self.stop.signal, int(due))
@@ -87,12 +87,11 @@ class Recorder:
 
     def _diverged(self, what):
         if self.folder.last_save:
-            last = f'the last good checkpoint is {self.folder.last_save}'
+            last = f'--resume continues from the last good checkpoint, {self.folder.last_save}'
         else:
             last = 'there is no checkpoint yet'
         return UserError(
-            f'{what}: the run stops; {last}; --resume continues from there, and a new run may do '
-            'better with a smaller --lr'
+            f'{what}: the run stops; {last}; a new run may do better with a smaller --lr'
         )
 
     def record_epoch(self, stats):

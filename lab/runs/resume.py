@@ -44,7 +44,7 @@ def resume_command(options, folder):
 def options_to_train(found, given):
     """All options of a run: a new one if `found` is None, else one that resumes from it.
 
-    From a file that is not a run of train.py, training continues with the given options, its
+    From a file that is not a run of train.py, training starts with the given options, the file's
     tensors and a new optimizer.
 
     Raises:
@@ -57,13 +57,13 @@ def options_to_train(found, given):
         found.network_options(given)  # raises OptionError for another network
         dropped = {*BOUND_TO_MACHINE, 'save'}
         if found.options.get('ngpu', 1) == 1:
-            dropped.add('sync_bn')  # changes nothing for one process, so several may resume with it
+            dropped.add('sync_bn')  # it has no effect in one process, so it may be added now
         stored = {name: value for name, value in found.options.items() if name not in dropped}
         return complete(given, stored)
     if found.folded:
         raise UserError(f'{found.path} is folded: it can be tested (--evaluate) but not trained')
     if found.network is None:
-        raise UserError(f'{found.path} has no network that is known here, so it cannot be trained')
+        raise UserError(f'{found.path} has no known network, so it cannot be trained')
     found.optimizer = None
     say(
         f'{found.path} is not a run of train.py: training starts from its tensors at epoch '
@@ -75,7 +75,7 @@ def options_to_train(found, given):
 def options_to_evaluate(found, given):
     """All options for a test of a checkpoint. Raises OptionError or UserError."""
     if found.network is None:
-        raise UserError(f'{found.path} has no network that is known here')
+        raise UserError(f'{found.path} has no known network, so it cannot be tested')
     found.network.update(found.network_options(given))
     stored = {name: value for name, value in found.options.items() if name not in BOUND_TO_MACHINE}
     return complete(given, {**defaults_for(found.network), **found.network, **stored, **given})

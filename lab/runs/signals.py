@@ -1,4 +1,4 @@
-"""Signals that stop a run, and printing when nobody may read it."""
+"""Signals that stop a run, and printing to an output that may have been closed."""
 
 import contextlib
 import os
@@ -10,10 +10,10 @@ from lab.errors import UserError
 
 
 class Stop:
-    """In its `with` block, SIGTERM, SIGINT and SIGHUP only set `signal`; the loop looks at it.
+    """In its `with` block, SIGTERM, SIGINT and SIGHUP only set `signal`; the loop checks it.
 
-    torchrun and other programs may send a signal twice, so a repetition is ignored at first. After
-    some seconds it ends the process.
+    torchrun and other programs may send a signal twice, so a repeated signal is ignored for
+    IGNORE_REPETITION seconds. After that, it ends the process.
 
     At the end of the block, `last_words` is printed: the progress bar has gone by then.
     """
@@ -30,7 +30,7 @@ class Stop:
             if number and signal.getsignal(number) is not signal.SIG_IGN:
                 try:
                     self.handlers[number] = signal.signal(number, self._receive)
-                except ValueError:  # not the main thread, which alone may handle signals
+                except ValueError:  # only the main thread may handle signals
                     break
         return self
 
@@ -53,10 +53,10 @@ class Stop:
             signal.signal(number, signal.SIG_IGN)
 
     def say(self, text):
-        """Print in one of the processes.
+        """Print, in rank 0 only.
 
-        If the reader of the output has ended, the run stops as at a signal. A full disk does not
-        stop it.
+        If the program that reads the output has ended, the run stops as after a signal. A full disk
+        does not stop it.
         """
         try:
             say(text)

@@ -11,8 +11,8 @@ from lab.errors import UserError
 
 
 class Meters:
-    """Mean loss and top-k accuracy of a pass over the data, over all processes, in torchnet's
-    meters.
+    """Mean loss and top-k accuracy of a pass over the data, for all processes together, from
+    torchnet's meters.
 
     Batches are measured in chunks, so that not every step waits for the GPU and for the other
     processes.
@@ -100,7 +100,7 @@ class ProgressBar:
             desc=label,
             unit='img',
             unit_scale=True,
-            disable=None if distributed.rank() == 0 else True,  # None: unless it is a terminal
+            disable=None if distributed.rank() == 0 else True,  # None: if not in a terminal
             leave=False,
             dynamic_ncols=True,
         )
@@ -125,7 +125,7 @@ class ProgressBar:
 
 
 class BrokenImages:
-    """Names each image file that could not be used once, and ends a run that has too many."""
+    """Names each broken image file once, and ends a run that has too many of them."""
 
     LIMIT = 0.01  # of the images of a pass
 
@@ -133,7 +133,7 @@ class BrokenImages:
         self.named, self.say = set(), say
 
     def report(self, batches):
-        """Print the broken files of the last pass, in all processes, that are new.
+        """Print the broken files of the last pass, in any process, that were not named before.
 
         Returns (number of broken files, sorted paths of the new ones).
         """
@@ -161,7 +161,7 @@ class BrokenImages:
         if len(batches.broken) > self.LIMIT * batches.n:
             raise UserError(
                 f'{len(batches.broken)} of {batches.n} image files could not be used, such as '
-                f'{next(iter(batches.broken))}: fix the data, then continue with --resume'
+                f'{next(iter(batches.broken))}: fix the data, then resume with --resume'
             )
 
 
@@ -172,7 +172,7 @@ class Pass:
 
     Args:
         name: 'train' or 'test', for the names of the results; label: for the progress bar.
-        batches: iterable; it gets the epoch, and where in it to start.
+        batches: Batches; the pass sets their epoch and the batch to start from.
         epoch: counted from 1.
         progress: what `progress()` returned when the pass was interrupted.
     """

@@ -1,4 +1,4 @@
-"""The network that the options describe, with what depends on the position in the training."""
+"""The network that the options describe, and what changes in it from step to step."""
 
 from functools import partial
 
@@ -62,8 +62,8 @@ def build_network(options, arguments, device):
 
 
 def prepare_step(options, norm, epoch, step):
-    """Set what follows from the position: the random state of dropout, and the momentum of
-    --bn_momentum cumulative. `epoch` and `step` count from 0."""
+    """Set what depends on the position in the training: the random state of dropout, and the
+    momentum of --bn_momentum cumulative. `epoch` and `step` count from 0."""
     if options.get('dropout'):
         position = (options['seed'], epoch, step, distributed.rank())
         torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))

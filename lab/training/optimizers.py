@@ -20,8 +20,8 @@ OPTIMIZERS = {
 def is_decayed(tensor, model='diracnet'):
     """Whether a parameter gets weight decay.
 
-    With it, alpha and beta would collapse to zero, so only tensors with more than one dimension
-    get it. Version 1 had it on all parameters.
+    Only tensors with more than one dimension get it, because alpha and beta would collapse to zero.
+    In version 1 all parameters get it.
     """
     return tensor.ndim > 1 or model in VERSION_1
 
@@ -40,8 +40,8 @@ def make_optimizer(module, options):
 def learning_rate(options, epoch, step=0):
     """The learning rate at an epoch, counted from 1, and a step of the run, counted from 0.
 
-    Where it falls the optimizer keeps its momentum. (The original made a new optimizer, which
-    reset it.)
+    When it falls, the optimizer keeps its momentum. (The original made a new optimizer, which reset
+    the momentum.)
     """
     if step < options.get('warmup', 0):
         return options['lr'] / 100
@@ -55,7 +55,7 @@ def set_learning_rate(optimizer, rate):
 
 
 def parameter_table(module, weight_decay, model='diracnet'):
-    """Lines with name, shape and weight decay of every parameter; the last has their number."""
+    """Lines with name, shape and weight decay of every tensor; the last has the total size."""
     named = list(module.named_parameters())
     widest = max(len(name) for name, _ in named)
     lines = []

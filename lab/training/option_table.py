@@ -1,4 +1,4 @@
-"""The options of train.py, each declared once. What is made from them is in options.py."""
+"""The options of train.py, each declared once. options.py makes everything else from them."""
 
 import argparse
 import json
@@ -58,16 +58,16 @@ def momentum(text):
 
 # --- the table -------------------------------------------------------------------------------
 
-UNSET = object()  # the default of an option that a run has only if it is given
+UNSET = object()  # the default of an option that a run has only if the user gives it
 
 
 @dataclass(frozen=True)
 class Option:
     """One option of train.py.
 
-    `defaults` has other defaults than `default`: a key holds one or more words, each a data set,
-    a form of network (cifar, imagenet), a model or an optimizer. It applies to a run for which
-    all its words hold; of several that apply, the last counts.
+    `defaults` overrides `default` for some runs. A key is one or more words, each a data set, a
+    form of network (cifar, imagenet), a model or an optimizer. It applies to the runs that match
+    all its words; if several keys apply, the last one counts.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Option:
     aliases: tuple = ()
     models: tuple = None  # the only models that have it
     free_on_resume: bool = False  # a resumed run may change it
-    bound_to_machine: bool = False  # a resumed run does not take it over from the checkpoint
+    bound_to_machine: bool = False  # a resumed run does not inherit it from the checkpoint
 
     def default_for(self, facts):
         """The default for a run with these facts: its data set, form, model and optimizer."""
@@ -158,14 +158,14 @@ NETWORK = (
     ),
     Option(
         'init',
-        'initialization of all convolutions instead of the one that the model has: Kaiming or '
-        'Xavier normal, normal with std 0.01, or orthogonal',
+        "initialization of all convolutions, instead of the model's own: Kaiming or Xavier normal, "
+        'normal with std 0.01, or orthogonal',
         None,
         choices=tuple(INITS),
     ),
     Option(
         'bn_momentum',
-        'weight of a batch in the running statistics, or cumulative: their mean over each epoch',
+        'weight of each batch in the running statistics, or cumulative: their mean over an epoch',
         0.1,
         type=momentum,
         metavar='M',
@@ -176,10 +176,10 @@ NETWORK = (
 # training samples (logs/reference/digits-holdout.txt); FashionMNIST has CIFAR's with fewer epochs
 # and no crops.
 DATA = (
-    Option('dataset', 'digits needs no download', 'CIFAR10', choices=tuple(DATASETS)),
+    Option('dataset', 'data set; digits needs no download', 'CIFAR10', choices=tuple(DATASETS)),
     Option(
         'dataroot',
-        'folder with the data, or to download them to',
+        'folder with the data; missing data sets are downloaded to it',
         './data',
         free_on_resume=True,
     ),
@@ -232,7 +232,7 @@ TRAINING = (
     ),
     Option(
         'epoch_step',
-        'epochs, counted from 1, at whose beginning the learning rate falls',
+        'epochs, counted from 1, at the start of which the learning rate falls',
         [60, 120, 160],
         {'FashionMNIST': [20, 40, 50], 'digits': [30, 45, 55], 'imagenet': [30, 60, 90]},
         epoch_list,
@@ -248,14 +248,14 @@ TRAINING = (
     ),
     Option(
         'warmup',
-        'number of first steps with a hundredth of --lr',
+        'number of initial steps with a hundredth of --lr',
         0,
         type=number(int, 0),
         metavar='STEPS',
     ),
     Option(
         'lr_decay_ratio',
-        'factor by which the learning rate falls',
+        'factor that multiplies the learning rate at each epoch of --epoch_step',
         0.2,
         {'imagenet': 0.1},
         number(float, 0, True),
@@ -270,19 +270,23 @@ TRAINING = (
     ),
     Option(
         'weight_decay',
-        'on tensors with more than one dimension only; diracnet-v1 and plain-ncrelu: on all',
+        'weight decay of tensors with more than one dimension; of all in diracnet-v1, plain-ncrelu',
         5e-4,
         {'digits': 5e-3, 'imagenet': 1e-4},
         number(float, 0),
         aliases=('--weightDecay',),
     ),
-    Option('seed', 'of initialization, order and augmentation', 1, type=number(int, 0)),
+    Option('seed', 'seeds initialization, order, augmentation, dropout', 1, type=number(int, 0)),
     Option(
-        'recompute', 'compute activations twice, for about half of the memory', False, type=bool
+        'recompute',
+        'compute activations twice, to about halve the memory; for diracnet and plain',
+        False,
+        type=bool,
     ),
     Option(
         'compile',
-        'torch.compile each block; needs a C++ compiler and about half a minute',
+        'compile each block with torch.compile, for diracnet and plain; needs a C++ compiler and '
+        'about half a minute',
         False,
         type=bool,
     ),
@@ -290,14 +294,14 @@ TRAINING = (
 RUNS = (
     Option(
         'save',
-        'folder of the run; train.py makes it (default logs/DATASET-MODEL-DEPTH-WIDTH-TIME)',
+        'folder of the run; train.py creates it (default logs/DATASET-MODEL-DEPTH-WIDTH-TIME)',
         metavar='DIR',
         free_on_resume=True,
     ),
     Option(
         'resume',
-        "resume a run, given its folder or model.pt7, with its options; auto: the run in --save's "
-        'folder, if there is one',
+        'resume the run in this folder, or with this model.pt7, with its options; auto: the run in '
+        'the --save folder, if there is one',
         metavar='RUN',
         free_on_resume=True,
     ),
@@ -343,7 +347,7 @@ DEVICE = (
     ),
     Option(
         'sync_bn',
-        'batch statistics over all processes instead of within each',
+        'compute batch statistics over all processes instead of within each',
         False,
         type=bool,
     ),

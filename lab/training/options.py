@@ -68,7 +68,8 @@ def complete(given, stored=None):
         models = OPTIONS[name].models
         if models is not None and options['model'] not in models:
             raise OptionError(
-                f'--{name} does not apply to --model {options["model"]}, but to {", ".join(models)}'
+                f'--{name} does not apply to --model {options["model"]}, only to '
+                f'{", ".join(models)}'
             )
         differs = stored is not None and stored.get(name, value) != value
         if differs and name not in FREE_ON_RESUME:
@@ -89,8 +90,8 @@ def check_combination(options):
     """Raise OptionError for options that exclude each other."""
     if options['recompute'] and options['compile']:
         raise OptionError(
-            '--recompute and --compile exclude each other: a compiled block decides itself what '
-            'to compute again'
+            '--recompute and --compile exclude each other: a compiled block decides for itself '
+            'what to recompute'
         )
     for name in ('recompute', 'compile'):
         if options[name] and options['model'] not in CHAINS:

@@ -1,9 +1,9 @@
-"""The function of a chain in other ways: with less memory (--recompute), or compiled (--compile).
+"""`diracnet.chain` in two other ways: with less memory (--recompute), or compiled (--compile).
 
 `diracnet.chain` keeps two activations per convolution for the backward pass: the input of the
-batch norm and that of the convolution. Here a chain is cut before its batch norms instead of
-after them, so that the input of a convolution depends on one kept tensor, and can be computed
-from it again.
+batch norm and that of the convolution. Here blocks begin with batch norm instead of ending with
+it. Only the input of each batch norm is kept, and the input of the convolution after it is
+recomputed from that.
 """
 
 from functools import partial
@@ -66,7 +66,7 @@ class _RecomputedBlock(torch.autograd.Function):
     def backward(ctx, grad):
         *given, weight = ctx.saved_tensors
         if ctx.pool and not given[0].is_cuda and given[0].nbytes >= 2**24:
-            # Activations get larger here, and do not fit in the holes that smaller ones left.
+            # Before pooling, activations are larger: they do not fit where smaller ones were freed.
             release_freed_memory()
         x, bn_weight, bn_bias = (tensor.detach().requires_grad_() for tensor in given)
         with torch.enable_grad():
@@ -88,16 +88,16 @@ def _recomputed_block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
 
 
 recomputed_chain = partial(cut_chain, _recomputed_block)
-"""`diracnet.chain` with about half of its memory: it computes activations twice."""
+"""`diracnet.chain` with about half its memory: it computes activations twice."""
 
 
 # --- compiling -------------------------------------------------------------------------------
 
 
 def compiled_chain():
-    """`diracnet.chain`, whose blocks torch.compile compiles.
+    """`diracnet.chain` with blocks compiled by torch.compile.
 
-    It compiles one block per shape, so the time it takes does not depend on the depth.
+    One block is compiled per shape, so the time for it does not depend on the depth.
     """
     import torch._dynamo  # slow to import, and only needed here
 

@@ -41,7 +41,7 @@ def main(arguments=None):
         '--rounds', type=int, default=7, help='repetitions of each measurement (default 7)'
     )
     parser.add_argument(
-        '--images', type=int, default=1024, help='JPEGs in each part of the data (default 1024)'
+        '--images', type=int, default=1024, help='JPEGs each in train/ and val/ (default 1024)'
     )
     parser.add_argument('--out', type=Path, metavar='OUT', help='write OUT.md and OUT.json')
     args = parser.parse_args(arguments)

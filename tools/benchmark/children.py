@@ -2,8 +2,8 @@
 
     python -m tools.benchmark.children NAME ARGUMENTS
 
-calls the function NAME and prints its result as one line of JSON, last. The functions import
-what they use themselves: the memory of an import counts where it is needed.
+calls the function NAME and prints its result as the last line, in JSON. Each function imports what
+it uses, so that the memory of an import counts only where it is needed.
 """
 
 import itertools
@@ -42,7 +42,7 @@ def cifar_training(root, sums):
 
 
 def random_training():
-    """Memory after training steps on one random batch in the size of CIFAR-10, MB."""
+    """Memory after training steps on one random batch of CIFAR-10's size, MB."""
     inputs = torch.randn(128, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     train_steps(itertools.repeat((inputs, torch.arange(128) % 10)))
     return resident_memory()

@@ -1,9 +1,10 @@
-"""What the benchmarks of speed compare. Each contestant runs in a process of its own:
+"""What the speed benchmarks compare. Each contestant runs in its own process:
 
     python -m tools.benchmark.contestants '["DiracNet", [34, 1, "CIFAR10"], 128]'
 
-builds the kind, for that network (depth, width, dataset) and batch size, and answers requests on
-stdin. So it has the memory allocator that it would have in use, and its own peak memory.
+builds a contestant of that kind, for that network (depth, width, dataset) and batch size, and
+answers requests on stdin. So each has its own peak memory, and the memory allocator settings that
+it would have in real use.
 """
 
 import json
@@ -33,11 +34,11 @@ EPOCH_IMAGES = 10_000
 def serve(kind, network, batch):
     """Answer each line of stdin with a line of JSON.
 
-    'step' runs a step; 'peak' returns the peak memory, in MB above the memory before the network.
+    'step' runs a step; 'peak' returns the peak memory, in MB above that without the network.
     """
     torch.manual_seed(0)
     inputs, targets = random_batch(network[2], batch)
-    F.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))  # loads the library
+    F.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))  # loads the convolution library
     before = resident_memory()
     reset_peak()
     answers = {
@@ -50,7 +51,7 @@ def serve(kind, network, batch):
 
 
 def build(kind, network, inputs, targets):
-    """The function, without arguments and result, that this kind of contestant runs as a step."""
+    """The step of this kind of contestant, a function without arguments or result."""
     return BUILDERS[kind](network, inputs, targets)
 
 

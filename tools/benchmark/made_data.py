@@ -9,7 +9,7 @@ CHANNELS_AND_SIZE = {'digits': (1, 8), 'CIFAR10': (3, 32), 'ImageNet': (3, 224)}
 
 
 def random_batch(dataset, batch):
-    """Normalized images (N, C, H, W) in the size of a data set, and targets (N,) of 10 classes."""
+    """Normalized images (N, C, H, W) of a data set's size, and targets (N,) of 10 classes."""
     channels, size = CHANNELS_AND_SIZE[dataset]
     return torch.randn(batch, channels, size, size), torch.arange(batch) % 10
 
@@ -40,7 +40,7 @@ def write_photographs(folder, n):
 
 
 def write_cifar(root, images_per_file=10_000):
-    """Write random images in the files of CIFAR-10. Returns the MD5 sum of each file by name."""
+    """Write random images in CIFAR-10's format. Returns the MD5 sum of each file by name."""
     import numpy as np
 
     random = np.random.default_rng(0)

@@ -10,7 +10,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 def our_batches(n):
-    """Training batches of n random images in the size of CIFAR-10."""
+    """Training batches of n random images of CIFAR-10's size."""
     preprocessing = datasets.PREPROCESSING['CIFAR10']
     source = datasets.Data(
         name='CIFAR10', train=random_cifar(n), test=None, classes=(), preprocessing=preprocessing

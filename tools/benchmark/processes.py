@@ -53,7 +53,7 @@ class Contestant:
         return self.ask('step')
 
     def close(self):
-        """End the process. Returns its peak memory, in MB above its memory before the network."""
+        """End the process. Returns its peak memory, in MB above that without the network."""
         peak = self.ask('peak')
         self.process.stdin.close()
         self.process.wait()

@@ -1,11 +1,11 @@
-"""References for the speed and the numbers of the code: a textbook network, bare convolutions."""
+"""References to compare speed and numbers with: a textbook network, bare convolutions."""
 
 import torch
 import torch.nn.functional as F
 
 
 def textbook(inputs, params, mode):
-    """f of a DiracNet as the paper's formula reads, layer by layer, with the delta as a tensor.
+    """The f of a DiracNet, layer by layer as in the paper's formula, with the delta as a tensor.
 
     It shares no code with diracnet.py. params comes from `with_deltas`; without alphas the
     network is the plain chain.
@@ -41,7 +41,7 @@ def effective_weight(params, name):
 
 
 def with_deltas(params):
-    """params and, for `textbook`, the delta of each Dirac weight as NAME.delta."""
+    """params plus, for `textbook`, the delta of each Dirac weight as NAME.delta."""
     deltas = {}
     for key in params:
         if key.endswith('.alpha'):
@@ -64,7 +64,7 @@ def textbook_optimizer(params, lr=1e-3, weight_decay=5e-4):
 def bare_convolutions(architecture, inputs):
     """A function that runs only the convolutions of a network, forward and backward.
 
-    Each convolution has an input of its own, in channels_last.
+    Each convolution has its own input, in channels_last.
     """
     images, in_channels, size = inputs.shape[:3]
     shapes = [(in_channels, architecture.widths[0], size)]

@@ -1,4 +1,4 @@
-"""Benchmarks of waiting: from a command to the first step, and for torch.compile."""
+"""Benchmarks of waiting times: from a command to the first step, and for torch.compile."""
 
 import statistics
 import subprocess

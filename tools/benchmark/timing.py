@@ -10,8 +10,8 @@ from tools.benchmark.report import spread_in_milliseconds
 def alternate(functions, rounds):
     """Seconds per call of each function, by name: `rounds` samples each.
 
-    The functions run in turn, in an order that rotates from round to round. One more round at
-    the beginning is not counted: in it caches fill and processes start.
+    The functions run in turn, in an order that rotates from round to round. An extra round at the
+    beginning is not counted: it fills caches and starts processes.
     """
     samples, names = {name: [] for name in functions}, list(functions)
     for number in range(rounds + 1):
@@ -31,7 +31,7 @@ def compare_contestants(report, label, kinds, network, batch, rounds, goals):
     Args:
         label: names the measurement, in milliseconds.
         kinds: names in contestants.BUILDERS; the others are compared with the first.
-        goals: the largest wanted ratio of the first kind's median to that of a kind.
+        goals: for each kind, the largest ratio (first kind's median / its own) that meets its goal.
 
     Returns:
         The peak memory of each kind, in MB.

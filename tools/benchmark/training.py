@@ -9,7 +9,7 @@ LEGEND = (
     'with ordinary weights. *floor* runs only the convolutions, forward and backward. '
     f'{RATIO_LEGEND}'
 )
-# Network, batch, rounds for each of --rounds, goals.
+# Network, batch size, factor of --rounds, goals.
 STEPS = (
     ((34, 1, 'CIFAR10'), 128, 3, {'textbook': 0.65, 'plain': 1.03, 'floor': 1.25}),
     ((34, 2, 'CIFAR10'), 128, 1, {'textbook': 0.85, 'plain': 1.02}),

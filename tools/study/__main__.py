@@ -7,8 +7,8 @@
 Finished runs are not repeated, so the same command resumes after Ctrl-C. A run that diverged is
 finished too: failed.txt in its folder says why; without that file it runs again.
 
-Runs, table (Markdown and CSV) and figure (PNG and SVG) go to logs/reference/study-NAME; for
-another data set than the study's own to logs/study-NAME-DATASET; for a file outside studies/ to
+Runs, table (Markdown and CSV) and figure (PNG and SVG) go to logs/reference/study-NAME. With a data
+set other than the study's own, they go to logs/study-NAME-DATASET; for a file outside studies/, to
 logs/study-NAME. The table has all finished runs.
 
 The YAML file has
@@ -20,10 +20,11 @@ The YAML file has
     recipes       more options, by data set
     runs          a list of options for one run each; a list as a value makes one run per element
     table         names of the options that distinguish the rows
-    reported      heading of a column with numbers of others; a run gives its number as `reported`
+    reported      heading of a column of numbers that others report; a run gives its number as
+                  `reported`
     figure        x: the name of an option in the table, or epoch
                   lines: the option that distinguishes the lines, or a list of options
-                  signal: true, instead of both, for the figure of tools.propagation
+                  signal: true, instead of x and lines, draws the figure of tools.propagation
     keep          epochs whose checkpoints are kept as epochN.pt7 in the run's folder
 """
 
@@ -52,12 +53,12 @@ def seed_list(text):
 def build_parser():
     parser = OneLineParser(prog='-m tools.study', description=__doc__)
     parser.add_argument('study', metavar='STUDY.yaml', type=Path)
-    parser.add_argument('--dataset', help="instead of the study's own")
-    parser.add_argument('--dataroot', help='folder of the data')
+    parser.add_argument('--dataset', help="the data set to use instead of the study's own")
+    parser.add_argument('--dataroot', help='folder of the data set')
     parser.add_argument('--device', help='as for train.py')
     parser.add_argument('--jobs', type=int, default=1, help='trainings at once (default 1)')
-    parser.add_argument('--seeds', type=seed_list, help="instead of the study's own: 1,2,3")
-    parser.add_argument('--out', type=Path, help='folder for everything (default: see above)')
+    parser.add_argument('--seeds', type=seed_list, help="such as 1,2,3, instead of the study's")
+    parser.add_argument('--out', type=Path, help='folder for all output (default: see above)')
     parser.add_argument(
         '--table', action='store_true', help='only make table and figure, from the finished runs'
     )

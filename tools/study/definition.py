@@ -86,7 +86,7 @@ def check_figure(path, study):
 def expand(options):
     """One dict for each combination of the elements of all values that are lists.
 
-    epoch_step is different: its value for a single run is a list.
+    epoch_step is an exception: its value for a single run is a list already.
     """
     choices = []
     for name, value in options.items():

@@ -19,7 +19,7 @@ def execute(runs, jobs, device):
     """Train what is not done yet, `jobs` runs at a time, with one progress bar over all epochs.
 
     Raises:
-        UserError: a training failed for another reason than that it diverged.
+        UserError: a training failed for a reason other than divergence.
     """
     waiting = [one for one in runs if not one.is_done()]
     active = {}  # process: its run
@@ -47,7 +47,7 @@ def execute(runs, jobs, device):
 def start(one, device, jobs):
     """The process that trains a run to its next stop; it prints to a file in the run's folder."""
     one.folder.mkdir(parents=True, exist_ok=True)
-    one.keep_checkpoint()  # in case an earlier process was killed just before it
+    one.keep_checkpoint()  # in case an earlier process was killed just before doing so
     environment = dict(os.environ)
     if jobs > 1:
         threads = max(1, (os.cpu_count() or 1) // jobs)

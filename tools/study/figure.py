@@ -101,7 +101,7 @@ class NumericAxis:
         ax.minorticks_off()
 
     def _has_room(self, tick):
-        """Whether no other tick is at most 20 % above this one."""
+        """Whether the next tick is more than 20 % above this one."""
         return not any(tick < other <= 1.2 * tick for other in self.ticks)
 
 

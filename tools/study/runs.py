@@ -44,7 +44,7 @@ class Run:
         recipe = study.recipes.get(dataset, {})
         options = {'dataset': dataset, **study.options, **recipe, **self.row, 'seed': seed}
         try:
-            self.options = parse(flags(options))  # with types: YAML reads 1e-2 as a text
+            self.options = parse(flags(options))  # converts types: YAML reads 1e-2 as text
             self.n_epochs = complete(self.options)['epochs']
         except OptionError as error:
             raise OptionError(f'{" ".join(flags(options))}: {error}') from None

@@ -7,8 +7,8 @@ from statistics import median
 def collect(study, runs):
     """One dict for each row of the table.
 
-    It has the row's options, n, the number of diverged runs, the test error (median, least and
-    most, in percent) and more. Numbers of diverged runs are left out.
+    It has the row's options, the test error (median, least and most, in percent) and more, all over
+    the n runs that did not diverge; `diverged` counts the others.
     """
     groups = {}
     for one in runs:
@@ -65,8 +65,8 @@ def page(study, rows, dataset):
     lines = [
         f'# {study.title}',
         '',
-        f'`{command}` makes this page and the files next to it:',
-        f'{dataset}, preprocessing {rows[0]["preprocess"]}, seeds {rows[0]["seeds"]}. '
+        f'`{command}` makes this page and the files next to it.',
+        f'Data set {dataset}, preprocessing {rows[0]["preprocess"]}, seeds {rows[0]["seeds"]}. '
         'Errors are those after the last epoch.',
         'The folders next to this file have the log and the command of each run.',
         '',
@@ -78,7 +78,7 @@ def page(study, rows, dataset):
 
 
 def markdown_table(study, rows):
-    """The lines of the table; a column for diverged runs and one for reported numbers if any."""
+    """The lines of the table. Diverged runs and reported numbers have a column if there are any."""
     columns = {name: [str(row[name]) for row in rows] for name in (*study.table, 'n')}
     if any(row['diverged'] for row in rows):
         columns['diverged'] = [str(row['diverged']) for row in rows]

@@ -1,0 +1,224 @@
+"""lab/runs/checkpoint.py: every kind of file that loads, and contents that do not fit."""
+
+import json
+from collections import OrderedDict
+
+import cv2
+import pytest
+import torch
+from torch import nn
+
+import train
+from conftest import read_log
+from diracnet import Network, define_diracnet, fold
+from lab.runs import checkpoint
+from tools import export, predict
+
+
+def saved(content, path, old=True):
+    """The path of a file as torch.save writes it, or as it did in early 2018: not a zip archive."""
+    torch.save(content, path, _use_new_zipfile_serialization=not old)
+    assert (path.read_bytes()[:2] == b'PK') != old
+    return path
+
+
+def identities(params):
+    """What the original stored next to the parameters: an identity per shape of convolution."""
+    found = {}
+    for key, tensor in params.items():
+        if key.endswith('.conv'):
+            name = 'eye' + '_'.join(map(str, tensor.shape))
+            found[name] = nn.init.dirac_(torch.empty_like(tensor))
+    return found
+
+
+def published(params):
+    """The layout of the original's published checkpoints: running statistics apart."""
+    statistics = {key: tensor for key, tensor in params.items() if 'running' in key}
+    others = {key: tensor for key, tensor in params.items() if key not in statistics}
+    return {
+        'params': OrderedDict(others),
+        'stats': OrderedDict({**statistics, **identities(params)}),
+    }
+
+
+OPTIMIZER = {
+    'state': {},
+    'param_groups': [
+        {
+            'lr': 0.1,
+            'momentum': 0.9,
+            'dampening': 0,
+            'weight_decay': 0.0005,
+            'nesterov': False,
+            'params': [140033, 140071],
+        }
+    ],
+}
+
+
+@pytest.fixture
+def layouts(digits_run, tmp_path):
+    """The network of digits_run in every layout, as a zip archive and in the old format: name to
+    path."""
+    params = torch.load(digits_run / 'model.pt7', weights_only=True)['params']
+    contents = {
+        'published': published(params),
+        'later': {'params': {**params, **identities(params)}, 'epoch': 3, 'optimizer': OPTIMIZER},
+        'flat': params,
+        'module': OrderedDict(Network(*define_diracnet(16, 1, 'digits')).state_dict() | params),
+        'folded': OrderedDict(fold(params)),
+    }
+    paths = {'run': digits_run}
+    for name, content in contents.items():
+        for label, old in ((name, False), (f'{name}-old', True)):
+            (tmp_path / label).mkdir()
+            paths[label] = saved(content, tmp_path / label / 'model.pt7', old)
+    return paths
+
+
+def test_every_layout_evaluates_folds_and_predicts(
+    layouts, digits_run, tmp_path, call, photographs
+):
+    expected = read_log(digits_run)[-1]
+    image = tmp_path / 'image.png'
+    cv2.imwrite(str(image), photographs[0])
+    answers = set()
+    for name, path in layouts.items():
+        result = call(train.main, '--evaluate', path, '--dataset', 'digits')
+        assert result.status == 0, (name, result.err)
+        stats = json.loads(result.out.removeprefix('json_stats: '))
+        assert stats['test_acc'] == expected['test_acc'] and stats['n'] == 360, name
+        result = call(predict.main, path, image, '--dataset', 'digits', '--top', 1)
+        assert result.status == 0, (name, result.err)
+        answers.add(result.out)
+        found = checkpoint.load(path)
+        assert found.fold().architecture.depth == 16 and found.network['depth'] == 16
+    assert len(answers) == 1
+
+
+def test_training_starts_from_other_files(layouts, tmp_path, call, refused):
+    options, folder = '--dataset digits --epochs 5 --epoch_step [4] --lr 0.01', tmp_path / 'run'
+    resume = ('--resume', layouts['later-old'], '--save', folder)
+    result = call(train.main, *resume, *options.split())
+    assert result.status == 0 and str(layouts['later-old']) in result.out
+    assert 'new optimizer' in result.out
+    log = read_log(folder)
+    assert [line['epoch'] for line in log] == [4, 5]
+    assert log[0]['train_acc'] > 95  # it had learned before
+
+    options, folder = '--dataset digits --epochs 1 --lr 0.01', tmp_path / 'tuned'
+    resume = ('--resume', layouts['published'], '--save', folder)
+    result = call(train.main, *resume, *options.split())
+    assert result.status == 0
+    assert [line['train_acc'] > 95 for line in read_log(folder)] == [True]
+
+    digits = ('--dataset', 'digits')
+    refused(1, 'folded', train.main, '--resume', layouts['folded'])
+    words = [layouts['later'], '3 epochs']
+    refused(2, words, train.main, '--resume', layouts['later'], *digits, '--epochs', 3)
+    words = ['--depth', '34', '16']
+    refused(2, words, train.main, '--resume', layouts['flat'], *digits, '--depth', 34)
+
+
+def test_published_imagenet_layout(tmp_path):
+    """A whole unfolded DiracNet-18 as published in 2018, and its folded file."""
+    f, params = define_diracnet(18, 0.25, 'ImageNet')
+    params = {key: tensor.detach() for key, tensor in params.items()}
+    path = saved(published(params), tmp_path / 'diracnet18-v2_checkpoint.pth')
+    found = checkpoint.load(path)
+    assert found.network == {
+        'model': 'diracnet',
+        'depth': 18,
+        'width': 0.25,
+        'dataset': 'ImageNet',
+        'num_classes': 1000,
+        'in_channels': 3,
+    }
+    x = torch.randn(2, 3, 64, 64)
+    expected = f(x, params, False)
+    assert torch.equal(found.module()(x), expected)
+    torch.testing.assert_close(found.fold()(x), expected, rtol=1e-4, atol=1e-5)
+    folded = checkpoint.load(saved(fold(params), tmp_path / 'diracnet18v2folded-00000000.pth'))
+    assert folded.folded and torch.equal(folded.fold()(x), found.fold()(x))
+
+
+# --- contents that do not fit ----------------------------------------------------------------
+
+
+def test_missing_tensor_is_named(layouts, tmp_path, refused):
+    content = torch.load(layouts['published'], weights_only=True)
+    key = 'group1.block1.bn.running_var'
+    del content['stats'][key]
+    path = tmp_path / 'cut.pth'
+    torch.save(content, path)
+    refused(1, [path, key], train.main, '--evaluate', path, '--dataset', 'digits')
+    refused(1, [path, key], predict.main, path, __file__, '--dataset', 'digits')
+    refused(1, [path, key], export.main, path, tmp_path / 'out.pth', '--force')
+
+
+@pytest.mark.parametrize(
+    'part, value',
+    [
+        ('network', []),
+        ('network', {'depth': 10}),
+        ('network', 'width'),
+        ('classes', 3),
+        ('preprocessing', {'channels': 1}),
+        ('epoch', 'four'),
+        ('epoch', -1),
+        ('optimizer', {'state': 3}),
+        ('progress', {'step': 2}),
+        ('progress', {'step': 2, 'tally': {}, 'time': 1.0, 'broken': {}}),
+        ('log', [3]),
+        ('params', {3: torch.zeros(2)}),
+        ('params', {'conv': 'no tensor'}),
+        ('params', 'nan'),
+    ],
+)
+def test_well_formed_files_with_wrong_contents(part, value, short_run, tmp_path, refused):
+    content = torch.load(short_run / 'model.pt7', weights_only=True)
+    path = tmp_path / 'model.pt7'
+    command = ['--resume', path, '--epochs', 9]
+    if value == 'nan':
+        content['params']['fc.bias'][0] = float('nan')
+    elif value == 'width':
+        content['network']['width'] = 1e5
+        command = ['--evaluate', path]
+    else:
+        content[part] = value
+    torch.save(content, path)
+    refused(1, path, train.main, *command, '--save', tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_checkpoint_with_a_tensor_of_another_shape(digits_run, tmp_path, refused):
+    content = torch.load(digits_run / 'model.pt7', weights_only=True)
+    key = 'group1.block1.conv'
+    content['params'][key] = torch.zeros(32, 16, 3, 3)
+    path = tmp_path / 'model.pt7'
+    torch.save(content, path)
+    words = [key, '(32, 16, 3, 3)', '(32, 32, 3, 3)']
+    refused(1, words, train.main, '--evaluate', path)
+    options = ('--epochs', 20, '--save', tmp_path / 'run')
+    refused(1, words, train.main, '--resume', path, *options)
+    refused(1, words, predict.main, path, __file__)
+
+
+@pytest.mark.parametrize(
+    'option, value, words',
+    [
+        ('--depth', 16, ['16', '10', 'group0.block2.conv', 'missing', '(16, 16, 3, 3)']),
+        ('--depth', 12, ['12', '10']),
+        ('--depth', 34, ['34', '10']),
+        ('--width', 2, ['2', '1', 'conv is (16, 1, 3, 3) there and (32, 1, 3, 3)']),
+        ('--model', 'plain', ['diracnet', 'group0.block0.alpha is (16,) there and missing']),
+        ('--dataset', 'CIFAR10', ['digits', '(16, 3, 3, 3)']),
+    ],
+)
+@pytest.mark.parametrize('use', ['--resume', '--evaluate'])
+def test_another_network_is_named(use, option, value, words, short_run, refused):
+    """With the first keys that differ, both shapes, and the flags that would fit."""
+    fits = '--model diracnet --depth 10 --width 1 --dataset digits'
+    words = [option, value, *words, fits]
+    refused(2, words, train.main, use, short_run, option, value)

@@ -1,0 +1,106 @@
+"""lab/distributed.py: several real processes that get signals or die, and resume."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from torchrun_helpers import DIGITS, end, needs_proc, processes_of, torchrun, until
+
+import train
+from conftest import read_log, same, start, without_times
+from lab.runs import checkpoint
+
+
+def test_ngpu_stops_at_a_signal_and_resumes_in_one_process(tmp_path):
+    """A run of python train.py --ngpu 2 gets a signal, resumes in one process, and is tested by
+    three."""
+    folder = tmp_path / 'run'
+    process = start('train.py', *DIGITS, '--epochs', 300, '--save', folder, '--ngpu', 2)
+    until(lambda: (folder / 'log.txt').exists() and len(read_log(folder)) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    text = end(process, 143)
+    assert f'    python train.py --resume {folder} --device cpu --ngpu 2\n' in text
+    assert text.count('stopped by SIGTERM') == 1
+
+    found = checkpoint.load(folder)
+    assert found.progress and found.epoch >= 2
+    resume = ['--resume', str(folder), '--device', 'cpu', '--epochs']
+    train.main([*resume, str(found.epoch + 1)])
+    train.main([*resume, str(found.epoch + 2), '--sync_bn'])  # for one process, the same
+    log = read_log(folder)
+    assert [line['epoch'] for line in log] == list(range(1, found.epoch + 3))
+    assert (log[0]['ngpu'], log[-1]['ngpu']) == (2, 1)
+
+    text = end(torchrun('train.py', '--evaluate', folder, '--device', 'cpu', n=3))
+    [line] = [line for line in text.splitlines() if line.startswith('json_stats')]
+    assert f'"test_acc": {log[-1]["test_acc"]}' in line and '"n": 360' in line
+
+
+@needs_proc
+def test_restart_of_a_killed_worker(tmp_path):
+    """With --max-restarts the run ends as if it had not been killed."""
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    options = '--epochs 6 --resume auto --checkpoint_minutes 0.005 --save'
+    command = ['train.py', *DIGITS, *options.split()]
+    end(torchrun(*command, whole))
+    process = torchrun('--max-restarts=1', *command, killed)
+    until(lambda: (killed / 'log.txt').exists() and len(read_log(killed)) >= 2, process)
+    os.kill(processes_of(killed)[1], signal.SIGKILL)
+    end(process)
+    assert len(json.loads((killed / 'run.json').read_text())) == 2  # it was started twice
+    assert same(whole, killed)
+    assert without_times(whole) == without_times(killed)
+
+
+def endless_run(folder, path=''):
+    """A running torchrun with two processes, that has saved its first checkpoint."""
+    process = torchrun('train.py', *DIGITS, '--epochs', '5000', '--save', folder, path=path)
+    until(lambda: (folder / 'model.pt7').exists(), process)
+    return process
+
+
+@needs_proc
+@pytest.mark.parametrize('rank', [0, 1])
+def test_a_rank_that_dies_ends_the_others(rank, tmp_path):
+    folder = tmp_path / 'run'
+    process = endless_run(folder)
+    os.kill(processes_of(folder)[rank], signal.SIGKILL)
+    text = end(process, 1, timeout=60)
+    assert not processes_of(folder)
+    name = 'train.py (rank 1)' if rank == 0 else 'train.py'
+    assert f'{name}: the connection to another process broke' in text or 'Signal 9' in text
+    assert checkpoint.load(folder).epoch >= 1
+
+
+@needs_proc
+def test_a_signal_to_one_rank_saves_all(tmp_path):
+    """With a slow disk: the others wait for rank 0, and torchrun, which repeats the signal, does
+    not cut its save short."""
+    folder, slow = tmp_path / 'run', tmp_path / 'slow'
+    slow.mkdir()
+    (slow / 'sitecustomize.py').write_text(
+        'import os, time\n'
+        'fsync = os.fsync\n'
+        'os.fsync = lambda file: (time.sleep(0.5), fsync(file))\n'
+    )
+    process = endless_run(folder, slow)
+    time.sleep(1)
+    os.kill(processes_of(folder)[0], signal.SIGTERM)
+    text = end(process, 1, timeout=60)
+    assert text.count('stopped by SIGTERM') == 1
+    assert f'torchrun --nproc_per_node=2 train.py --resume {folder}' in text
+    assert checkpoint.load(folder).progress and not list(folder.glob('*.tmp'))
+
+
+@needs_proc
+def test_workers_do_not_outlive_torchrun(tmp_path):
+    folder = tmp_path / 'run'
+    process = endless_run(folder)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while processes_of(folder):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

@@ -1,0 +1,67 @@
+"""lab/errors.py: a user's mistake ends in one line on stderr and exit status 1 or 2, in every
+program. The errors of one module are tested with that module."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from conftest import python
+from diracnet import define_diracnet
+from lab.errors import UserError
+from lab.runs import checkpoint
+from tools import export, predict
+
+
+def test_as_a_process():
+    result = python('train.py', '--batchsize', 3)
+    assert result.status == 2 and result.out == ''
+    message = 'unrecognized arguments: --batchsize 3 (see python train.py --help)'
+    assert result.err == f'train.py: {message}\n'
+    result = python('-m', 'tools.predict', 'nowhere', 'nothing.png')
+    assert result.status == 1 and result.err.count('\n') == 1 and 'nowhere' in result.err
+
+
+def test_messages_have_one_line(tmp_path):
+    with pytest.raises(UserError) as error:
+        checkpoint.load(tmp_path / 'none')
+    assert '\n' not in str(error.value)
+
+
+@pytest.fixture
+def good_image(tmp_path):
+    cv2.imwrite(str(tmp_path / 'good.png'), np.zeros((8, 8), np.uint8))
+    return tmp_path / 'good.png'
+
+
+def test_predict(digits_run, good_image, tmp_path, refused):
+    names = ('text.png', 'empty.jpg', 'cut.png', 'folder', 'missing.png')
+    text, empty, cut, folder, missing = (tmp_path / name for name in names)
+    text.write_text('not an image')
+    empty.write_bytes(b'')
+    cut.write_bytes(good_image.read_bytes()[:30])
+    folder.mkdir()
+    for bad in (text, empty, cut, folder, missing):
+        result = refused(1, bad, predict.main, digits_run, good_image, bad)
+        assert result.out == ''
+    refused(2, 'IMAGE', predict.main, digits_run)
+    refused(2, '--top', predict.main, digits_run, good_image, '--top', 0)
+    refused(2, '--jsn', predict.main, digits_run, good_image, '--jsn')
+
+
+def test_predict_without_facts(good_image, tmp_path, refused):
+    """A state dict alone does not say how to turn an image file into an input."""
+    params = define_diracnet(10, 1, 'CIFAR10')[1]
+    path = tmp_path / 'bare.pth'
+    torch.save({key: tensor.detach() for key, tensor in params.items()}, path)
+    refused(1, '--dataset', predict.main, path, good_image)
+    refused(1, '--dataset', predict.main, path, good_image, '--dataset', 'digits')
+
+
+def test_export(digits_run, tmp_path, refused):
+    refused(2, 'out.bin', export.main, digits_run, tmp_path / 'out.bin')
+    path = tmp_path / 'out.pth'
+    path.write_text('mine')
+    refused(2, ['out.pth', '--force'], export.main, digits_run, path)
+    assert path.read_text() == 'mine'
+    refused(1, path / 'deeper.pth', export.main, digits_run, path / 'deeper.pth')

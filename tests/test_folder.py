@@ -1,0 +1,188 @@
+"""lab/runs/folder.py: one training per folder, nothing overwritten, disks that are full."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+import train
+from conftest import ROOT, SHORT_RUN, read_log, same, start, without_times
+from lab.runs import checkpoint
+from lab.runs.folder import RunFolder
+from lab.runs.recorder import Recorder
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_existing_run_is_never_overwritten(digits_run, refused):
+    before = contents(digits_run)
+    resume = (train.main, '--resume', digits_run)
+    refused(2, [digits_run, '--resume'], train.main, '--dataset', 'digits', '--save', digits_run)
+    refused(2, '--depth', *resume, '--depth', 34, '--epochs', 20)
+    refused(2, ['--lr', '0.5', '0.2'], *resume, '--lr', 0.5, '--epochs', 20)
+    refused(2, ['8 epochs', '--epochs'], *resume)
+    assert before == contents(digits_run)
+
+
+def test_folder_that_cannot_be_made(tmp_path, refused):
+    (tmp_path / 'file').write_text('')
+    folder = tmp_path / 'file' / 'run'
+    refused(1, folder, train.main, '--dataset', 'digits', '--save', folder)
+
+
+def test_auto(short_run, tmp_path, call, refused):
+    auto = ('--resume', 'auto', '--save', short_run)
+    refused(2, ['--resume auto', '--save'], train.main, *SHORT_RUN, '--resume', 'auto')
+    result = call(train.main, *SHORT_RUN, *auto)
+    assert result.status == 0 and str(short_run) in result.out and '4 epochs' in result.out
+    refused(2, ['--seed', '3', '4'], train.main, *SHORT_RUN, '--seed', 4, *auto)
+
+
+def test_auto_after_a_kill_before_the_first_checkpoint(tmp_path, refused):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    for name in ('log.txt', 'run.json', 'model.pt7.tmp'):
+        (folder / name).write_text('')
+    refused(2, folder, train.main, *SHORT_RUN, '--save', folder)
+    train.main([*SHORT_RUN, '--epochs', '1', '--save', str(folder), '--resume', 'auto'])
+    assert [line['epoch'] for line in read_log(folder)] == [1]
+    assert len(json.loads((folder / 'run.json').read_text())) == 1
+
+
+def test_leftovers_of_a_killed_process_are_removed(tmp_path):
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    for name in ('model.pt7.123.tmp', 'log.txt.123.tmp', 'mine.tmp'):
+        (folder / name).write_text('')
+    train.main([*SHORT_RUN, '--epochs', '1', '--save', str(folder)])
+    names = sorted(file.name for file in folder.iterdir())
+    assert names == ['log.txt', 'mine.tmp', 'model.pt7', 'run.json']
+
+
+def test_one_training_in_a_folder(tmp_path, refused, monkeypatch):
+    folder = tmp_path / 'run'
+    process = start('train.py', *SHORT_RUN, '--epochs', 1000, '--save', folder)
+    try:
+        while not (folder / 'model.pt7').exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        monkeypatch.setattr(RunFolder, 'PATIENCE', 0.3)
+        refused(1, ['another process', folder], train.main, '--resume', folder)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_two_started_at_once(tmp_path):
+    """One of them trains; the other does not touch what the first one writes."""
+    processes = [
+        start('train.py', *SHORT_RUN, '--seed', seed, '--save', tmp_path / 'run') for seed in (1, 2)
+    ]
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    assert sorted(status for _, status in ends) in ([0, 1], [0, 2]), ends
+    log = read_log(tmp_path / 'run')
+    assert [line['epoch'] for line in log] == [1, 2, 3, 4]
+    assert len({line['seed'] for line in log}) == 1
+
+
+def test_resume_into_another_folder_and_further(digits_run, tmp_path):
+    train.main(['--resume', str(digits_run), '--epochs', '9', '--save', str(tmp_path / 'more')])
+    assert [line['epoch'] for line in read_log(tmp_path / 'more')] == list(range(1, 10))
+    assert len(read_log(digits_run)) == 8
+
+
+def test_copied_checkpoint_trains_elsewhere(short_run, tmp_path, monkeypatch):
+    shutil.copytree(short_run, tmp_path / 'a')
+    shutil.copy(short_run / 'model.pt7', tmp_path / 'a' / 'b.pt7')
+    shutil.copy(short_run / 'model.pt7', tmp_path / 'model.pt7')
+    before = contents(tmp_path / 'a')
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / 'a' / 'b.pt7', tmp_path / 'model.pt7'):
+        train.main(['--resume', str(path), '--epochs', '5'])
+        [folder] = (tmp_path / 'logs').iterdir()
+        assert [line['epoch'] for line in read_log(folder)] == [1, 2, 3, 4, 5]
+        shutil.rmtree(folder)
+    assert before == contents(tmp_path / 'a')
+    assert not (tmp_path / 'log.txt').exists()
+
+
+# --- a disk that is full or read-only --------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB, if this user may mount one."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    command = ['mount', '-t', 'tmpfs', '-o', 'size=4m', 'none', folder]
+    if sys.platform != 'linux' or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip('needs the right to mount')
+    yield folder
+    subprocess.run(['umount', '-l', folder], check=True)
+
+
+def fill(disk):
+    with pytest.raises(OSError), open(disk / 'other', 'wb') as file:
+        file.write(bytes(5_000_000))
+
+
+def remount(disk, mode):
+    subprocess.run(['mount', '-o', f'remount,{mode}', disk], check=True)
+
+
+@pytest.mark.parametrize('fault, reason', [('full', 'No space left'), ('read-only', 'Read-only')])
+def test_disk(fault, reason, short_run, small_disk, call, monkeypatch):
+    """It fails before the end of epoch 2. Training continues, but the run is not a success; it
+    resumes from epoch 1 once the disk is fixed."""
+    record_epoch = Recorder.record_epoch
+
+    def break_disk_and_record(self, stats):
+        if stats['epoch'] == 2 and fault == 'full':
+            fill(small_disk)
+        elif stats['epoch'] == 2:
+            remount(small_disk, 'ro')
+        record_epoch(self, stats)
+
+    monkeypatch.setattr(Recorder, 'record_epoch', break_disk_and_record)
+    folder = small_disk / 'run'
+    result = call(train.main, *SHORT_RUN, '--save', folder)
+    assert result.status == 1
+    assert 'epoch 4/4' in result.out and 'done' not in result.out
+    for word in (folder / 'model.pt7', reason, 'epoch 1'):
+        assert str(word) in result.err
+    assert checkpoint.load(folder).epoch == 1 and not list(folder.glob('*.tmp'))
+
+    monkeypatch.undo()
+    if fault == 'full':
+        (small_disk / 'other').unlink()
+    else:
+        remount(small_disk, 'rw')
+    train.main(['--resume', str(folder)])
+    assert same(short_run, folder)
+    assert without_times(short_run) == without_times(folder)
+
+
+def test_disk_full_from_the_start(small_disk, refused):
+    fill(small_disk)
+    refused(1, ['run.json', 'No space left'], train.main, *SHORT_RUN, '--save', small_disk / 'run')
+
+
+def test_checkpoint_that_is_too_large(tmp_path):
+    """A write that fails midway, without the right to mount: a limit on the size of files."""
+    folder = tmp_path / 'run'
+    result = subprocess.run(
+        [sys.executable, 'train.py', *SHORT_RUN, '--save', folder],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    assert result.returncode == 1 and 'Traceback' not in result.stderr
+    assert str(folder / 'model.pt7') in result.stderr and 'File too large' in result.stderr
+    assert sorted(file.name for file in folder.iterdir()) == ['log.txt', 'run.json']

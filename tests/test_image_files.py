@@ -1,0 +1,183 @@
+"""Image files: every kind decodes to RGB, and is cut as published networks expect."""
+
+import cv2
+import numpy as np
+import pytest
+from data_helpers import jpeg
+from PIL import Image, ImageOps
+from scipy.stats import chi2_contingency, chisquare
+
+from lab.data import datasets, image_files
+
+# --- cutting ----------------------------------------------------------------------------------
+
+
+def same_distribution(a, b):
+    """A test of homogeneity over twelve quantiles of both samples."""
+    edges = np.unique(np.quantile(np.concatenate([a, b]), np.linspace(0, 1, 13)[1:-1]))
+    table = [np.bincount(np.digitize(x, edges), minlength=len(edges) + 1) for x in (a, b)]
+    return chi2_contingency(np.array(table)[:, np.sum(table, 0) > 0]).pvalue > 1e-3
+
+
+# windows of 800 x 150 often fall back to the center
+@pytest.mark.parametrize('width, height', [(500, 375), (64, 64), (800, 150)])
+def test_crop_geometry_is_torchvisions(width, height):
+    import torch
+    from torchvision.transforms import RandomResizedCrop
+
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    ours = [image_files.crop_window(height, width, random) for _ in range(5000)]
+    blank = Image.new('RGB', (width, height))
+    scale, ratio = (0.08, 1), (3 / 4, 4 / 3)
+    theirs = [RandomResizedCrop.get_params(blank, scale, ratio) for _ in range(5000)]
+
+    def quantities(windows):
+        top, left, h, w = np.array(windows, float).T
+        return h * w, w / h, top / (height - h + 1), left / (width - w + 1)
+
+    for a, b in zip(quantities(ours), quantities(theirs)):
+        assert same_distribution(a, b)
+
+
+def test_training_crop_draws_area_aspect_and_mirroring(tmp_path):
+    """The colors of this image are coordinates, so a crop shows which window it is."""
+    height, width = 300, 400
+    ramp = np.zeros((height, width, 3), np.uint8)
+    ramp[..., 0] = np.linspace(0, 250, width)[None]
+    ramp[..., 1] = np.linspace(0, 250, height)[:, None]
+    path = tmp_path / 'ramp.png'
+    cv2.imwrite(str(path), ramp[..., ::-1])
+    areas, aspects, flips = [], [], []
+    for index in range(1500):
+        crop = image_files.training_crop(path, 32, np.random.default_rng((1, 1, 1, index)))
+        crop = crop.astype(float)
+        w = (crop[16, -1, 0] - crop[16, 0, 0]) / 250 * width * 32 / 31
+        h = (crop[-1, 16, 1] - crop[0, 16, 1]) / 250 * height * 32 / 31
+        flips.append(w < 0)
+        areas.append(abs(w) * h / (height * width))
+        aspects.append(np.log(abs(w) / h))
+    areas, aspects = np.array(areas), np.array(aspects)
+    assert chisquare(np.bincount(flips, minlength=2)).pvalue > 1e-3
+    assert min(areas) > 0.07 and max(areas) < 1.02
+    # up to half of the area the window always fits: log-uniform aspects and uniform areas
+    bounds = (np.log(3 / 4), np.log(4 / 3))
+    assert chisquare(np.histogram(aspects[areas < 0.5], 6, bounds)[0]).pvalue > 1e-3
+    assert chisquare(np.histogram(areas, 5, (0.1, 0.5))[0]).pvalue > 1e-3
+
+
+def test_evaluation_is_the_originals(photographs, tmp_path):
+    """Shorter side 256, the longer truncated, the center of 224; large files are not reduced."""
+    path = tmp_path / 'photo.jpg'
+    for image in (
+        photographs[0],
+        photographs[0].transpose(1, 0, 2),
+        photographs[1][:200, :333],
+        np.tile(photographs[1], (4, 4, 1)),
+    ):
+        cv2.imwrite(str(path), np.ascontiguousarray(image[..., ::-1]))
+        rgb = cv2.imread(str(path))[..., ::-1]
+        height, width = rgb.shape[:2]
+        scale = 256 / min(height, width)
+        size = int(width * scale + 1e-9), int(height * scale + 1e-9)
+        resized = cv2.resize(np.ascontiguousarray(rgb), size, interpolation=cv2.INTER_CUBIC)
+        top, left = (size[1] - 224) // 2, (size[0] - 224) // 2
+        expected = resized[top : top + 224, left : left + 224]
+        facts = datasets.PREPROCESSING['ImageNet']
+        actual = image_files.prepare(image_files.read_image(path), facts)
+        np.testing.assert_array_equal(actual, expected)
+
+
+def test_reduced_decoding_changes_little(photographs, tmp_path):
+    image = cv2.resize(photographs[0], (2560, 1708), interpolation=cv2.INTER_CUBIC)
+    paths = [tmp_path / 'large.jpg', tmp_path / 'large.png']  # only the JPEG is reduced
+    for path in paths:
+        cv2.imwrite(str(path), image[..., ::-1])
+    assert paths[0].stat().st_size > image_files.LARGE_FILE
+    differences = []
+    for index in range(20):
+        crops = [
+            image_files.training_crop(path, 96, np.random.default_rng(index)) for path in paths
+        ]
+        # blurred, since shrinking by another factor leaves other aliases in the details
+        smooth = [cv2.blur(crop.astype(float), (5, 5)) for crop in crops]
+        differences.append(np.abs(smooth[0] - smooth[1]).mean())
+    assert max(differences) < 12 and np.median(differences) < 6, differences
+
+
+# --- decoding ---------------------------------------------------------------------------------
+
+
+def shown(path):
+    """What a viewer shows, by Pillow: upright, on a white page."""
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode in ('RGBA', 'LA') or 'transparency' in image.info:
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image.convert('RGBA'))
+    return np.asarray(image.convert('RGB')).astype(float)
+
+
+def tolerance(path):
+    """JPEG decoders round differently, and convert CMYK by other formulas."""
+    if path.name == 'cmyk.jpg':
+        return 6
+    return 2 if path.suffix == '.jpg' else 1
+
+
+def test_every_kind_of_image_becomes_rgb(photographs, tmp_path):
+    photo = Image.fromarray(photographs[1]).resize((160, 106))
+    rgba = photo.convert('RGBA')
+    rgba.putalpha(Image.linear_gradient('L').resize(photo.size))
+    palette = photo.quantize(60)
+    transparent = palette.copy()
+    transparent.info['transparency'] = 3
+    kinds = {
+        'rgb.png': photo,
+        'gray.png': photo.convert('L'),
+        'rgba.png': rgba,
+        'la.png': rgba.convert('LA'),
+        'palette.png': palette,
+        'palette-transparent.png': transparent,
+        'bilevel.png': photo.convert('1'),
+        'rgb.webp': photo,
+        'rgba.webp': rgba,
+        'rgb.tif': photo,
+        'gray.tif': photo.convert('L'),
+        'rgb.bmp': photo,
+        'rgb.ppm': photo,
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / name, **({'lossless': True} if name.endswith('webp') else {}))
+    (tmp_path / 'gray.jpg').write_bytes(jpeg(photo.convert('L')))
+    (tmp_path / 'cmyk.jpg').write_bytes(jpeg(photo.convert('CMYK')))
+    (tmp_path / 'progressive.jpg').write_bytes(jpeg(photo, progressive=True))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        (tmp_path / f'turned{orientation}.jpg').write_bytes(jpeg(photo, exif=exif))
+    files = image_files.find_images([tmp_path])
+    assert len(files) == len(kinds) + 11
+    for path in files:
+        image = image_files.read_image(path)
+        assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
+        expected = shown(path)
+        assert image.shape == expected.shape, path
+        difference = np.abs(image - expected).mean()
+        assert difference < tolerance(path), (path, difference)
+
+
+def test_sixteen_bits(photographs, tmp_path):
+    deep = photographs[0].astype(np.uint16) * 257
+    opaque = np.full(deep.shape[:2], 65535, np.uint16)
+    kinds = {
+        'rgb.png': deep[..., ::-1],
+        'rgb.tif': deep[..., ::-1],
+        'rgba.png': np.dstack([deep[..., ::-1], opaque]),
+        'gray.png': deep[..., 0],
+    }
+    for name, image in kinds.items():
+        cv2.imwrite(str(tmp_path / name), image)
+        expected = photographs[0]
+        if name == 'gray.png':
+            expected = expected[..., :1].repeat(3, 2)
+        actual = image_files.read_image(tmp_path / name)
+        np.testing.assert_allclose(actual.astype(int), expected, atol=1)

@@ -1,0 +1,103 @@
+"""Run folders that earlier code wrote, in fixtures/, still evaluate, resume and fold."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from conftest import read_log, same, train_digits, without_times
+from lab.data import datasets
+from lab.runs import checkpoint
+
+FIXTURES = Path(__file__).parent / 'fixtures'
+# Stopped in epoch 2 of 3, after 32 of its 69 steps.
+INTERRUPTED = 'diracnet-10-interrupted'
+OPTIONS = '--depth 10 --width 0.25 --epochs 3 --epoch_step [2] --randomcrop_pad 1 --seed 7'
+
+
+@pytest.fixture
+def old_run(tmp_path):
+    """old_run(name): a copy of a fixture."""
+
+    def old_run(name):
+        return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+
+    return old_run
+
+
+@pytest.fixture
+def one_thread():
+    """The fixtures were computed with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def evaluate(folder, call):
+    result = call(train.main, '--evaluate', folder)
+    assert result.status == 0 and result.err == '', result.err
+    return json.loads(result.out.removeprefix('json_stats: '))
+
+
+def test_finished_run_evaluates(old_run, call):
+    folder = old_run('resnet-8')
+    last = read_log(folder)[-1]
+    stats = evaluate(folder, call)
+    assert (stats['dataset'], stats['n']) == ('digits', 360)
+    assert stats['test_acc'] == last['test_acc'] == 80
+    assert stats['test_loss'] == pytest.approx(last['test_loss'], rel=1e-5)
+
+
+def test_finished_run_trains_further(old_run):
+    folder = old_run('resnet-8')
+    train.main(['--resume', str(folder), '--epochs', '3', '--device', 'cpu'])
+    log = read_log(folder)
+    assert log[:2] == read_log(FIXTURES / 'resnet-8')
+    assert [line['epoch'] for line in log] == [1, 2, 3]
+    assert log[2]['train_loss'] < log[1]['train_loss'] < log[0]['train_loss']
+    assert len(json.loads((folder / 'run.json').read_text())) == 2
+
+
+def test_interrupted_run_evaluates(old_run, call):
+    stats = evaluate(old_run(INTERRUPTED), call)
+    assert stats['n'] == 360 and 0 <= stats['test_acc'] <= stats['test_top5'] <= 100
+
+
+def test_interrupted_run_resumes(old_run, tmp_path, one_thread):
+    """It ends as an undisturbed run of today's code with the same options."""
+    folder = old_run(INTERRUPTED)
+    found = checkpoint.load(folder)
+    assert (found.epoch, found.progress['step']) == (1, 9)
+    train.main(['--resume', str(folder), '--device', 'cpu'])
+    train_digits(tmp_path / 'whole', f'{OPTIONS} --device cpu')
+    log, expected = without_times(folder), without_times(tmp_path / 'whole')
+    assert log[0] == without_times(FIXTURES / INTERRUPTED)[0]
+    assert [line['epoch'] for line in log] == [1, 2, 3]
+    assert all(set(line) == set(other) for line, other in zip(log, expected))
+    # Another processor may round differently, which training amplifies from step to step.
+    for line, other in zip(log, expected):
+        assert line['train_loss'] == pytest.approx(other['train_loss'], rel=0.02)
+    if log[0] == expected[0]:  # the same arithmetic as where the fixture was computed
+        assert same(tmp_path / 'whole', folder)
+        assert log == expected
+
+
+def test_interrupted_run_folds(old_run):
+    found = checkpoint.load(old_run(INTERRUPTED))
+    module, folded = found.module(), found.fold()
+    inputs, _ = next(iter(datasets.load('digits', '.').batches(False, batch_size=360)))
+    with torch.no_grad():
+        expected, actual = module(inputs), folded(inputs)
+    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_previous_checkpoint(old_run, call):
+    """The fixtures' previous.pt7 is used if model.pt7 is broken."""
+    folder = old_run(INTERRUPTED)
+    (folder / 'model.pt7').write_bytes(b'')
+    result = call(train.main, '--evaluate', folder)
+    assert result.status == 0 and str(folder / 'previous.pt7') in result.err

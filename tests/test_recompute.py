@@ -1,0 +1,114 @@
+"""lab/training/recompute.py and --dtype: the same training with less memory, compiled, or in
+other floating-point types."""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+
+import train
+from conftest import DEVICES, same, train_digits
+from diracnet import Network, define_diracnet
+from lab.runs import checkpoint
+from lab.training.recompute import compiled_chain, recomputed_chain
+from test import randomized
+
+COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ('c++', 'g++', 'clang++'))),
+    reason='torch.compile needs a C++ compiler',
+)
+
+
+# Compiling is slow: --batch_size 479 divides the samples, so that all batches have one shape.
+@pytest.mark.parametrize(
+    'options, epochs',
+    [
+        ('--dtype bfloat16', 4),
+        ('--dtype double', 4),
+        ('--recompute', 4),
+        pytest.param('--compile --depth 10 --batch_size 479', 24, marks=COMPILER),
+    ],
+)
+def test_learns_and_resumes_exactly(options, epochs, tmp_path):
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+    options += f' --epoch_step [{epochs - 1}] --lr 0.1'
+    lines = train_digits(whole, f'{options} --epochs {epochs}')
+    assert lines[-1]['test_acc'] > 85
+    train_digits(cut, f'{options} --epochs {epochs // 2}')
+    train.main(['--resume', str(cut), '--epochs', str(epochs)])
+    assert same(whole, cut)
+    dtype = torch.double if 'double' in options else torch.float
+    assert {tensor.dtype for tensor in checkpoint.load(whole).params.values()} == {dtype}
+
+
+def copied(params, dtype=None):
+    """Leaves with the values of params."""
+    return {
+        key: tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_(tensor.requires_grad)
+        for key, tensor in params.items()
+    }
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize(
+    'depth, width, dataset, size', [(16, 1, 'digits', 8), (18, 0.125, 'ImageNet', 64)]
+)
+def test_recomputing(depth, width, dataset, size, device):
+    """It keeps about half as much for the backward pass, and gives the same logits, gradients and
+    running statistics."""
+    f, params = define_diracnet(depth, width, dataset)
+    x = torch.randn(8, params['conv'].shape[1], size, size, device=device)
+    randomized(params)
+    kept_bytes, results = [], []
+    for function in (f, partial(recomputed_chain, *f.args)):
+        net = Network(function, copied(params)).to(device)
+        logits, n_bytes = forward_and_kept_bytes(net, x)
+        F.cross_entropy(logits, torch.arange(8, device=device)).backward()
+        kept_bytes.append(n_bytes)
+        tensors = net.params().values()
+        results.append([logits, *(t.grad if t.requires_grad else t for t in tensors)])
+    weight_bytes = sum(tensor.nbytes for tensor in params.values())
+    assert kept_bytes[1] - 2 * weight_bytes < 0.6 * (kept_bytes[0] - 2 * weight_bytes)
+    for expected, actual in zip(*results):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def forward_and_kept_bytes(net, x):
+    """net(x), and the size of all that it keeps for the backward pass."""
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = net(x)
+    return logits, sum(kept.values())
+
+
+@COMPILER
+def test_compiled_chain():
+    """With the C++ compiler: the network's numbers, and one compilation per shape of a block,
+    whatever the depth."""
+    counts = []
+    for depth in (16, 28):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        f, params = define_diracnet(depth, 0.5, 'digits')
+        # In double precision: in single, a unit within rounding of zero may be on in one network
+        # and off in the other.
+        params = copied(params, torch.double)
+        inputs = torch.randn(32, 1, 8, 8, dtype=torch.double)
+        grads = []
+        for function in (f, partial(compiled_chain(), *f.args)):
+            net = Network(function, copied(params))
+            net(inputs).square().mean().backward()
+            grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+        assert (grads[1] - grads[0]).abs().max() < 1e-10 * grads[0].abs().max()
+        counts.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
+    # Three groups have a first block and others; in the first group these have the same shape.
+    assert counts == [5, 5]

@@ -1,0 +1,166 @@
+"""lab/runs/signals.py: runs that are stopped or killed lose nothing, and resume exactly."""
+
+import multiprocessing
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import train
+from conftest import ROOT, SHORT_RUN, read_log, same, start, without_times
+from lab.runs import checkpoint
+from lab.training.meters import BrokenImages
+
+
+# An epoch has 23 training and 6 test batches: in an epoch, at its last step, in a test, one step
+# after it, and in the last epoch.
+@pytest.mark.parametrize(
+    'batch, number',
+    [
+        (1, signal.SIGINT),
+        (7, signal.SIGTERM),
+        (23, signal.SIGTERM),
+        (26, signal.SIGINT),
+        (30, signal.SIGTERM),
+        (29 * 3 + 22, signal.SIGTERM),
+    ],
+)
+def test_signal_stops_and_resume_is_exact(batch, number, short_run, tmp_path, stop_at, call):
+    folder = tmp_path / 'run'
+    options = [*SHORT_RUN, '--save', str(folder), '--resume', 'auto']
+    stop_at(batch, number)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    result = call(train.main, *options)
+    assert result.status == 128 + number and result.err == ''
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+    message, command = result.out.splitlines()[-2:]
+    assert signal.Signals(number).name in message
+    assert command.strip() == f'python train.py --resume {folder}'
+    found = checkpoint.load(folder)
+    assert (found.epoch, found.progress['step']) == (batch // 29, min(batch % 29, 23))
+
+    train.main(shlex.split(command)[2:] if batch % 2 else options)
+    assert same(short_run, folder)
+    assert without_times(short_run) == without_times(folder)
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_stopped_within_image_files(workers, image_folder, tmp_path, stop_at, monkeypatch):
+    """Broken images are counted and replaced as in an undisturbed run."""
+    (image_folder / 'train' / 'flower' / '9.jpg').write_text('not an image')
+    monkeypatch.setattr(BrokenImages, 'LIMIT', 1)
+    options = '--dataset folder --image_size 64 --batch_size 2 --epochs 2 --width 0.25'
+    data = ('--dataroot', str(image_folder), '--nthread', str(workers))
+    command = [*options.split(), *data]
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+    train.main([*command, '--save', str(whole)])
+    for batch in (3, 5):
+        stop_at(batch)
+        with pytest.raises(SystemExit):
+            train.main([*command, '--save', str(cut), '--resume', 'auto'])
+    train.main([*command, '--save', str(cut), '--resume', 'auto'])
+    assert same(whole, cut)
+    assert without_times(whole) == without_times(cut)
+    assert [line['train_broken'] for line in read_log(cut)] == [1, 1]
+
+
+def test_killed_repeatedly(short_run, tmp_path):
+    """SIGKILL to processes that save at every step; the last one trains for one epoch more."""
+    folder = tmp_path / 'run'
+    command = ['train.py', *SHORT_RUN, '--epochs', '3', '--checkpoint_minutes', '0']
+    command += ['--save', folder, '--resume', 'auto']
+
+    def saved_at():
+        try:
+            return (folder / 'model.pt7').stat().st_mtime_ns
+        except FileNotFoundError:  # between two renamings, or not yet
+            return 0
+
+    positions = []
+    for _ in range(3):
+        before = saved_at()
+        process = start(*command)
+        while saved_at() <= before:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        found = checkpoint.load(folder)
+        positions.append((found.epoch, found.progress['step'] if found.progress else 0))
+    assert positions == sorted(positions), positions
+    assert (0, 0) < positions[0] < positions[-1] < (4, 0), positions
+
+    train.main(['--resume', str(folder), '--epochs', '4', '--checkpoint_minutes', '10'])
+    assert same(short_run, folder)
+    lines = {path: without_times(path) for path in (short_run, folder)}
+    for line in (*lines[short_run], *lines[folder]):
+        del line['epochs'], line['checkpoint_minutes']
+    assert lines[short_run] == lines[folder]
+
+
+def test_repeated_signal(short_run, tmp_path, stop_at, call, monkeypatch):
+    """torchrun sends a signal to a process that may have it already: at once, and during the
+    save."""
+    save = checkpoint.save
+
+    def signal_and_save(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*args, **kwargs)
+
+    def signal_twice():
+        monkeypatch.setattr(checkpoint, 'save', signal_and_save)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stop_at(7, act=signal_twice)
+    assert call(train.main, *SHORT_RUN, '--save', tmp_path / 'run').status == 143
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / 'run').progress['step'] == 7
+    train.main(['--resume', str(tmp_path / 'run')])
+    assert same(short_run, tmp_path / 'run')
+
+
+def test_as_a_process(tmp_path):
+    folder = tmp_path / 'run'
+    process = start('train.py', *SHORT_RUN, '--epochs', 500, '--save', folder)
+    while not (folder / 'model.pt7').exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and err == ''
+    assert f'    python train.py --resume {folder}\n' in out
+    assert len(read_log(folder)) == checkpoint.load(folder).epoch > 0
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    """A full disk does not stop training; a reader of the output that has ended does."""
+    command = [sys.executable, 'train.py', *SHORT_RUN, '--save']
+    with open('/dev/full', 'w') as full:
+        subprocess.run([*command, tmp_path / 'run'], cwd=ROOT, stdout=full, stderr=full)
+    assert [line['epoch'] for line in read_log(tmp_path / 'run')] == [1, 2, 3, 4]
+    line = shlex.join([*command, str(tmp_path / 'cut'), '--epochs', '5000'])
+    result = subprocess.run(
+        f'{line} | head -n 1', shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert 'Traceback' not in result.stderr
+    assert checkpoint.load(tmp_path / 'cut').progress
+
+
+def test_worker_that_is_killed(image_folder, tmp_path, stop_at, refused):
+    """As by a system that is out of memory."""
+
+    def kill_workers():
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    stop_at(2, act=kill_workers)
+    command = '--dataset folder --image_size 64 --batch_size 1 --epochs 3 --width 0.25 --nthread 1'
+    data = ('--dataroot', image_folder, '--save', tmp_path / 'run')
+    refused(1, ['decodes images', '--nthread'], train.main, *command.split(), *data)

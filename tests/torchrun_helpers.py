@@ -1,0 +1,77 @@
+"""Shared by the tests of several processes: starting torchrun, waiting, finding its processes."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+
+DIGITS = ['--dataset', 'digits', '--depth', '10', '--device', 'cpu']
+
+
+def torchrun(*arguments, nodes=('--standalone',), n=2, path=''):
+    """A running torchrun, its processes with one thread each."""
+    return subprocess.Popen(
+        [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            *nodes,
+            f'--nproc_per_node={n}',
+            *map(str, arguments),
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(path)},
+    )
+
+
+def end(process, status=0, timeout=120):
+    """Wait for a process to end with this status; returns what it printed."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()  # its workers notice, and end
+        raise
+    assert process.returncode == status, err
+    return out + err
+
+
+def until(condition, process, seconds=60):
+    """Wait until condition() holds while the process runs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+
+
+def processes_of(folder):
+    """Ids of the training processes of a run, by rank."""
+    found = {}
+    for entry in Path('/proc').iterdir():
+        rank = _rank_of(entry, folder) if entry.name.isdecimal() else None
+        if rank is not None:
+            found[rank] = int(entry.name)
+    return found
+
+
+def _rank_of(entry, folder):
+    """The rank of a process, given its folder in /proc; None if it does not train in `folder`."""
+    try:
+        command = (entry / 'cmdline').read_bytes().split(b'\0')
+        environment = (entry / 'environ').read_bytes().split(b'\0')
+    except OSError:  # it has ended
+        return None
+    if os.fsencode(folder) not in command or b'torch.distributed.run' in command:
+        return None
+    ranks = [int(line[5:]) for line in environment if line.startswith(b'RANK=')]
+    return ranks[0] if ranks else None
+
+
+needs_proc = pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='finds processes in /proc')
