@@ -53,8 +53,8 @@ def dirac_weight(weight, alpha, beta, groups=1):
     n = min(out // groups, inside)
     rows = torch.arange(out, device=weight.device).view(groups, -1)[:, :n].reshape(-1)
     columns = torch.arange(n, device=weight.device).repeat(groups)
-    centre, kernel = _central_tap(weight.shape[2:])
-    taps = centre * inside + columns if channels_last else columns * kernel + centre
+    center, kernel = _central_tap(weight.shape[2:])
+    taps = center * inside + columns if channels_last else columns * kernel + center
     diagonal = alpha.view(groups, -1)[:, :n].reshape(-1)
     effective.index_put_((rows, taps), diagonal, accumulate=True)
     effective = effective.view(ordered.shape)
@@ -63,10 +63,10 @@ def dirac_weight(weight, alpha, beta, groups=1):
 
 def _central_tap(sizes):
     """Index of the central tap in a flattened kernel, and the number of taps."""
-    centre, kernel = 0, 1
+    center, kernel = 0, 1
     for size in sizes:
-        centre, kernel = centre * size + size // 2, kernel * size
-    return centre, kernel
+        center, kernel = center * size + size // 2, kernel * size
+    return center, kernel
 
 
 def _norms(rows):
@@ -125,8 +125,8 @@ def split_weight(weight, groups=1):
 
 def _central_diagonal(weight, groups):
     """View of the taps where the delta is one, (groups, min(out, in) / groups)."""
-    centre = tuple(size // 2 for size in weight.shape[2:])
-    taps = weight[(slice(None), slice(None), *centre)]  # (out, in / groups)
+    center = tuple(size // 2 for size in weight.shape[2:])
+    taps = weight[(slice(None), slice(None), *center)]  # (out, in / groups)
     return taps.unflatten(0, (groups, -1)).diagonal(dim1=1, dim2=2)
 
 

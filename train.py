@@ -39,8 +39,9 @@ from lab.runs.log import format_line
 from lab.runs.recorder import Recorder
 from lab.runs.resume import find_resumed, options_to_evaluate, options_to_train, restore
 from lab.runs.signals import Stop
+from lab.training.broken_images import BrokenImages
 from lab.training.inputs import check_classes, load_data, make_batches
-from lab.training.meters import BrokenImages, Meters, Pass
+from lab.training.meters import Meters
 from lab.training.network import build_network, network_arguments, prepare_step
 from lab.training.optimizers import (
     learning_rate,
@@ -49,6 +50,7 @@ from lab.training.optimizers import (
     set_learning_rate,
 )
 from lab.training.options import check_combination, parse
+from lab.training.passes import Pass
 
 
 def main(arguments=None):
@@ -85,21 +87,21 @@ def train(options, resumed, device, folder, arguments):
     options['save'] = str(folder.path)
     with Stop() as stop:
         # The data.
-        source = load_data(options)
-        check_classes(source, resumed, options)
-        train_batches = make_batches(source, True, options, device)
-        test_batches = make_batches(source, False, options, device)
+        data = load_data(options)
+        check_classes(data, resumed, options)
+        train_batches = make_batches(data, True, options, device)
+        test_batches = make_batches(data, False, options, device)
         distributed.check_batches(train_batches.n, options['batch_size'])
-        meters, broken = Meters(len(source.classes)), BrokenImages(stop.say)
+        meters, broken = Meters(len(data.classes)), BrokenImages(stop.say)
 
         # The network and its optimizer, new or from a checkpoint.
-        network = network_arguments(options, source)
+        network = network_arguments(options, data)
         module, norm = build_network(options, network, device)
         if resumed:
             load_params(module, resumed.params, resumed.path)
-        dtype, short = DTYPES[options['dtype']]
+        dtype, autocast_dtype = DTYPES[options['dtype']]
         optimizer = make_optimizer(module, options)
-        scaler = torch.amp.GradScaler(device.type, enabled=short is torch.float16)
+        scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype is torch.float16)
         if resumed:
             restore(resumed, optimizer, scaler, meters)
         model = distributed.share_gradients(module, device)
@@ -109,8 +111,8 @@ def train(options, resumed, device, folder, arguments):
         facts = {
             'options': options,
             'network': network,
-            'classes': list(source.classes),
-            'preprocessing': source.preprocessing.as_dict(),
+            'classes': list(data.classes),
+            'preprocessing': data.preprocessing.as_dict(),
         }
         log = log_lines(resumed)
         stop.say('\n'.join(parameter_table(module, options['weight_decay'], options['model'])))
@@ -134,9 +136,9 @@ def train(options, resumed, device, folder, arguments):
                     set_learning_rate(optimizer, learning_rate(options, epoch, total_step))
                     prepare_step(options, norm, finished, step)
                     optimizer.zero_grad()
-                    loss, logits = forward(model, inputs, targets, dtype, short)
-                    share = distributed_share(targets, train_batches.size(step))
-                    scaler.scale(loss * share).backward()
+                    loss, logits = forward(model, inputs, targets, dtype, autocast_dtype)
+                    weight = loss_weight(targets, train_batches.size(step))
+                    scaler.scale(loss * weight).backward()
                     scaler.step(optimizer)
                     scaler.update()
                     training.add(loss, logits, targets)
@@ -152,14 +154,14 @@ def train(options, resumed, device, folder, arguments):
             test = Pass('test', 'test', test_batches, meters, epoch)
             with test, torch.inference_mode():
                 for inputs, targets in test_batches:
-                    test.add(*forward(module, inputs, targets, dtype, short), targets)
+                    test.add(*forward(module, inputs, targets, dtype, autocast_dtype), targets)
                     recorder.save_if_due(finished, training.progress)
             stats = {
                 **options,
                 **train_stats,
                 **test.finish(),
                 'epoch': epoch,
-                'num_classes': len(source.classes),
+                'num_classes': len(data.classes),
                 'n_parameters': n_parameters,
                 **broken.stats(train_batches, test_batches),
             }
@@ -173,17 +175,17 @@ def train(options, resumed, device, folder, arguments):
 
 def evaluate(options, found, device):
     """Test a checkpoint, and print the results as one line of JSON."""
-    dtype, short = DTYPES[options['dtype']]
+    dtype, autocast_dtype = DTYPES[options['dtype']]
     module = found.module().to(device, dtype, memory_format=torch.channels_last)
-    source = load_data(options)
-    check_classes(source, found, options)
+    data = load_data(options)
+    check_classes(data, found, options)
     if found.preprocessing:  # that of its training set, which may have been whitened
-        source = replace(source, preprocessing=Preprocessing.from_dict(found.preprocessing))
-    batches = make_batches(source, False, options, device)
-    test = Pass('test', 'test', batches, Meters(len(source.classes)), epoch=0)
+        data = replace(data, preprocessing=Preprocessing.from_dict(found.preprocessing))
+    batches = make_batches(data, False, options, device)
+    test = Pass('test', 'test', batches, Meters(len(data.classes)), epoch=0)
     with test, torch.inference_mode():
         for inputs, targets in batches:
-            test.add(*forward(module, inputs, targets, dtype, short), targets)
+            test.add(*forward(module, inputs, targets, dtype, autocast_dtype), targets)
     stats = test.finish()
     broken = BrokenImages()
     broken.report(batches)
@@ -198,14 +200,14 @@ def evaluate(options, found, device):
     say(format_line(stats))
 
 
-def forward(model, inputs, targets, dtype, short):
-    """Mean loss and logits, (N, classes), of a batch; `short` is the dtype of autocast, or None."""
-    with autocast(inputs.device, short):
+def forward(model, inputs, targets, dtype, autocast_dtype):
+    """Mean loss and logits, (N, classes), of a batch."""
+    with autocast(inputs.device, autocast_dtype):
         logits = model(inputs.to(dtype))
     return F.cross_entropy(logits.to(dtype), targets), logits
 
 
-def distributed_share(targets, batch_size):
+def loss_weight(targets, batch_size):
     """The factor for this process's loss: gradients are averaged over processes, whose shares of
     a batch may differ by one sample."""
     return len(targets) * world() / batch_size if world() > 1 else 1

@@ -211,8 +211,8 @@ def test_checkpoint_with_a_tensor_of_another_shape(digits_run, tmp_path, refused
         ('--depth', 16, ['16', '10', 'group0.block2.conv', 'missing', '(16, 16, 3, 3)']),
         ('--depth', 12, ['12', '10']),
         ('--depth', 34, ['34', '10']),
-        ('--width', 2, ['2', '1', 'conv is (16, 1, 3, 3) there and (32, 1, 3, 3)']),
-        ('--model', 'plain', ['diracnet', 'group0.block0.alpha is (16,) there and missing']),
+        ('--width', 2, ['2', '1', 'conv is (16, 1, 3, 3) in the file and (32, 1, 3, 3)']),
+        ('--model', 'plain', ['diracnet', 'group0.block0.alpha is (16,) in the file and missing']),
         ('--dataset', 'CIFAR10', ['digits', '(16, 3, 3, 3)']),
     ],
 )

@@ -43,6 +43,7 @@ import torch
 import torch.nn.functional as F
 sys.path.insert(0, sys.argv[1])
 from lab import distributed
+from lab.training.sync_batch_norm import sync_batch_norm
 from lab.errors import run
 
 def random(*shape):
@@ -59,14 +60,14 @@ expected_running = [tensor.clone() for tensor in running]
 
 whole = F.batch_norm(x, *expected_running, weight, bias, True, 0.1, 1e-5)
 expected = torch.autograd.grad((whole * target).square().sum(), leaves)
-own = distributed.sync_batch_norm(x[mine], *running, weight, bias, True, 0.1, 1e-5)
+own = sync_batch_norm(x[mine], *running, weight, bias, True, 0.1, 1e-5)
 found = torch.autograd.grad((own * target[mine]).square().sum(), leaves)
 found = [distributed.total(tensor) for tensor in found]
 for actual, wanted in zip([*found, *running, own], [*expected, *expected_running, whole[mine]]):
     torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
 
 arguments = (x, *running, weight, bias, False, 0.1, 1e-5)
-torch.testing.assert_close(distributed.sync_batch_norm(*arguments), F.batch_norm(*arguments))
+torch.testing.assert_close(sync_batch_norm(*arguments), F.batch_norm(*arguments))
 run(lambda: distributed.say('all equal'), 'script')
 """
 

@@ -13,7 +13,7 @@ import pytest
 import train
 from conftest import ROOT, SHORT_RUN, read_log, same, start, without_times
 from lab.runs import checkpoint
-from lab.training.meters import BrokenImages
+from lab.training.broken_images import BrokenImages
 
 
 # An epoch has 23 training and 6 test batches: in an epoch, at its last step, in a test, one step

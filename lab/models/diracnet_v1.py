@@ -87,8 +87,8 @@ def tiled_delta(weight):
     eye = torch.eye(min(out, inside), dtype=weight.dtype, device=weight.device)
     eye = eye.repeat(max(out // inside, 1), max(inside // out, 1))
     delta = torch.zeros_like(weight)
-    centre = tuple(size // 2 for size in weight.shape[2:])
-    delta[(slice(eye.shape[0]), slice(eye.shape[1]), *centre)] = eye
+    center = tuple(size // 2 for size in weight.shape[2:])
+    delta[(slice(eye.shape[0]), slice(eye.shape[1]), *center)] = eye
     return delta
 
 

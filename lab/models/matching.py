@@ -22,7 +22,7 @@ def differences(theirs, ours):
     for key in dict.fromkeys([*ours, *theirs]):
         there, here = their_shapes.get(key, 'missing'), our_shapes.get(key, 'missing')
         if there != here:
-            lines.append(f'{key} is {there} there and {here} in the network')
+            lines.append(f'{key} is {there} in the file and {here} in the network')
     return lines
 
 

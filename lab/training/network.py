@@ -12,6 +12,7 @@ from lab.device import DTYPES
 from lab.errors import OptionError
 from lab.models import registry
 from lab.training.recompute import compiled_chain, recomputed_chain
+from lab.training.sync_batch_norm import sync_batch_norm
 
 
 class BatchNorm:
@@ -53,7 +54,7 @@ def build_network(options, arguments, device):
         f = partial(recomputed_chain, *f.args)
     if options['compile']:
         f = partial(compiled_chain(), *f.args)
-    norm = distributed.sync_batch_norm if options['sync_bn'] else F.batch_norm
+    norm = sync_batch_norm if options['sync_bn'] else F.batch_norm
     if options['bn_momentum'] != BN_MOMENTUM:
         norm = BatchNorm(norm, options['bn_momentum'])
     module = Network(partial(f, norm=norm), params)

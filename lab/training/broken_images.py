@@ -1,0 +1,45 @@
+"""Image files that cannot be used: naming them, and stopping a run that has too many."""
+
+from lab import distributed
+from lab.errors import UserError
+
+
+class BrokenImages:
+    """Names each broken image file once, and ends a run that has too many of them."""
+
+    LIMIT = 0.01  # of the images of a pass
+
+    def __init__(self, say=distributed.say):
+        self.named, self.say = set(), say
+
+    def report(self, batches):
+        """Print the broken files of the last pass, in any process, that were not named before.
+
+        Returns (number of broken files, sorted paths of the new ones).
+        """
+        batches.broken = distributed.union(batches.broken)
+        new = {path: text for path, text in batches.broken.items() if path not in self.named}
+        for message in new.values():
+            self.say(f'broken image: {message}')
+        self.named.update(new)
+        return len(batches.broken), sorted(new)
+
+    def stats(self, train_batches, test_batches):
+        """What an epoch's log line says about broken files; nothing if there are none."""
+        n_train, new_train = self.report(train_batches)
+        n_test, new_test = self.report(test_batches)
+        if not n_train and not n_test:
+            return {}
+        return {
+            'train_broken': n_train,
+            'test_broken': n_test,
+            'broken_images': new_train + new_test,
+        }
+
+    def check(self, batches):
+        """Raise UserError if too many files were broken in the last pass."""
+        if len(batches.broken) > self.LIMIT * batches.n:
+            raise UserError(
+                f'{len(batches.broken)} of {batches.n} image files could not be used, such as '
+                f'{next(iter(batches.broken))}: fix the data, then resume with --resume'
+            )

@@ -1,0 +1,102 @@
+"""One pass over the data: its position, its time and its progress bar."""
+
+import time
+
+from lab import distributed
+
+
+class ProgressBar:
+    """tqdm's bar over the images of a pass, with loss and accuracy. Only shown in a terminal."""
+
+    def __init__(self, label, n, meters, done=0):
+        from tqdm import tqdm
+
+        self.bar = tqdm(
+            total=n,
+            initial=done,
+            desc=label,
+            unit='img',
+            unit_scale=True,
+            disable=None if distributed.rank() == 0 else True,  # None: if not in a terminal
+            leave=False,
+            dynamic_ncols=True,
+        )
+        self.meters, self.shown = meters, 0.0
+
+    def update(self, n):
+        if not self.bar.disable and time.monotonic() - self.shown > 0.5:
+            self.shown = time.monotonic()
+            self._show_meters()
+        self.bar.update(n)
+
+    def _show_meters(self):
+        if distributed.world() == 1:  # several processes must flush together
+            self.meters.flush()
+        if self.meters.batches:
+            loss = self.meters.loss.value()[0]
+            top1 = self.meters.accuracy.value(self.meters.topk[0])
+            self.bar.set_postfix_str(f'loss {loss:.3f}, acc {top1:.1f} %', refresh=False)
+
+    def close(self):
+        self.bar.close()
+
+
+class Pass:
+    """One pass over batches: its position, time, meters and progress bar.
+
+    It is a context for the loop over the batches; leaving it removes the progress bar.
+
+    Args:
+        name: 'train' or 'test', for the names of the results; label: for the progress bar.
+        batches: Batches; the pass sets their epoch and the batch to start from.
+        epoch: counted from 1.
+        progress: what `progress()` returned when the pass was interrupted.
+    """
+
+    def __init__(self, name, label, batches, meters, epoch, progress=None):
+        self.name, self.batches, self.meters = name, batches, meters
+        self.final_progress = None
+        meters.reset()
+        self.step, elapsed, batches.broken_before = 0, 0, {}
+        if progress:
+            self.step, elapsed = progress['step'], progress['time']
+            batches.broken_before = progress['broken']
+            meters.load_state(progress['tally'])
+        batches.epoch, batches.start = epoch, self.step
+        done = min(self.step * batches.batch_size, batches.n)
+        self.bar = ProgressBar(label, batches.n, meters, done)
+        self.started = time.perf_counter() - elapsed
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def add(self, loss, logits, targets):
+        """Count a batch: its mean loss, logits (N, classes) and targets (N,)."""
+        self.meters.add(loss, logits, targets)
+        self.bar.update(self.batches.size(self.step))
+        self.step += 1
+
+    def progress(self):
+        """The position and what was measured so far, for a checkpoint."""
+        if self.final_progress:
+            return self.final_progress
+        return {
+            'step': self.step,
+            'tally': self.meters.state(),
+            'time': time.perf_counter() - self.started,
+            'broken': distributed.union(self.batches.broken),
+        }
+
+    def finish(self):
+        """{NAME_loss, NAME_acc, NAME_top5, NAME_time}: accuracies in percent, time in seconds."""
+        loss, top1, top5 = self.meters.values()
+        self.final_progress = self.progress()
+        return {
+            f'{self.name}_loss': loss,
+            f'{self.name}_acc': top1,
+            f'{self.name}_top5': top5,
+            f'{self.name}_time': self.final_progress['time'],
+        }
