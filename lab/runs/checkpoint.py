@@ -105,9 +105,9 @@ class Checkpoint:
             OptionError: an option in `given` contradicts the network.
         """
         network = {**registry.own_options(self.network['model']), **self.network}
-        dataset = given.get('dataset', 'CIFAR10')
+        dataset = given.get('dataset', network['dataset'])
         if not self.preprocessing and DATASETS[dataset] == DATASETS[network['dataset']]:
-            network['dataset'] = given.get('dataset', network['dataset'])
+            network['dataset'] = dataset
         names = registry.network_option_names(network['model'])
         for name in names:
             if given.get(name, network[name]) != network[name]:
