@@ -132,7 +132,17 @@ def _central_diagonal(weight, groups):
 
 def plain_conv(kind, conv, weight):
     """A plain convolution of class `kind` with this weight and everything else from `conv`."""
-    plain = kind(
+    # The meta device allocates nothing: the tensors are replaced right away.
+    plain = like_conv(kind, conv, device='meta', dtype=weight.dtype)
+    plain.weight = nn.Parameter(weight.detach())
+    if conv.bias is not None:
+        plain.bias = nn.Parameter(conv.bias.detach().clone())
+    return plain.train(conv.training)
+
+
+def like_conv(kind, conv, **kwargs):
+    """A new convolution of class `kind` with the arguments of `conv`."""
+    return kind(
         conv.in_channels,
         conv.out_channels,
         conv.kernel_size,
@@ -142,13 +152,8 @@ def plain_conv(kind, conv, weight):
         conv.groups,
         conv.bias is not None,
         conv.padding_mode,
-        device='meta',  # allocates nothing: the tensors are replaced right away
-        dtype=weight.dtype,
+        **kwargs,
     )
-    plain.weight = nn.Parameter(weight.detach())
-    if conv.bias is not None:
-        plain.bias = nn.Parameter(conv.bias.detach().clone())
-    return plain.train(conv.training)
 
 
 class DiracConv:

@@ -22,6 +22,7 @@ from diracconv import (
     DiracConv2d,
     DiracConv3d,
     DiracParametrization,
+    like_conv,
     plain_conv,
     split_weight,
 )
@@ -71,19 +72,8 @@ def diracify(model, *, fresh=False, where=qualifies):
 
 
 def _dirac_conv(conv, fresh):
-    dirac = LAYERS[type(conv)](
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        conv.bias is not None,
-        conv.padding_mode,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
+    weight = conv.weight
+    dirac = like_conv(LAYERS[type(conv)], conv, device=weight.device, dtype=weight.dtype)
     if not fresh:
         weight, alpha, beta = split_weight(conv.weight, conv.groups)
         with torch.no_grad():
