@@ -11,7 +11,7 @@ import train
 from conftest import python
 from diracnet import DATASETS
 from lab.errors import OptionError
-from lab.models.registry import MODELS
+from lab.models.registry import MODELS, own_options
 from lab.training.option_table import OPTIONS, UNSET
 from lab.training.options import FREE_ON_RESUME, complete, options_table, parse
 
@@ -289,3 +289,9 @@ def test_bad_options(arguments, words, refused, tmp_path):
     folder = tmp_path / 'run'
     refused(2, words, train.main, *shlex.split(arguments), '--save', folder)
     assert not folder.exists()
+
+
+def test_own_options_of_models_are_declared():
+    for model in MODELS:
+        for name, default in own_options(model).items():
+            assert model in OPTIONS[name].models and OPTIONS[name].default == default
