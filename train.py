@@ -151,7 +151,7 @@ def train(options, resumed, device, folder, arguments):
 
             distributed.share_statistics(module)
             module.eval()
-            test = Pass('test', 'test', test_batches, meters, epoch)
+            test = Pass('test', 'test', test_batches, meters, epoch)  # resets the meters
             with test, torch.inference_mode():
                 for inputs, targets in test_batches:
                     test.add(*forward(module, inputs, targets, dtype, autocast_dtype), targets)

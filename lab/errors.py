@@ -22,13 +22,16 @@ class OneLineParser(argparse.ArgumentParser):
     """A parser that raises OptionError, refuses abbreviated flags, and prints its description
     as written."""
 
-    def __init__(self, **kwargs):
+    def __init__(self, prog, **kwargs):
         super().__init__(
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs
+            prog=f'python {prog}',
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
         )
 
     def error(self, message):
-        raise OptionError(f'{message} (see python {self.prog} --help)')
+        raise OptionError(f'{message} (see {self.prog} --help)')
 
 
 def run(main, name):

@@ -7,7 +7,9 @@ from lab.errors import UserError
 
 
 def read_digits(name, root, download):
-    """The 1,797 digits: the first 1,437 for training, the last 360, by other writers, for testing.
+    """The 1,797 digits: the first 1,437 for training, the last 360 for testing.
+
+    Most of the test digits are by writers who are not in the training set.
 
     scikit-learn contains the files, so `root` and `download` are unused.
 

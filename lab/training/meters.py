@@ -8,8 +8,7 @@ from lab import distributed
 
 
 class Meters:
-    """Mean loss and top-k accuracy of a pass over the data, for all processes together, from
-    torchnet's meters.
+    """Mean loss and top-k accuracy of one pass, over all processes, in torchnet's meters.
 
     Batches are measured in chunks, so that not every step waits for the GPU and for the other
     processes.

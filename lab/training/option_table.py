@@ -5,9 +5,9 @@ import json
 import math
 from dataclasses import dataclass, field
 
-from diracnet import DATASETS
+from diracnet import BN_MOMENTUM, DATASETS
 from lab.device import DTYPES
-from lab.models.registry import INITS, MODELS, own_options
+from lab.models.registry import CHAINS, INITS, MODELS, VERSION_1, own_options
 from lab.models.resnet import BLOCKS
 from lab.training.optimizers import OPTIMIZERS
 
@@ -166,7 +166,7 @@ NETWORK = (
     Option(
         'bn_momentum',
         'weight of each batch in the running statistics, or cumulative: their mean over an epoch',
-        0.1,
+        BN_MOMENTUM,
         type=momentum,
         metavar='M',
     ),
@@ -232,7 +232,7 @@ TRAINING = (
     ),
     Option(
         'epoch_step',
-        'epochs, counted from 1, at the start of which the learning rate falls',
+        'epochs, counted from 1, that begin with a lower learning rate',
         [60, 120, 160],
         {'FashionMNIST': [20, 40, 50], 'digits': [30, 45, 55], 'imagenet': [30, 60, 90]},
         epoch_list,
@@ -270,7 +270,8 @@ TRAINING = (
     ),
     Option(
         'weight_decay',
-        'weight decay of tensors with more than one dimension; of all in diracnet-v1, plain-ncrelu',
+        'weight decay of tensors with more than one dimension; of all tensors in '
+        f'{" and ".join(VERSION_1)}',
         5e-4,
         {'digits': 5e-3, 'imagenet': 1e-4},
         number(float, 0),
@@ -279,14 +280,14 @@ TRAINING = (
     Option('seed', 'seeds initialization, order, augmentation, dropout', 1, type=number(int, 0)),
     Option(
         'recompute',
-        'compute activations twice, to about halve the memory; for diracnet and plain',
+        f'compute activations twice, to about halve the memory; for {" and ".join(CHAINS)}',
         False,
         type=bool,
     ),
     Option(
         'compile',
-        'compile each block with torch.compile, for diracnet and plain; needs a C++ compiler and '
-        'about half a minute',
+        f'compile each block with torch.compile, for {" and ".join(CHAINS)}; needs a C++ compiler '
+        'and about half a minute',
         False,
         type=bool,
     ),
