@@ -8,27 +8,21 @@ run.json      the command, versions and machine of each start of the run
 import contextlib
 import json
 import os
-import platform
-import shlex
-import subprocess
 import sys
 import time
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
-
-from lab.distributed import rank, world
+from lab.distributed import rank
 from lab.errors import OptionError, UserError
 from lab.files import write_atomically
 from lab.runs import checkpoint
 from lab.runs.log import LOG, parse_line
+from lab.runs.provenance import describe_start
 from lab.runs.signals import try_to_print
+from lab.runs.tensorboard import write_events
 
 COMMANDS = 'run.json'
-CHECKOUT = Path(__file__).resolve().parents[2]
-PACKAGES = ('torch', 'torchvision', 'torchnet', 'opencv-python', 'tqdm', 'numpy')
 
 
 class RunFolder:
@@ -167,47 +161,19 @@ class RunFolder:
 
     def write_events(self, stats):
         """Write the numbers of an epoch for TensorBoard."""
-        if rank() > 0:
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                '--tensorboard needs a package that is not installed: pip install tensorboard'
-            ) from None
-
-        def write():
-            # A new writer per epoch: purge_step hides what a killed run wrote after the epoch
-            # that it resumes from.
-            with SummaryWriter(str(self.path), purge_step=stats['epoch']) as writer:
-                for part in ('train', 'test'):
-                    for name in ('loss', 'acc', 'top5', 'time'):
-                        value = stats[f'{part}_{name}']
-                        writer.add_scalar(f'{name}/{part}', value, stats['epoch'])
-
-        self._try('events.out.tfevents', write)
+        if rank() == 0:
+            self._try('events.out.tfevents', lambda: write_events(self.path, stats))
 
     def record_command(self, arguments, device):
         """Add the command, versions and machine of this start to run.json."""
         if rank() > 0:
             return
-        entry = {
-            'command': shlex.join(['python', 'train.py', *arguments]),
-            'time': datetime.now().isoformat(timespec='seconds'),
-            'commit': _commit(),
-            'python': platform.python_version(),
-            'versions': {name: _version(name) for name in PACKAGES},
-            'device': f'{device.type} ({platform.machine()})',
-            'processes': world(),
-            'threads': torch.get_num_threads(),
-        }
-        if device.type == 'cuda':
-            entry['device'] = torch.cuda.get_device_name(device)
         try:
             entries = json.loads((self.path / COMMANDS).read_text())
         except (OSError, ValueError):
             entries = []
-        self.write(COMMANDS, json.dumps([*entries, entry], indent=1) + '\n')
+        entries.append(describe_start(arguments, device))
+        self.write(COMMANDS, json.dumps(entries, indent=1) + '\n')
 
     def finish(self):
         """Raise UserError if a file could not be written."""
@@ -247,20 +213,3 @@ def log_lines(resumed):
     path = resumed.path.parent / LOG  # checkpoints of the original code do not contain the log
     lines = path.read_text().splitlines() if path.exists() else []
     return [line for line in lines if (parse_line(line) or {}).get('epoch', 0) <= resumed.epoch]
-
-
-def _commit():
-    """The commit of this checkout; None without git."""
-    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
-    try:
-        found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
-
-
-def _version(name):
-    try:
-        return version(name)
-    except PackageNotFoundError:  # installed under another name
-        return None

@@ -1,0 +1,49 @@
+"""Where a run comes from: its command, the commit, the versions, the machine."""
+
+import platform
+import shlex
+import subprocess
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from lab.distributed import world
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGES = ('torch', 'torchvision', 'torchnet', 'opencv-python', 'tqdm', 'numpy')
+
+
+def describe_start(arguments, device):
+    """The entry of run.json for a start of train.py with these arguments."""
+    name = f'{device.type} ({platform.machine()})'
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    return {
+        'command': shlex.join(['python', 'train.py', *arguments]),
+        'time': datetime.now().isoformat(timespec='seconds'),
+        'commit': _commit(),
+        'python': platform.python_version(),
+        'versions': {package: _version(package) for package in PACKAGES},
+        'device': name,
+        'processes': world(),
+        'threads': torch.get_num_threads(),
+    }
+
+
+def _commit():
+    """The commit of this checkout; None without git."""
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
+    try:
+        found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _version(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:  # installed under another name
+        return None
