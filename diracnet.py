@@ -220,8 +220,16 @@ def flatten(tree, prefix=''):
     return flat
 
 
-def define_chain(architecture, dirac=True):
-    """f, params of a chain; with dirac=False its convolutions are ordinary ones."""
+def dirac_conv_params(in_channels, out_channels):
+    return {
+        'conv': conv_params(in_channels, out_channels, 3),
+        'alpha': torch.full((out_channels,), ALPHA),
+        'beta': torch.full((out_channels,), BETA),
+    }
+
+
+def chain_params(architecture, block_params):
+    """The flat params of a chain; block_params(in_channels, out_channels) are a convolution's."""
     stem_width = architecture.widths[0]
     stem_size = 7 if architecture.form == 'imagenet' else 3
     tree = {
@@ -230,14 +238,15 @@ def define_chain(architecture, dirac=True):
     }
     for group in architecture.groups:
         for name, in_channels, out_channels in group:
-            block = {'conv': conv_params(in_channels, out_channels, 3)}
-            if dirac:
-                block['alpha'] = torch.full((out_channels,), ALPHA)
-                block['beta'] = torch.full((out_channels,), BETA)
-            block['bn'] = bn_params(out_channels)
-            tree[name] = block
+            block = block_params(in_channels, out_channels)
+            tree[name] = {**block, 'bn': bn_params(out_channels)}
     tree['fc'] = linear_params(architecture.widths[-1], architecture.num_classes)
-    return partial(chain, architecture), flatten(tree)
+    return flatten(tree)
+
+
+def define_chain(architecture, block_params=dirac_conv_params):
+    """f, params of a chain, a DiracNet unless `block_params` makes other convolutions."""
+    return partial(chain, architecture), chain_params(architecture, block_params)
 
 
 def define_diracnet(depth, width, dataset, *, num_classes=None, in_channels=None):

@@ -19,12 +19,9 @@ from torch import nn
 from diracnet import (
     DiracNet,
     batch_norm,
-    bn_params,
-    conv_params,
-    flatten,
+    chain_params,
     fold_batch_norm,
     infer_architecture,
-    linear_params,
     make_architecture,
 )
 
@@ -101,30 +98,20 @@ def define_diracnet_v1(depth, width, dataset, *, num_classes=None, in_channels=N
     The paper applied weight decay to all parameters.
     """
     architecture = make_architecture(depth, width, dataset, num_classes, in_channels)
-    return define_chain_v1(architecture, dirac=True)
+    return define_chain_v1(architecture)
 
 
-def define_chain_v1(architecture, dirac):
-    """f, params of a chain; with dirac=False its convolutions are ordinary ones."""
-    stem_width = architecture.widths[0]
-    stem_size = 7 if architecture.form == 'imagenet' else 3
-    tree = {
-        'conv': conv_params(architecture.in_channels, stem_width, stem_size),
-        'bn': bn_params(stem_width),
+def dirac_conv_params(in_channels, out_channels):
+    return {
+        'conv': torch.randn(out_channels, 2 * in_channels, 3, 3) * STD,
+        'alpha': torch.full((1,), ALPHA),
+        'beta': torch.full((1,), BETA),
     }
-    for group in architecture.groups:
-        for name, in_channels, out_channels in group:
-            block = {}
-            if dirac:
-                block['conv'] = torch.randn(out_channels, 2 * in_channels, 3, 3) * STD
-                block['alpha'] = torch.full((1,), ALPHA)
-                block['beta'] = torch.full((1,), BETA)
-            else:
-                block['conv'] = conv_params(2 * in_channels, out_channels, 3)
-            block['bn'] = bn_params(out_channels)
-            tree[name] = block
-    tree['fc'] = linear_params(architecture.widths[-1], architecture.num_classes)
-    return partial(chain_v1, architecture), flatten(tree)
+
+
+def define_chain_v1(architecture, block_params=dirac_conv_params):
+    """f, params of a chain, as `diracnet.define_chain`, for version 1."""
+    return partial(chain_v1, architecture), chain_params(architecture, block_params)
 
 
 # --- the folded network ----------------------------------------------------------------------
