@@ -14,6 +14,7 @@ Skip-Connections, arXiv 1706.00388. This file needs torch and diracconv.py alone
 
 import hashlib
 import http.client
+import math
 import os
 import re
 from collections import OrderedDict
@@ -28,6 +29,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from diracconv import ALPHA, BETA, dirac_weight
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
+SHIFT = 0.5  # initial bias of the batch norms with bn_init='shifted'
 
 # What each data set determines: the form of the network, the channels of an image, the number of
 # classes.
@@ -249,7 +251,17 @@ def define_chain(architecture, block_params=dirac_conv_params):
     return partial(chain, architecture), chain_params(architecture, block_params)
 
 
-def define_diracnet(depth, width, dataset, *, num_classes=None, in_channels=None):
+def define_diracnet(
+    depth,
+    width,
+    dataset,
+    *,
+    num_classes=None,
+    in_channels=None,
+    bn_init='paper',
+    alpha=None,
+    beta=None,
+):
     """DiracNet-DEPTH-WIDTH, version 2.
 
     Args:
@@ -258,15 +270,80 @@ def define_diracnet(depth, width, dataset, *, num_classes=None, in_channels=None
             ImageNet; the products are truncated to integers.
         dataset: a name in DATASETS; it determines the form, the channels and the classes.
         num_classes, in_channels: override those of the data set.
+        bn_init, alpha, beta: initial scales, see `initialize_scales`. With 'shifted', beta is
+            'depth' unless it is given.
 
     Returns:
         f, params: `f(inputs, params, mode)` returns logits, see `chain`. params is a flat dict
         with dotted keys; all tensors but the running statistics require gradients.
 
     Raises:
-        ValueError: an impossible depth, width or data set; the message says what is possible.
+        ValueError: an impossible depth, width, data set or scale; the message says what is
+            possible.
     """
-    return define_chain(make_architecture(depth, width, dataset, num_classes, in_channels))
+    architecture = make_architecture(depth, width, dataset, num_classes, in_channels)
+    if bn_init == 'shifted' and beta is None:
+        beta = 'depth'
+    f, params = define_chain(architecture)
+    return f, initialize_scales(params, architecture.depth, bn_init, alpha, beta)
+
+
+@torch.no_grad()
+def initialize_scales(params, depth, bn_init='paper', alpha=None, beta=None):
+    """Set the initial scales of a chain in place. A departure from the paper, for deep chains.
+
+    Returns params.
+
+    Args:
+        params: flat dict of a chain with this depth.
+        bn_init: 'paper' keeps weights from U(0, 1) and biases of 0. A pair of numbers is the
+            weight and the bias of every batch norm; 'shifted' is the pair (1, SHIFT). ReLU then
+            cuts off less than half of a channel's values, and a signal survives more layers.
+        alpha, beta: scales of the Dirac weights: numbers above 0, or 'depth' for
+            1 / sqrt(depth). None keeps 1 and 0.1.
+
+    Raises:
+        ValueError: an unknown initialization, or a scale out of range.
+    """
+    if bn_init != 'paper':
+        weight, bias = bn_scales(bn_init)
+        for key, tensor in params.items():
+            if key.endswith('bn.weight'):
+                tensor.fill_(weight)
+            elif key.endswith('bn.bias'):
+                tensor.fill_(bias)
+    for name, scale in (('alpha', alpha), ('beta', beta)):
+        if scale is not None:
+            scale = dirac_scale(name, scale, depth)
+            for key, tensor in params.items():
+                if key.endswith(f'.{name}'):
+                    tensor.fill_(scale)
+    return params
+
+
+def bn_scales(bn_init):
+    """The initial (weight, bias) of all batch norms. Raises ValueError."""
+    if bn_init == 'shifted':
+        return 1.0, SHIFT
+    is_pair = isinstance(bn_init, (tuple, list)) and len(bn_init) == 2
+    if not (is_pair and all(isinstance(scale, (int, float)) for scale in bn_init)):
+        raise ValueError(
+            f"bn_init {bn_init!r} is unknown: choose 'paper', 'shifted', or a pair of numbers, "
+            'the weight and the bias'
+        )
+    weight, bias = bn_init
+    if not (0 < weight < math.inf and math.isfinite(bias)):
+        raise ValueError(f'bn_init {bn_init!r} is impossible: the weight must be above 0')
+    return weight, bias
+
+
+def dirac_scale(name, scale, depth):
+    """The number that an initial alpha or beta stands for. Raises ValueError."""
+    if scale == 'depth':
+        return depth**-0.5
+    if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"{name} {scale!r} is impossible: it must be a number above 0, or 'depth'")
+    return scale
 
 
 class Network(nn.Module):

@@ -24,6 +24,9 @@ EXAMPLES = {
     'block': ('bn-add', 'bn-add'),
     'dropout': ('0.3', 0.3),
     'init': ('xavier', 'xavier'),
+    'bn_init': ('1,0.25', [1.0, 0.25]),
+    'alpha': ('2', 2.0),
+    'beta': ('depth', 'depth'),
     'bn_momentum': ('cumulative', 'cumulative'),
     'dataset': ('CIFAR100', 'CIFAR100'),
     'dataroot': ('~/data', '~/data'),
@@ -146,7 +149,12 @@ GENERAL = {
 # depth on small images and on ImageNet, where it is not that of a DiracNet
 DEPTHS = {'resnet': (20, 18), 'resnet-dirac': (20, 18), 'wrn': (16, 50)}
 RATES = {'rmsprop': 0.01, 'adadelta': 1.0, 'adagrad': 0.1, 'adamw': 0.001}
+SCALES = {'bn_init': 'paper', 'alpha': None, 'beta': None}
 OWN_OPTIONS = {
+    'diracnet': SCALES,
+    'diracnet-v1': SCALES,
+    'plain': {'bn_init': 'paper'},
+    'plain-ncrelu': {'bn_init': 'paper'},
     'resnet': {'block': 'bn-add-relu'},
     'resnet-dirac': {'block': 'bn-add-relu'},
     'wrn': {'dropout': 0.0},

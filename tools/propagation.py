@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from lab.data import datasets
 from lab.errors import OneLineParser, UserError, run
 from lab.models.diracnet_v1 import ncrelu, tiled_delta
-from lab.models.registry import CHAINS, VERSION_1, define
+from lab.models.registry import CHAINS, VERSION_1, define, initialization
 from lab.runs import checkpoint
 from lab.runs.log import read_log
 from tools.propagation_figure import draw
@@ -71,7 +71,7 @@ def checkpoints_by_epoch(folder):
 def untrained(found):
     """The checkpoint of the same run before its training."""
     torch.manual_seed(found.options['seed'])  # as train.py does
-    _, params = define(init=found.options.get('init'), **found.network)
+    _, params = define(**initialization(found.options), **found.network)
     params = {key: tensor.detach() for key, tensor in params.items()}
     return checkpoint.Checkpoint(found.path, params, network=found.network)
 

@@ -22,6 +22,7 @@ from diracnet import (
     chain_params,
     fold_batch_norm,
     infer_architecture,
+    initialize_scales,
     make_architecture,
 )
 
@@ -92,13 +93,25 @@ def tiled_delta(weight):
 # --- its definition --------------------------------------------------------------------------
 
 
-def define_diracnet_v1(depth, width, dataset, *, num_classes=None, in_channels=None):
+def define_diracnet_v1(
+    depth,
+    width,
+    dataset,
+    *,
+    num_classes=None,
+    in_channels=None,
+    bn_init='paper',
+    alpha=None,
+    beta=None,
+):
     """DiracNet-DEPTH-WIDTH, version 1; arguments, returns and errors as for `define_diracnet`.
 
-    The paper applied weight decay to all parameters.
+    Without alpha and beta they are 5 and 0.001, whatever bn_init is. The paper applied weight
+    decay to all parameters.
     """
     architecture = make_architecture(depth, width, dataset, num_classes, in_channels)
-    return define_chain_v1(architecture)
+    f, params = define_chain_v1(architecture)
+    return f, initialize_scales(params, architecture.depth, bn_init, alpha, beta)
 
 
 def dirac_conv_params(in_channels, out_channels):

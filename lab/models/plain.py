@@ -4,7 +4,7 @@ Arguments, returns and errors are those of `diracnet.define_diracnet`, but param
 beta.
 """
 
-from diracnet import conv_params, define_chain, make_architecture
+from diracnet import conv_params, define_chain, initialize_scales, make_architecture
 from lab.models.diracnet_v1 import define_chain_v1
 
 
@@ -16,13 +16,17 @@ def plain_ncrelu_params(in_channels, out_channels):
     return {'conv': conv_params(2 * in_channels, out_channels, 3)}  # NCReLU doubles the channels
 
 
-def define_plain(depth, width, dataset, *, num_classes=None, in_channels=None):
+def define_plain(depth, width, dataset, *, num_classes=None, in_channels=None, bn_init='paper'):
     """The plain network that the paper compares DiracNets with."""
     architecture = make_architecture(depth, width, dataset, num_classes, in_channels)
-    return define_chain(architecture, plain_params)
+    f, params = define_chain(architecture, plain_params)
+    return f, initialize_scales(params, architecture.depth, bn_init)
 
 
-def define_plain_ncrelu(depth, width, dataset, *, num_classes=None, in_channels=None):
+def define_plain_ncrelu(
+    depth, width, dataset, *, num_classes=None, in_channels=None, bn_init='paper'
+):
     """The same for version 1: NCReLU stays; the convolutions start with Kaiming normal weights."""
     architecture = make_architecture(depth, width, dataset, num_classes, in_channels)
-    return define_chain_v1(architecture, plain_ncrelu_params)
+    f, params = define_chain_v1(architecture, plain_ncrelu_params)
+    return f, initialize_scales(params, architecture.depth, bn_init)

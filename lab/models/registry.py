@@ -28,6 +28,7 @@ MODELS = {
 CHAINS = ('diracnet', 'plain')  # their function is diracnet.chain
 VERSION_1 = ('diracnet-v1', 'plain-ncrelu')  # their function is diracnet_v1.chain_v1
 FOLDABLE = CHAINS + VERSION_1
+SCALES = ('bn_init', 'alpha', 'beta')  # the options of diracnet.initialize_scales
 
 INITS = {
     'kaiming': partial(torch.nn.init.kaiming_normal_, nonlinearity='relu'),
@@ -38,7 +39,7 @@ INITS = {
 
 
 def define(
-    model, depth, width, dataset, *, init=None, num_classes=None, in_channels=None, **own_options
+    model, depth, width, dataset, *, init=None, num_classes=None, in_channels=None, **options
 ):
     """f, params of a model.
 
@@ -47,13 +48,13 @@ def define(
         depth, width, dataset, num_classes, in_channels: as for `diracnet.define_diracnet`.
         init: a name in INITS, to initialize the weights of all convolutions in that way; None
             keeps the model's own initialization.
-        own_options: options that not all models share, see the function `own_options`.
+        options: those that not all models share, see `own_options` and `initial_scales`.
 
     Raises:
         ValueError: a choice is impossible; the message says what is possible.
     """
     f, params = MODELS[model](
-        depth, width, dataset, num_classes=num_classes, in_channels=in_channels, **own_options
+        depth, width, dataset, num_classes=num_classes, in_channels=in_channels, **options
     )
     if init is not None:
         with torch.no_grad():
@@ -64,13 +65,32 @@ def define(
 
 
 def own_options(model):
-    """The options of this model that not all models share, with their defaults."""
-    shared = ('num_classes', 'in_channels', 'dirac')
+    """The options of this model that not all models share, with their defaults.
+
+    Those that only choose its initial parameters are not among them: a checkpoint has its own.
+    """
+    others = ('num_classes', 'in_channels', 'dirac', *SCALES)
+    return {name: value for name, value in _keywords(model).items() if name not in others}
+
+
+def initial_scales(model):
+    """The names in SCALES that this model has, with their defaults."""
+    return {name: value for name, value in _keywords(model).items() if name in SCALES}
+
+
+def _keywords(model):
+    """The keyword-only arguments of a model's definition, with their defaults."""
     return {
         name: parameter.default
         for name, parameter in inspect.signature(MODELS[model]).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY and name not in shared
+        if parameter.kind is parameter.KEYWORD_ONLY
     }
+
+
+def initialization(options):
+    """The keyword arguments of `define` with which a run of these options begins."""
+    names = ('init', *initial_scales(options['model']))
+    return {name: options[name] for name in names if name in options}
 
 
 def network_option_names(model):

@@ -47,7 +47,7 @@ def build_network(options, arguments, device):
     """
     torch.manual_seed(options['seed'])
     try:
-        f, params = registry.define(init=options['init'], **arguments)
+        f, params = registry.define(**registry.initialization(options), **arguments)
     except ValueError as error:
         raise OptionError(str(error)) from None
     if options['recompute']:

@@ -5,9 +5,17 @@ import json
 import math
 from dataclasses import dataclass, field
 
+import diracnet
 from diracnet import BN_MOMENTUM, DATASETS
 from lab.device import DTYPES
-from lab.models.registry import CHAINS, INITS, MODELS, VERSION_1, own_options
+from lab.models.registry import (
+    CHAINS,
+    INITS,
+    MODELS,
+    VERSION_1,
+    initial_scales,
+    own_options,
+)
 from lab.models.resnet import BLOCKS
 from lab.training.optimizers import OPTIMIZERS
 
@@ -39,6 +47,25 @@ def epoch_list(text):
             f'{text} must be a JSON list of rising epochs such as [60,120,160]'
         )
     return epochs
+
+
+def bn_scales(text):
+    """'paper', 'shifted', or two numbers such as 1,0.5."""
+    if text in ('paper', 'shifted'):
+        return text
+    try:
+        scales = [float(part) for part in text.strip('[]').split(',')]
+        diracnet.bn_scales(scales)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'{text} must be paper, shifted, or a weight above 0 and a bias, such as 1,0.5'
+        ) from None
+    return scales
+
+
+def dirac_scale(text):
+    """'depth', or a number above 0."""
+    return text if text == 'depth' else number(float, 0, exclusive=True)(text)
 
 
 def momentum(text):
@@ -108,7 +135,9 @@ def _as_text(value):
 
 
 def _models_with(name):
-    return tuple(model for model in MODELS if name in own_options(model))
+    return tuple(
+        model for model in MODELS if name in {**own_options(model), **initial_scales(model)}
+    )
 
 
 NETWORK = (
@@ -162,6 +191,32 @@ NETWORK = (
         'normal with std 0.01, or orthogonal',
         None,
         choices=tuple(INITS),
+    ),
+    Option(
+        'bn_init',
+        'initial weight and bias of all batch norms. paper: from U(0, 1), and 0; shifted: '
+        f'1 and {diracnet.SHIFT:g}, with --beta depth; or two numbers such as 1,0.5. shifted '
+        'trains deeper chains',
+        'paper',
+        type=bn_scales,
+        metavar='INIT',
+        models=_models_with('bn_init'),
+    ),
+    Option(
+        'alpha',
+        'initial scale of the identity in Dirac weights, or depth: 1 / sqrt(depth)',
+        None,
+        type=dirac_scale,
+        metavar='A',
+        models=_models_with('alpha'),
+    ),
+    Option(
+        'beta',
+        'initial scale of the normalized weight in Dirac weights, or depth: 1 / sqrt(depth)',
+        None,
+        type=dirac_scale,
+        metavar='B',
+        models=_models_with('beta'),
     ),
     Option(
         'bn_momentum',
