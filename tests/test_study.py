@@ -1,8 +1,10 @@
 """Studies: what they train, what they leave alone, and the table and figure that they make."""
 
 import csv
+import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from lab.errors import UserError
 from lab.training.options import OPTIONS, complete
 from tools.study.__main__ import main
 from tools.study.definition import expand, read
+from tools.study.heat_map import draw_heat_maps
 from tools.study.runs import Run, all_runs, flags
 
 TINY = """
@@ -133,6 +136,7 @@ def test_a_file_that_is_not_a_study(tiny, tmp_path, refused):
         ('options: {width: 0.5}', 'options:', 'options'),
         ('x: depth', 'x: lr', 'figure'),
         ('figure: {x: depth, lines: model}', 'figure:', 'figure'),
+        ('lines: model}', 'y: lr, panels: model}', 'figure'),
     ):
         tiny.write_text(TINY.replace(old, new))
         refused(1, ['tiny.yaml', word], main, tiny)
@@ -177,6 +181,33 @@ def test_lists_expand_to_runs():
         '--epoch_step',
         '[3,5]',
     ]
+
+
+def test_some_runs_have_fewer_seeds(tiny, tmp_path):
+    tiny.write_text(TINY.replace('depth: 8}', 'depth: 8, seeds: [2]}'))
+    runs = all_runs(read(tiny), [1, 2], 'digits', tmp_path)
+    assert [(one.options['model'], one.seed) for one in runs] == [
+        ('diracnet', 1),
+        ('diracnet', 2),
+        ('resnet', 2),
+    ]
+    assert all('seeds' not in one.row for one in runs)
+
+
+def test_heat_maps(tiny, tmp_path):
+    """A cell shows the error of its two options, in the panel of the third; gaps stay empty."""
+    text = TINY.replace('x: depth, lines: model', 'x: depth, y: lr, panels: model')
+    tiny.write_text(text.replace('table: [model, depth]', 'table: [model, depth, lr]'))
+    rows = [
+        {'model': model, 'depth': depth, 'lr': lr, 'error': 10 * depth + lr}
+        for model in ('diracnet', 'resnet')
+        for depth, lr in ((1, 0.1), (2, 0.1), (1, 0.2))
+    ]
+    rows[0]['error'] = None
+    _, svg = draw_heat_maps(read(tiny), rows, tmp_path / 'map')
+    texts = re.findall(r'<!-- ([\d.]+) -->', Path(svg).read_text())
+    cells = [text for text in texts if float(text) >= 10]
+    assert sorted(cells) == ['10.1', '10.2', '10.2', '20.1', '20.1']
 
 
 def test_committed_studies_are_well_formed():

@@ -18,12 +18,15 @@ The YAML file has
     dataset       the study's own data set
     options       options of train.py for every run
     recipes       more options, by data set
-    runs          a list of options for one run each; a list as a value makes one run per element
+    runs          a list of options for one run each; a list as a value makes one run per element;
+                  `seeds` is a list of those of the study's seeds that this one has
     table         names of the options that distinguish the rows
     reported      heading of a column of numbers that others report; a run gives its number as
                   `reported`
     figure        x: the name of an option in the table, or epoch
                   lines: the option that distinguishes the lines, or a list of options
+                  y, panels: instead of lines, draw heat maps of the error over x and y, one for
+                  each value of `panels`
                   signal: true, instead of x and lines, draws the figure of tools.propagation
     keep          epochs whose checkpoints are kept as epochN.pt7 in the run's folder
 """

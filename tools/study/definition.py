@@ -72,15 +72,17 @@ def read_yaml(path):
 
 
 def check_figure(path, study):
-    """Raise UserError if the figure has an x that cannot be drawn."""
+    """Raise UserError if the figure has an option that is not in the table."""
     if study.figure is None or study.figure.get('signal'):
         return
-    possible = ['epoch', *study.table]
-    if study.figure.get('x') not in possible:
-        raise UserError(
-            f'{path} is not a study: x of its figure is {study.figure.get("x")!r}, but must be '
-            f'one of {", ".join(possible)}'
-        )
+    is_heat_map = 'panels' in study.figure
+    for part in ('x', 'y', 'panels') if is_heat_map else ('x',):
+        possible = study.table if is_heat_map else ['epoch', *study.table]
+        if study.figure.get(part) not in possible:
+            raise UserError(
+                f'{path} is not a study: {part} of its figure is {study.figure.get(part)!r}, but '
+                f'must be one of {", ".join(possible)}'
+            )
 
 
 def expand(options):

@@ -4,12 +4,15 @@ import textwrap
 
 from tools import figures
 from tools.plot import curves
+from tools.study.heat_map import draw_heat_maps
 
 
 def draw_study(study, rows, runs, out):
     """Draw the figure, and save. Returns its paths."""
     if study.figure['x'] == 'epoch':
         return curves(logs_by_row(study, runs), out, errors_only=True)
+    if 'panels' in study.figure:
+        return draw_heat_maps(study, rows, out)
     return draw_errors(study, rows, out)
 
 
@@ -24,7 +27,9 @@ def logs_by_row(study, runs):
 
 
 def label_of(options, names):
-    return ', '.join(str(options.get(name, '')) for name in names)
+    """The values of these options, without those that are not set."""
+    values = [options.get(name) for name in names]
+    return ', '.join(str(value) for value in values if value not in (None, ''))
 
 
 def draw_errors(study, rows, out):

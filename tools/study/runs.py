@@ -110,6 +110,15 @@ class Run:
 
 
 def all_runs(study, seeds, dataset, folder):
-    """All runs of a study, seed by seed."""
-    rows = [row for options in study.runs for row in expand(options)]
-    return [Run(study, row, seed, dataset, folder) for seed in seeds for row in rows]
+    """All runs of a study, seed by seed. An element of `runs` may have fewer seeds than others."""
+    rows = []  # (options of one run, its seeds)
+    for options in study.runs:
+        own_seeds = options.get('seeds', seeds)
+        options = {name: value for name, value in options.items() if name != 'seeds'}
+        rows += [(row, own_seeds) for row in expand(options)]
+    return [
+        Run(study, row, seed, dataset, folder)
+        for seed in seeds
+        for row, own_seeds in rows
+        if seed in own_seeds
+    ]
