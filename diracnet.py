@@ -444,7 +444,7 @@ class DiracNet(nn.Module):
 
     `features` maps (N, in_channels, H, W) to (N, channels, 1, 1), and `fc` that to logits
     (N, num_classes). H and W are at least 32 in the ImageNet form and 4 in the CIFAR form.
-    Arguments and errors are those of `define_diracnet`. The weights are random until
+    The arguments and their errors are as for `define_diracnet`. The weights are random until
     `load_state_dict(fold(params))` loads trained ones.
     """
 
@@ -458,7 +458,7 @@ class DiracNet(nn.Module):
         net = cls.__new__(cls)
         nn.Module.__init__(net)
         net._build(cls._infer_architecture(state_dict))
-        net.to(state_dict['fc.weight'].dtype).load_state_dict(state_dict)
+        copy_tensors(state_dict, net.to(state_dict['fc.weight'].dtype))
         return net
 
     @staticmethod
@@ -490,6 +490,29 @@ class DiracNet(nn.Module):
 
     def forward(self, inputs):
         return self.fc(self.features(inputs).flatten(1))
+
+
+@torch.no_grad()
+def copy_tensors(state_dict, module):
+    """Copy a state dict into a module, as `module.load_state_dict` does.
+
+    That method takes quadratic time in the number of layers, this function linear time.
+
+    Raises:
+        ValueError: a key or a shape does not fit.
+    """
+    own = module.state_dict()
+    for key in sorted(own.keys() ^ state_dict.keys()):
+        problem = 'is missing' if key in own else 'belongs to no layer'
+        raise ValueError(f'the tensors do not fit the network: {key} {problem}')
+    for key, tensor in own.items():
+        shape = tuple(state_dict[key].shape)
+        if shape != tuple(tensor.shape):
+            raise ValueError(
+                f'the tensors do not fit the network: {key} has shape {shape} instead of '
+                f'{tuple(tensor.shape)}'
+            )
+        tensor.copy_(state_dict[key])
 
 
 # --- published weights -----------------------------------------------------------------------

@@ -51,6 +51,7 @@ from lab.training.optimizers import (
 )
 from lab.training.options import check_combination, parse
 from lab.training.passes import Pass
+from lab.training.recalibration import recalibrate
 
 
 def main(arguments=None):
@@ -77,7 +78,7 @@ def main(arguments=None):
             return distributed.launch(options['ngpu'], [__file__, *arguments])
         options['ngpu'] = world()
         if to_evaluate:
-            return evaluate(options, found, device)
+            return evaluate(options, found, device, recalibrates='recalibrate_bn' in given)
         return train(options, found, device, folder, arguments)
 
 
@@ -149,9 +150,12 @@ def train(options, resumed, device, folder, arguments):
             train_stats = training.finish()
             recorder.check_loss(epoch)
 
+            test = Pass('test', 'test', test_batches, meters, epoch)  # resets the meters
+            if options['recalibrate_bn']:  # in test_time
+                for _ in recalibrate(module, train_batches, epoch, options):
+                    recorder.save_if_due(finished, training.progress)
             distributed.share_statistics(module)
             module.eval()
-            test = Pass('test', 'test', test_batches, meters, epoch)  # resets the meters
             with test, torch.inference_mode():
                 for inputs, targets in test_batches:
                     test.add(*forward(module, inputs, targets, dtype, autocast_dtype), targets)
@@ -173,8 +177,11 @@ def train(options, resumed, device, folder, arguments):
         stop.say(f'done: {folder.path}')
 
 
-def evaluate(options, found, device):
-    """Test a checkpoint, and print the results as one line of JSON."""
+def evaluate(options, found, device, recalibrates=False):
+    """Test a checkpoint, and print the results as one line of JSON. `recalibrates`: first compute
+    the running statistics of batch norm anew, without changing the file."""
+    if recalibrates and found.folded:
+        raise OptionError(f'--recalibrate_bn: {found.path} is folded, so it has no batch norm')
     dtype, autocast_dtype = DTYPES[options['dtype']]
     module = found.module().to(device, dtype, memory_format=torch.channels_last)
     data = load_data(options)
@@ -183,17 +190,25 @@ def evaluate(options, found, device):
         data = replace(data, preprocessing=Preprocessing.from_dict(found.preprocessing))
     batches = make_batches(data, False, options, device)
     test = Pass('test', 'test', batches, Meters(len(data.classes)), epoch=0)
+    broken = BrokenImages()
+    if recalibrates:
+        train_batches = make_batches(data, True, options, device)
+        distributed.check_batches(train_batches.n, options['batch_size'])
+        for _ in recalibrate(module, train_batches, found.epoch, options):
+            pass
+        distributed.share_statistics(module)
+        broken.report(train_batches)
     with test, torch.inference_mode():
         for inputs, targets in batches:
             test.add(*forward(module, inputs, targets, dtype, autocast_dtype), targets)
     stats = test.finish()
-    broken = BrokenImages()
     broken.report(batches)
     broken.check(batches)
     stats = {
         'checkpoint': str(found.path),
         'dataset': options['dataset'],
         **{name: stats[name] for name in ('test_loss', 'test_acc', 'test_top5')},
+        'recalibrate_bn': recalibrates,
         'holdout': options['holdout'],
         'n': batches.n,
     }

@@ -77,13 +77,16 @@ def test_interrupted_run_resumes(old_run, tmp_path, one_thread):
     log, expected = without_times(folder), without_times(tmp_path / 'whole')
     assert log[0] == without_times(FIXTURES / INTERRUPTED)[0]
     assert [line['epoch'] for line in log] == [1, 2, 3]
-    assert all(set(line) == set(other) for line, other in zip(log, expected))
+    # Today's code has more options than the code that wrote the first line.
+    assert set(log[0]) < set(expected[0])
+    assert all(set(line) == set(other) for line, other in zip(log[1:], expected[1:]))
     # Another processor may round differently, which training amplifies from step to step.
     for line, other in zip(log, expected):
         assert line['train_loss'] == pytest.approx(other['train_loss'], rel=0.02)
-    if log[0] == expected[0]:  # the same arithmetic as where the fixture was computed
+    first = {name: expected[0][name] for name in log[0]}
+    if log[0] == first:  # the same arithmetic as where the fixture was computed
         assert same(tmp_path / 'whole', folder)
-        assert log == expected
+        assert log[1:] == expected[1:]
 
 
 def test_interrupted_run_folds(old_run):

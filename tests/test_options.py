@@ -28,6 +28,7 @@ EXAMPLES = {
     'alpha': ('2', 2.0),
     'beta': ('depth', 'depth'),
     'bn_momentum': ('cumulative', 'cumulative'),
+    'recalibrate_bn': (None, True),
     'dataset': ('CIFAR100', 'CIFAR100'),
     'dataroot': ('~/data', '~/data'),
     'imagenetpath': ('/images', '/images'),
@@ -144,6 +145,7 @@ GENERAL = {
     'init': None,
     'warmup': 0,
     'bn_momentum': 0.1,
+    'recalibrate_bn': False,
     'tensorboard': False,
 }
 # depth on small images and on ImageNet, where it is not that of a DiracNet
@@ -156,7 +158,7 @@ OWN_OPTIONS = {
     'plain': {'bn_init': 'paper'},
     'plain-ncrelu': {'bn_init': 'paper'},
     'resnet': {'block': 'bn-add-relu'},
-    'resnet-dirac': {'block': 'bn-add-relu'},
+    'resnet-dirac': {'block': 'bn-add-relu', 'alpha': None, 'beta': None},
     'wrn': {'dropout': 0.0},
 }
 

@@ -1,14 +1,13 @@
 """All models by name: define them, recognize them by their tensors, fold them."""
 
 import inspect
-from functools import partial
-
-import torch
 
 import diracnet
 from diracnet import DATASETS, DiracNet, define_diracnet, infer_architecture
 from lab.models.diracnet_v1 import DiracNetV1, define_diracnet_v1, fold_v1, infer_architecture_v1
+from lab.models.initialization import initialize_convolutions
 from lab.models.plain import define_plain, define_plain_ncrelu
+from lab.models.repvgg import define_repvgg, fold_repvgg, infer_repvgg, is_repvgg
 from lab.models.resnet import (
     define_resnet,
     define_resnet_dirac,
@@ -21,21 +20,15 @@ MODELS = {
     'diracnet-v1': define_diracnet_v1,
     'plain': define_plain,
     'plain-ncrelu': define_plain_ncrelu,
+    'repvgg': define_repvgg,
     'resnet': define_resnet,
     'resnet-dirac': define_resnet_dirac,
     'wrn': define_wide_resnet,
 }
 CHAINS = ('diracnet', 'plain')  # their function is diracnet.chain
 VERSION_1 = ('diracnet-v1', 'plain-ncrelu')  # their function is diracnet_v1.chain_v1
-FOLDABLE = CHAINS + VERSION_1
+FOLDABLE = (*CHAINS, *VERSION_1, 'repvgg')
 SCALES = ('bn_init', 'alpha', 'beta')  # the options of diracnet.initialize_scales
-
-INITS = {
-    'kaiming': partial(torch.nn.init.kaiming_normal_, nonlinearity='relu'),
-    'xavier': torch.nn.init.xavier_normal_,
-    'normal': partial(torch.nn.init.normal_, std=0.01),
-    'orthogonal': torch.nn.init.orthogonal_,
-}
 
 
 def define(
@@ -46,21 +39,20 @@ def define(
     Args:
         model: a name in MODELS.
         depth, width, dataset, num_classes, in_channels: as for `diracnet.define_diracnet`.
-        init: a name in INITS, to initialize the weights of all convolutions in that way; None
+        init: a name in `initialization.INITS`, to initialize all convolutions in that way; None
             keeps the model's own initialization.
         options: those that not all models share, see `own_options` and `initial_scales`.
 
     Raises:
         ValueError: a choice is impossible; the message says what is possible.
     """
+    if init == 'looks-linear' and model != 'plain-ncrelu':
+        raise ValueError(f'--init {init} does not apply to --model {model}, only to plain-ncrelu')
     f, params = MODELS[model](
         depth, width, dataset, num_classes=num_classes, in_channels=in_channels, **options
     )
     if init is not None:
-        with torch.no_grad():
-            for tensor in params.values():
-                if tensor.ndim == 4:
-                    INITS[init](tensor)
+        initialize_convolutions(params, init)
     return f, params
 
 
@@ -110,6 +102,10 @@ def fold(model, params):
     """
     if model not in FOLDABLE:
         raise ValueError(f'--model {model} does not fold; only {", ".join(FOLDABLE)} do')
+    if model == 'repvgg':
+        return fold_repvgg(params)
+    if is_repvgg(params):
+        raise ValueError(f'not the parameters of --model {model}, but of a RepVGG')
     return fold_v1(params) if model in VERSION_1 else diracnet.fold(params)
 
 
@@ -139,6 +135,8 @@ def infer(params):
 
 
 def _infer_chain(params):
+    if is_repvgg(params):
+        return _describe('repvgg', infer_repvgg(params))
     is_dirac = any(key.endswith('.alpha') for key in params)
     return _describe('diracnet' if is_dirac else 'plain', infer_architecture(params))
 

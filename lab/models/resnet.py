@@ -25,6 +25,7 @@ from diracnet import (
     bn_params,
     conv_params,
     flatten,
+    initialize_scales,
     linear_params,
     make_architecture,
     relu,
@@ -184,8 +185,25 @@ def define_resnet(
     return partial(residual, form, counts, partial(basic_block, end=block)), params
 
 
-# The paper's second use of Dirac weights: inside residual blocks.
-define_resnet_dirac = partial(define_resnet, dirac=True)
+def define_resnet_dirac(
+    depth,
+    width,
+    dataset,
+    *,
+    num_classes=None,
+    in_channels=None,
+    block=BLOCKS[0],
+    alpha=None,
+    beta=None,
+):
+    """A ResNet with Dirac weights in its blocks: the paper's second use of them.
+
+    alpha and beta are their initial scales, see `diracnet.initialize_scales`. Other arguments,
+    returns and errors are those of `define_resnet`.
+    """
+    define = partial(define_resnet, block=block, dirac=True)
+    f, params = define(depth, width, dataset, num_classes=num_classes, in_channels=in_channels)
+    return f, initialize_scales(params, depth, alpha=alpha, beta=beta)
 
 
 def define_wide_resnet(depth, width, dataset, *, num_classes=None, in_channels=None, dropout=0.0):

@@ -25,6 +25,11 @@ class BatchNorm:
         return self.norm(x, mean, var, weight, bias, training, self.momentum, eps)
 
 
+def batch_norm(options):
+    """The function of the batch norms, with the momentum as an argument."""
+    return sync_batch_norm if options['sync_bn'] else F.batch_norm
+
+
 def network_arguments(options, source):
     """The arguments of registry.define for these options and this data set."""
     names = registry.network_option_names(options['model'])
@@ -54,7 +59,7 @@ def build_network(options, arguments, device):
         f = partial(recomputed_chain, *f.args)
     if options['compile']:
         f = partial(compiled_chain(), *f.args)
-    norm = sync_batch_norm if options['sync_bn'] else F.batch_norm
+    norm = batch_norm(options)
     if options['bn_momentum'] != BN_MOMENTUM:
         norm = BatchNorm(norm, options['bn_momentum'])
     module = Network(partial(f, norm=norm), params)

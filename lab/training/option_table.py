@@ -1,89 +1,16 @@
 """The options of train.py, each declared once. options.py makes everything else from them."""
 
-import argparse
 import json
-import math
 from dataclasses import dataclass, field
 
 import diracnet
 from diracnet import BN_MOMENTUM, DATASETS
 from lab.device import DTYPES
-from lab.models.registry import (
-    CHAINS,
-    INITS,
-    MODELS,
-    VERSION_1,
-    initial_scales,
-    own_options,
-)
+from lab.models.initialization import INITS
+from lab.models.registry import CHAINS, MODELS, VERSION_1, initial_scales, own_options
 from lab.models.resnet import BLOCKS
 from lab.training.optimizers import OPTIMIZERS
-
-# --- types -----------------------------------------------------------------------------------
-
-
-def number(kind, least, exclusive=False):
-    """An argparse type: a finite int or float of at least, or more than, `least`."""
-
-    def parse(text):
-        value = kind(text)
-        if not math.isfinite(value) or value < least or (exclusive and value == least):
-            bound = 'more than' if exclusive else 'at least'
-            raise argparse.ArgumentTypeError(f'{text} must be {bound} {least}')
-        return value
-
-    parse.__name__ = {int: 'whole number', float: 'number'}[kind]
-    return parse
-
-
-def epoch_list(text):
-    try:
-        epochs = json.loads(text)
-    except ValueError:
-        epochs = None
-    valid = isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs)
-    if not valid or epochs != sorted(epochs):
-        raise argparse.ArgumentTypeError(
-            f'{text} must be a JSON list of rising epochs such as [60,120,160]'
-        )
-    return epochs
-
-
-def bn_scales(text):
-    """'paper', 'shifted', or two numbers such as 1,0.5."""
-    if text in ('paper', 'shifted'):
-        return text
-    try:
-        scales = [float(part) for part in text.strip('[]').split(',')]
-        diracnet.bn_scales(scales)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f'{text} must be paper, shifted, or a weight above 0 and a bias, such as 1,0.5'
-        ) from None
-    return scales
-
-
-def dirac_scale(text):
-    """'depth', or a number above 0."""
-    return text if text == 'depth' else number(float, 0, exclusive=True)(text)
-
-
-def momentum(text):
-    """'cumulative', or a number in (0, 1]."""
-    if text == 'cumulative':
-        return text
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(
-            f'{text} must be cumulative, or a number above 0 and at most 1'
-        )
-    return value
-
-
-# --- the table -------------------------------------------------------------------------------
+from lab.training.option_types import bn_scales, dirac_scale, epoch_list, momentum, number
 
 UNSET = object()  # the default of an option that a run has only if the user gives it
 
@@ -144,8 +71,8 @@ NETWORK = (
     Option(
         'model',
         'diracnet: version 2; diracnet-v1: version 1; plain, plain-ncrelu: the same chains '
-        'without the Dirac term; resnet; resnet-dirac: a ResNet with Dirac weights; '
-        'wrn: Wide ResNet',
+        'without the Dirac term; repvgg: the chain of RepVGG; resnet; resnet-dirac: a ResNet with '
+        'Dirac weights; wrn: Wide ResNet',
         'diracnet',
         choices=tuple(MODELS),
     ),
@@ -188,7 +115,8 @@ NETWORK = (
     Option(
         'init',
         "initialization of all convolutions, instead of the model's own: Kaiming or Xavier normal, "
-        'normal with std 0.01, or orthogonal',
+        'normal with std 0.01, orthogonal, delta-orthogonal (Xiao et al.), or, for plain-ncrelu, '
+        'looks-linear (Balduzzi et al.)',
         None,
         choices=tuple(INITS),
     ),
@@ -224,6 +152,13 @@ NETWORK = (
         BN_MOMENTUM,
         type=momentum,
         metavar='M',
+    ),
+    Option(
+        'recalibrate_bn',
+        'before each test, compute the running statistics anew, as means over the training '
+        'batches; for very deep networks, and with --evaluate for old checkpoints of them',
+        False,
+        type=bool,
     ),
 )
 

@@ -6,9 +6,10 @@ from lab import distributed
 
 
 class ProgressBar:
-    """tqdm's bar over the images of a pass, with loss and accuracy. Only shown in a terminal."""
+    """tqdm's bar over the images of a pass, with loss and accuracy if there are meters. Only shown
+    in a terminal."""
 
-    def __init__(self, label, n, meters, done=0):
+    def __init__(self, label, n, meters=None, done=0):
         from tqdm import tqdm
 
         self.bar = tqdm(
@@ -24,7 +25,7 @@ class ProgressBar:
         self.meters, self.shown = meters, 0.0
 
     def update(self, n):
-        if not self.bar.disable and time.monotonic() - self.shown > 0.5:
+        if self.meters and not self.bar.disable and time.monotonic() - self.shown > 0.5:
             self.shown = time.monotonic()
             self._show_meters()
         self.bar.update(n)
@@ -44,7 +45,8 @@ class ProgressBar:
 class Pass:
     """One pass over batches: its position, time, meters and progress bar.
 
-    It is a context for the loop over the batches; leaving it removes the progress bar.
+    It is a context for the loop over the batches, which shows the progress bar. Its time starts
+    before, when it is made.
 
     Args:
         name: 'train' or 'test', for the names of the results; label: for the progress bar.
@@ -54,7 +56,7 @@ class Pass:
     """
 
     def __init__(self, name, label, batches, meters, epoch, progress=None):
-        self.name, self.batches, self.meters = name, batches, meters
+        self.name, self.label, self.batches, self.meters = name, label, batches, meters
         self.final_progress = None
         meters.reset()
         self.step, elapsed, batches.broken_before = 0, 0, {}
@@ -63,11 +65,12 @@ class Pass:
             batches.broken_before = progress['broken']
             meters.load_state(progress['tally'])
         batches.epoch, batches.start = epoch, self.step
-        done = min(self.step * batches.batch_size, batches.n)
-        self.bar = ProgressBar(label, batches.n, meters, done)
         self.started = time.perf_counter() - elapsed
 
     def __enter__(self):
+        n = self.batches.n
+        done = min(self.step * self.batches.batch_size, n)
+        self.bar = ProgressBar(self.label, n, self.meters, done)
         return self
 
     def __exit__(self, *_):

@@ -5,6 +5,7 @@ import textwrap
 from tools import figures
 from tools.plot import curves
 from tools.study.heat_map import draw_heat_maps
+from tools.study.table import text_of
 
 
 def draw_study(study, rows, runs, out):
@@ -29,7 +30,7 @@ def logs_by_row(study, runs):
 def label_of(options, names):
     """The values of these options, without those that are not set."""
     values = [options.get(name) for name in names]
-    return ', '.join(str(value) for value in values if value not in (None, ''))
+    return ', '.join(text_of(value) for value in values if value not in (None, ''))
 
 
 def draw_errors(study, rows, out):

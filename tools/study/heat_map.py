@@ -3,6 +3,7 @@
 import textwrap
 
 from tools import figures
+from tools.study.table import text_of
 
 
 def draw_heat_maps(study, rows, out):
@@ -13,7 +14,7 @@ def draw_heat_maps(study, rows, out):
     """
     x, y, panels = (study.figure[part] for part in ('x', 'y', 'panels'))
     columns, lines, titles = (distinct(rows, name) for name in (x, y, panels))
-    errors = {tuple(str(row[name]) for name in (panels, x, y)): row['error'] for row in rows}
+    errors = {tuple(text_of(row[name]) for name in (panels, x, y)): row['error'] for row in rows}
     highest = max((error for error in errors.values() if error is not None), default=100)
     width, height = 0.8 * len(columns), 1.3 + 0.45 * len(lines)
     figure, [axes] = figures.new_figure(1, len(titles), width, height)
@@ -31,7 +32,7 @@ def draw_heat_maps(study, rows, out):
 
 def distinct(rows, name):
     """The values of an option as texts, in order."""
-    return list(dict.fromkeys(str(row[name]) for row in rows))
+    return list(dict.fromkeys(text_of(row[name]) for row in rows))
 
 
 def draw_cells(ax, cells, highest):

@@ -79,7 +79,7 @@ def page(study, rows, dataset):
 
 def markdown_table(study, rows):
     """The lines of the table. Diverged runs and reported numbers have a column if there are any."""
-    columns = {name: [str(row[name]) for row in rows] for name in (*study.table, 'n')}
+    columns = {name: [text_of(row[name]) for row in rows] for name in (*study.table, 'n')}
     if any(row['diverged'] for row in rows):
         columns['diverged'] = [str(row['diverged']) for row in rows]
     columns['test error, %: median'] = [number(row['error']) for row in rows]
@@ -92,6 +92,13 @@ def markdown_table(study, rows):
         columns[study.reported] = [str(row['reported']) for row in rows]
     lines = [columns, ['---'] * len(columns), *zip(*columns.values())]
     return [f'| {" | ".join(cells)} |' for cells in lines]
+
+
+def text_of(value):
+    """The value of an option as a short text."""
+    if isinstance(value, list):
+        return ','.join(text_of(one) for one in value)
+    return f'{value:g}' if isinstance(value, float) else str('' if value is None else value)
 
 
 def number(value, digits=2):

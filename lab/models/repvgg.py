@@ -1,0 +1,155 @@
+"""RepVGG: blocks of three branches that fold into one convolution, in the form of our chain.
+
+    f, params = define_repvgg(depth=34, width=2, dataset='CIFAR10')
+    folded = DiracNet.from_state_dict(fold_repvgg(params))
+
+A block's convolution is the sum of a 3x3 convolution with batch norm, a 1x1 convolution with batch
+norm and, if the number of channels stays, a batch norm alone. The third branch is the identity
+that a Dirac weight has inside.
+
+Source: Ding et al., RepVGG: Making VGG-style ConvNets Great Again, arXiv 2101.03697. Departures,
+for a fair comparison: stem, pools and channels are those of `diracnet.chain`, where RepVGG has
+blocks with stride 2, and convolutions begin with the same Kaiming normal weights.
+"""
+
+from collections import OrderedDict
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from diracnet import (
+    batch_norm,
+    bn_params,
+    chain_params,
+    conv_params,
+    fold_batch_norm,
+    infer_architecture,
+    make_architecture,
+    relu,
+)
+
+
+def repvgg_chain(architecture, inputs, params, mode, norm=F.batch_norm):
+    """A RepVGG as a function; arguments and returns are those of `diracnet.chain`."""
+    large = architecture.form == 'imagenet'
+    x = F.conv2d(inputs, params['conv'], stride=2 if large else 1, padding=3 if large else 1)
+    x = batch_norm(x, params, 'bn', mode, norm)  # (N, w0, H, W), or H / 2 and W / 2 if large
+    if large:
+        x = F.max_pool2d(x, 3, 2, 1)  # (N, w0, H / 4, W / 4)
+    for g, group in enumerate(architecture.groups):
+        if g > 0:
+            x = F.max_pool2d(x, 2)  # H and W halve
+        for name, _, _ in group:
+            x = sum_of_branches(relu(x), params, name, mode, norm)
+    x = F.adaptive_avg_pool2d(relu(x), 1).flatten(1)  # (N, w_last)
+    return F.linear(x, params['fc.weight'], params['fc.bias'])
+
+
+def sum_of_branches(x, params, name, mode, norm=F.batch_norm):
+    """A block without its ReLU: (N, in, H, W) to (N, out, H, W)."""
+    y = F.conv2d(x, params[f'{name}.conv'], padding=1)
+    y = batch_norm(y, params, f'{name}.bn', mode, norm)
+    z = F.conv2d(x, params[f'{name}.conv1x1'])
+    y = y + batch_norm(z, params, f'{name}.bn1x1', mode, norm)
+    if f'{name}.bn_identity.weight' in params:
+        y = y + batch_norm(x, params, f'{name}.bn_identity', mode, norm)
+    return y
+
+
+def branch_params(in_channels, out_channels):
+    """The params of a block, without the first batch norm, which every chain has."""
+    params = {
+        'conv': conv_params(in_channels, out_channels, 3),
+        'conv1x1': conv_params(in_channels, out_channels, 1),
+        'bn1x1': bn_params(out_channels),
+    }
+    if in_channels == out_channels:
+        params['bn_identity'] = bn_params(out_channels)
+    return params
+
+
+def define_repvgg(depth, width, dataset, *, num_classes=None, in_channels=None):
+    """RepVGG; arguments, returns and errors are those of `diracnet.define_diracnet`.
+
+    Batch norms begin with weight 1 and bias 0, as in the paper's code.
+    """
+    architecture = make_architecture(depth, width, dataset, num_classes, in_channels)
+    params = chain_params(architecture, branch_params)
+    for key, tensor in params.items():
+        if key.endswith('.weight') and tensor.ndim == 1:
+            nn.init.ones_(tensor)
+    return partial(repvgg_chain, architecture), params
+
+
+# --- the folded network ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fold_repvgg(params):
+    """Fold each block's branches into one convolution.
+
+    Args:
+        params: flat dict of a RepVGG.
+
+    Returns:
+        A state dict of `diracnet.DiracNet`. The tensors are new, with the device and dtype of
+        params; they are computed in double precision.
+
+    Raises:
+        ValueError: these are not the parameters of a RepVGG.
+    """
+    blocks = [name for group in infer_repvgg(params).groups for name, _, _ in group]
+    in_double = {key: tensor.double() for key, tensor in params.items()}
+    folded = OrderedDict()
+    for prefix in ('', *(f'{name}.' for name in blocks)):
+        parts = [fold_batch_norm(*branch) for branch in branches(in_double, prefix)]
+        for part, tensors in zip(('weight', 'bias'), zip(*parts)):
+            folded[f'features.{prefix}conv.{part}'] = sum(tensors).to(params['fc.weight'].dtype)
+    for key in ('fc.weight', 'fc.bias'):
+        folded[key] = params[key].detach().clone()
+    return folded
+
+
+def branches(params, prefix):
+    """The branches of PREFIXconv as the arguments of `fold_batch_norm`, with kernels of one size.
+
+    The 1x1 kernel and the identity lie at the central tap of a 3x3 kernel.
+    """
+    kernel = params[f'{prefix}conv']
+    found = [(kernel, params, f'{prefix}bn')]
+    if f'{prefix}conv1x1' in params:
+        found.append((F.pad(params[f'{prefix}conv1x1'], (1, 1, 1, 1)), params, f'{prefix}bn1x1'))
+    if f'{prefix}bn_identity.weight' in params:
+        identity = nn.init.dirac_(torch.empty_like(kernel))
+        found.append((identity, params, f'{prefix}bn_identity'))
+    return found
+
+
+# --- reading an architecture off tensors -----------------------------------------------------
+
+
+def is_repvgg(params):
+    """Whether a flat dict has the branches of a RepVGG, complete or not."""
+    return any(key.endswith(('.conv1x1', '.bn1x1.weight', '.bn_identity.weight')) for key in params)
+
+
+def infer_repvgg(params):
+    """The Architecture of a RepVGG, from its flat dict of params.
+
+    Raises:
+        ValueError: these are not the parameters of a RepVGG; the message names the first key that
+            is wrong.
+    """
+    architecture = infer_architecture(params)
+    with torch.random.fork_rng(devices=[]):  # only the shapes are of use
+        expected = chain_params(architecture, branch_params)
+    for key in dict.fromkeys([*expected, *params]):
+        there, here = (
+            tuple(tensors[key].shape) if key in tensors else 'missing'
+            for tensors in (params, expected)
+        )
+        if there != here:
+            raise ValueError(f'not the parameters of a RepVGG: {key} is {there} instead of {here}')
+    return architecture
