@@ -502,9 +502,9 @@ def copy_tensors(state_dict, module):
         ValueError: a key or a shape does not fit.
     """
     own = module.state_dict()
-    for key in sorted(own.keys() ^ state_dict.keys()):
-        problem = 'is missing' if key in own else 'belongs to no layer'
-        raise ValueError(f'the tensors do not fit the network: {key} {problem}')
+    unmatched = sorted(own.keys() ^ state_dict.keys())
+    if unmatched:
+        raise ValueError(f'the tensors do not fit the network: only one has {unmatched[0]}')
     for key, tensor in own.items():
         shape = tuple(state_dict[key].shape)
         if shape != tuple(tensor.shape):

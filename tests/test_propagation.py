@@ -2,9 +2,12 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.model_selection import LeaveOneOut, cross_val_score
+from sklearn.neighbors import KNeighborsClassifier
 
 from conftest import read_log
 from lab.data import datasets
@@ -28,13 +31,27 @@ figure: {signal: true}
 """
 
 
-def fresh(model, depth):
+def fresh(model, depth, **scales):
     """The checkpoint of an untrained network."""
     torch.manual_seed(1)
     network = {'model': model, 'depth': depth, 'width': 1, 'dataset': 'digits'}
-    _, params = define(**network)
+    _, params = define(**network, **scales)
     params = {key: tensor.detach() for key, tensor in params.items()}
     return Checkpoint('', params, network=network)
+
+
+def outputs(found, images):
+    """The output of each batch norm, before the ReLU, (N, C, H, W)."""
+    f, _ = define(**found.network)
+    params = {key: tensor.clone() for key, tensor in found.params.items()}
+    values = []
+
+    def norm(*args, **kwargs):
+        values.append(F.batch_norm(*args, **kwargs))
+        return values[-1].clone()
+
+    f(images, params, True, norm=norm)
+    return values
 
 
 @pytest.fixture(scope='module')
@@ -42,15 +59,33 @@ def batch():
     return next(iter(datasets.load('digits', '.').batches(True, batch_size=100)))
 
 
-def test_correlations_are_numpys():
-    one, other = torch.randn(50, 3, 2, 2), torch.randn(50, 3, 2, 2)
-    other[:, 0] = 2 * one[:, 0] + 1
-    other[:, 1, 0, 0] = 7.0  # does not vary
-    found = propagation.correlations(one, other).view(3, 2, 2)
-    assert torch.allclose(found[0], torch.ones((), dtype=torch.double))
-    assert found[1, 0, 0].isnan()
-    expected = torch.corrcoef(torch.stack([one[:, 2, 1, 0], other[:, 2, 1, 0]]))[0, 1]
-    assert found[2, 1, 0].item() == pytest.approx(expected.item(), abs=1e-5)
+def test_kept_is_numpys_correlation():
+    stem, values = torch.randn(50, 3, 2, 2), torch.randn(50, 4, 2, 2)
+    values[:, 0] = 1 - 2 * stem[:, 0]
+    values[:, 1] = 7.0  # does not vary
+    expected = np.corrcoef(stem[:, 2].flatten(), values[:, 2].flatten())[0, 1] ** 2
+    assert propagation.kept(values, stem) == pytest.approx((1 + 0 + expected) / 3, abs=1e-5)
+    larger = F.interpolate(stem, scale_factor=2)  # max-pooling gives stem again
+    assert propagation.kept(stem, larger) == pytest.approx(1)
+
+
+def test_nearest_neighbours_are_scikit_learns():
+    images, targets = next(iter(datasets.load('digits', '.').batches(True, batch_size=60)))
+    model = KNeighborsClassifier(1)
+    hits = cross_val_score(model, images.flatten(1).numpy(), targets.numpy(), cv=LeaveOneOut())
+    found = propagation.neighbour_accuracy(images, targets)
+    assert found == pytest.approx(hits.mean())
+    assert 0 < found < 1
+    # A common offset does not matter.
+    assert propagation.neighbour_accuracy(images + 1000, targets) == pytest.approx(found)
+
+
+def test_some_layers_of_many_are_measured():
+    assert list(propagation.measured_layers(97)) == list(range(1, 98))
+    layers = propagation.measured_layers(997)
+    assert len(layers) < 100
+    assert layers[:5] == [1, 2, 3, 4, 5] and layers[-1] == 997
+    assert max(after - before for before, after in zip(layers, layers[1:])) < 20
 
 
 def expected_identity_share(params, name):
@@ -84,18 +119,18 @@ def test_measures_of_a_fresh_network(model, batch):
             assert row['identity'] < 0.05
             assert 'alpha' not in row
     for row in rows:
-        assert 0 < row['responding'] <= 1
         assert row['gradient'] > 0
-        assert sum(row['correlation']) <= 1 + 1e-5
+    for row, output in zip(rows, outputs(found, batch[0]), strict=True):
+        is_version_1 = model in ('diracnet-v1', 'plain-ncrelu')
+        expected = 1 if is_version_1 else (output > 0).double().mean().item()
+        assert row['active'] == pytest.approx(expected)
 
 
 def test_gradients_are_those_of_the_outputs(batch):
     """That of the last batch norm, by its own formula, from the softmax of the logits."""
     found, (images, targets) = fresh('diracnet', 10), batch
-    f, _ = define(**found.network)
-    params = {key: tensor.clone() for key, tensor in found.params.items()}
-    last = propagation.layer_outputs(f, params, images)[-1]
-    weight, bias = params['fc.weight'], params['fc.bias']
+    last = outputs(found, images)[-1]
+    weight, bias = found.params['fc.weight'], found.params['fc.bias']
     logits = F.linear(last.relu().mean((2, 3)), weight, bias)
     grad = (logits.softmax(1) - F.one_hot(targets, 10)) / len(targets) @ weight
     expected = (grad[:, :, None, None] / last[0, 0].numel() * (last > 0)).norm()
@@ -103,10 +138,62 @@ def test_gradients_are_those_of_the_outputs(batch):
     assert measured == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_dirac_weights_carry_a_signal_deeper(batch):
-    dirac = propagation.measure(fresh('diracnet', 64), *batch)[-1]['responding']
-    plain = propagation.measure(fresh('plain', 64), *batch)[-1]['responding']
-    assert plain < 0.05 < 0.2 < dirac
+def test_a_shift_carries_a_signal_deeper(batch):
+    """Before training; the targets have ten classes."""
+    chains = {
+        'plain': fresh('plain', 64, bn_init=(1.0, 0.5)),
+        'paper': fresh('diracnet', 64),
+        'shifted': fresh('diracnet', 64, bn_init=(1.0, 0.5), beta='depth'),
+    }
+    last = {label: propagation.measure(found, *batch)[-1] for label, found in chains.items()}
+    assert last['plain']['neighbour'] < 0.3
+    assert last['paper']['neighbour'] + 0.1 < last['shifted']['neighbour']
+    assert last['paper']['active'] < 0.25 and last['shifted']['active'] > 0.5
+    assert last['paper']['kept'] < 0.1 and last['shifted']['kept'] > 0.25
+    assert last['plain']['kept'] < 0.15
+
+
+OPTIONS = '--dataset digits --depth 10'
+
+
+def test_untrained_chains_that_differ_in_their_initialization(tmp_path, call, refused):
+    texts = (
+        OPTIONS,
+        f'{OPTIONS} --bn_init shifted',
+        f'{OPTIONS} --bn_init 1,0.25 --beta 0.05',
+        f'{OPTIONS} --model plain --bn_init shifted',
+    )
+    given = [word for text in texts for word in ('--untrained', text)]
+    result = call(propagation.main, *given, '--out', tmp_path / 'x.png')
+    assert result.status == 0, result.err
+    rows = read_csv(tmp_path / 'x.csv')
+    assert {row['run'] for row in rows} == {
+        'diracnet-10, paper',
+        'diracnet-10, shifted',
+        'diracnet-10, 1.0,0.25, beta 0.05',
+        'plain-10, shifted',
+    }
+    assert len(rows) == 4 * 7
+    assert {row['epoch'] for row in rows} == {'0'}
+    betas = {row['run']: float(row['beta']) for row in rows if row['beta']}
+    assert list(betas.values()) == pytest.approx([0.1, 10**-0.5, 0.05], rel=1e-3)
+    assert all((tmp_path / f'x.{suffix}').stat().st_size > 5000 for suffix in ('png', 'svg'))
+
+    out = ('--out', tmp_path / 'y.png')
+    refused(2, '--untrained', propagation.main, *out)
+    refused(1, 'diracnet-10', propagation.main, *given, '--untrained', OPTIONS, *out)
+    other = ('--untrained', '--dataset digits --width 2', '--untrained', '--dataset FashionMNIST')
+    refused(1, 'FashionMNIST', propagation.main, *other, *out)
+    refused(2, "--save 'x", propagation.main, '--untrained', "--save 'x", *out)
+    for bad in ('--model resnet --depth 20', '--depth 11', '--beta 0', '--recompute --compile'):
+        text = f'{OPTIONS} {bad}'
+        refused(2, bad.split()[1], propagation.main, '--untrained', text, *out)
+    assert not list(tmp_path.glob('y*'))
+
+
+def read_csv(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
 
 
 def test_a_study_of_signals(tmp_path, call, refused):
@@ -119,8 +206,7 @@ def test_a_study_of_signals(tmp_path, call, refused):
     assert [path.name for path in run.glob('epoch*')] == ['epoch1.pt7']
     assert torch.load(run / 'epoch1.pt7', weights_only=True)['epoch'] == 1
     assert all((out / f'figure.{suffix}').stat().st_size > 5000 for suffix in ('png', 'svg'))
-    with open(out / 'figure.csv') as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(out / 'figure.csv')
     assert len(rows) == 3 * 7
     assert {row['epoch'] for row in rows} == {'0', '1', '2'}
     assert {row['alpha'] for row in rows if row['epoch'] == '0'} == {'', '1'}

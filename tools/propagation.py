@@ -1,44 +1,55 @@
-"""How far a signal travels through chains of convolutions: why DiracNets train.
+"""How far a signal travels through chains of convolutions, before and after training.
 
     python -m tools.study studies/signal.yaml             # trains four chains, and draws the figure
     python -m tools.propagation RUN... --out signal.png   # the figure of any runs of chains
+    python -m tools.propagation --untrained '--dataset digits --depth 1000' \\
+        --untrained '--dataset digits --depth 1000 --bn_init shifted' --out signal.png
 
-Both write PNG, SVG and CSV. Each run is measured before its training, at its kept checkpoints
-(epoch1.pt7, ...) and at its newest one. For each convolution of the chain and the batch norm after
-it, the CSV has
+All write PNG, SVG and CSV. A run is measured before its training, at its kept checkpoints
+(epoch1.pt7, ...) and at its newest one. docs/signal.md explains the measurements. For each
+convolution of the chain and the batch norm after it, the CSV has
 
     alpha, beta   means of the absolute scales of the convolution
     identity      share of the energy (sum of squares) of the folded weight at the taps of the
                   identity
-    responding    share of the units, channel x position after ReLU or NCReLU, that respond to the
-                  input: the values of a unit for the images correlate by more than 0.9 with its
-                  values for the same images plus noise of a tenth of their standard deviation. A
-                  unit does not respond if it is always zero, or if noise changes it as much as
-                  another image does.
-    correlation   histogram of that correlation over the units, in 20 bins from -1 to 1, without
-                  the units that do not vary
+    active        share of the outputs of the batch norm that the activation does not set to zero;
+                  NCReLU keeps all
+    neighbour     share of the images whose nearest other image has their class. Nearest means the
+                  least Euclidean distance between the activations of this layer.
+    kept          how much of the first layer the identity has carried here: the squared correlation
+                  of a channel with the same channel of the first layer, after ReLU, over images and
+                  positions; the mean over the channels of the first layer. Max-pooling brings the
+                  first layer to this layer's size.
     gradient      norm of the gradient of the loss at the output of the batch norm
 
-The batch is the first 256 training images of the first epoch. Batch norm uses its statistics.
+Layers count from 1. In chains of more than 100 layers some of them are measured. The batch is the
+first 256 training images of the first epoch. Batch norm uses its statistics.
 """
 
 import csv
 import re
+import shlex
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from lab.data import datasets
-from lab.errors import OneLineParser, UserError, run
+from lab.errors import OneLineParser, OptionError, UserError, run
+from lab.models import registry
 from lab.models.diracnet_v1 import ncrelu, tiled_delta
-from lab.models.registry import CHAINS, VERSION_1, define, initialization
+from lab.models.registry import CHAINS, SCALES, VERSION_1
 from lab.runs import checkpoint
 from lab.runs.log import read_log
+from lab.training.network import network_arguments
+from lab.training.options import check_combination, complete, parse
 from tools.propagation_figure import draw
 
-IMAGES, NOISE, RESPONDS = 256, 0.1, 0.9
-BINS = 20
+IMAGES = 256
+ALL_LAYERS = 100  # of longer chains, some are measured
 COLUMNS = (
     'run',
     'epoch',
@@ -47,66 +58,181 @@ COLUMNS = (
     'alpha',
     'beta',
     'identity',
-    'responding',
+    'active',
+    'neighbour',
+    'kept',
     'gradient',
-    'correlation',
 )
+DISTINGUISHING = ('width', 'init', *SCALES, 'seed')  # options that a label has if they differ
 
 
-def checkpoints_by_epoch(folder):
-    """The checkpoints of a run, by their epoch; that of epoch 0 has the parameters that the
-    training began with. Raises UserError."""
+# --- what is measured ------------------------------------------------------------------------
+
+
+@dataclass
+class Chain:
+    """A chain before, during and after its training."""
+
+    source: str  # the folder of its run, or its options
+    options: dict
+    checkpoints: dict  # Checkpoint by epoch; that of epoch 0 is untrained
+    log: list = field(default_factory=list)
+
+
+def read_run(folder):
+    """The Chain of a run. Raises UserError."""
     newest = checkpoint.load(folder)
-    if not newest.is_run or newest.network['model'] not in CHAINS + VERSION_1:
+    if not newest.is_run or not is_chain(newest.network['model']):
         raise UserError(f'{folder} is not a run of a chain ({", ".join(CHAINS + VERSION_1)})')
-    found = {0: untrained(newest)}
+    found = {0: untrained(newest.options, newest.network)}
     for path in Path(folder).glob('epoch*.pt7'):
         match = re.fullmatch(r'epoch(\d+)\.pt7', path.name)
         if match:
             found[int(match[1])] = checkpoint.load(path)
     found[newest.epoch] = newest
-    return dict(sorted(found.items()))
+    return Chain(str(folder), newest.options, dict(sorted(found.items())), read_log(folder))
 
 
-def untrained(found):
-    """The checkpoint of the same run before its training."""
-    torch.manual_seed(found.options['seed'])  # as train.py does
-    _, params = define(**initialization(found.options), **found.network)
+def define_untrained(text, dataroot=None):
+    """The Chain that options of train.py define. Raises OptionError."""
+    try:
+        options = complete(parse(shlex.split(text)))
+    except ValueError as error:  # an open quote
+        raise OptionError(f'--untrained {text} cannot be read: {error}') from None
+    check_combination(options)
+    if not is_chain(options['model']):
+        raise OptionError(
+            f'--model {options["model"]} is not one of {", ".join(CHAINS + VERSION_1)}'
+        )
+    source = datasets.load(options['dataset'], dataroot or options['dataroot'])
+    try:
+        found = untrained(options, network_arguments(options, source))
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    return Chain(text, options, {0: found})
+
+
+def is_chain(model):
+    return model in CHAINS + VERSION_1
+
+
+def untrained(options, network):
+    """The checkpoint before the training with these options."""
+    torch.manual_seed(options['seed'])  # as train.py does
+    _, params = registry.define(**registry.initialization(options), **network)
     params = {key: tensor.detach() for key, tensor in params.items()}
-    return checkpoint.Checkpoint(found.path, params, network=found.network)
+    return checkpoint.Checkpoint('', params, network=network)
 
 
-def layer_outputs(f, params, images, targets=None):
-    """The output of each batch norm, (N, C, H, W). With targets, (N,), each has the gradient of
-    the cross-entropy."""
-    outputs = []
+def labels(chains):
+    """A name for each chain: its model and depth, and the options in which the chains differ.
+
+    Raises:
+        UserError: two chains have the same name.
+    """
+    options = [{**registry.initial_scales(one.options['model']), **one.options} for one in chains]
+    texts = [{name: option_text(name, one) for name in DISTINGUISHING} for one in options]
+    differing = [name for name in DISTINGUISHING if len({text[name] for text in texts}) > 1]
+    sources = {}
+    for chain, text in zip(chains, texts):
+        parts = [f'{chain.options["model"]}-{chain.options["depth"]}']
+        parts += [text[name] for name in differing if text[name]]
+        label = ', '.join(parts)
+        if label in sources:
+            raise UserError(
+                f'{chain.source} and {sources[label]} are both {label}: pass one of them'
+            )
+        sources[label] = chain.source
+    return list(sources)
+
+
+def option_text(name, options):
+    """An option as part of a label; '' if it has its default."""
+    value = options.get(name)
+    if value is None:
+        return ''
+    text = ','.join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text if name == 'bn_init' else f'{name} {text}'
+
+
+def first_batch(chains, dataroot):
+    """The first training images of the first chain, (N, C, H, W), and their targets, without crops.
+
+    Raises:
+        UserError: the chains are not for the same data set.
+    """
+    options = chains[0].options
+    names = sorted({chain.options['dataset'] for chain in chains})
+    if len(names) > 1:
+        raise UserError(f'{" and ".join(names)} cannot be measured together: pass chains of one')
+    source = datasets.load(options['dataset'], dataroot or options['dataroot'])
+    return next(iter(source.batches(True, batch_size=IMAGES, seed=options['seed'])))
+
+
+# --- the measurements ------------------------------------------------------------------------
+
+
+def measure(found, images, targets):
+    """The measurements of a checkpoint: one dict for each measured layer of its chain."""
+    version_1 = found.network['model'] in VERSION_1
+    rows = {row['layer']: row for row in weight_rows(found, version_1)}
+    layers, stem = count(1), None
 
     def norm(*args, **kwargs):
+        nonlocal stem
         output = F.batch_norm(*args, **kwargs)
-        if targets is not None:
-            output.retain_grad()
-        outputs.append(output)
-        return output.clone()  # the next ReLU works in place
+        layer = next(layers)
+        if layer == 1:
+            stem = output.detach().clone()  # the next ReLU works in place
+        if layer in rows:
+            values = output.detach()
+            rows[layer].update(unit_measures(values, stem, targets, version_1))
+            # The hook gets the gradient at the values before the ReLU.
+            output.register_hook(
+                lambda gradient: rows[layer].update(gradient=gradient.norm().item())
+            )
+        return output
 
-    with torch.set_grad_enabled(targets is not None):
-        logits = f(images, params, True, norm=norm)
-        if targets is not None:
-            F.cross_entropy(logits, targets).backward()
-    return outputs
+    f, _ = registry.define(**found.network)
+    logits = f(images, trainable(found.params), True, norm=norm)
+    F.cross_entropy(logits, targets).backward()
+    return list(rows.values())
 
 
-def correlations(one, other):
-    """The correlation over images of each unit's values in two outputs.
+def trainable(params):
+    """A copy of params in which all but the running statistics require gradients."""
+    copies = {}
+    for key, tensor in params.items():
+        is_running = key.rpartition('.')[2].startswith('running_')
+        copies[key] = tensor.clone().requires_grad_(not is_running)
+    return copies
 
-    Args:
-        one, other: (N, ...).
 
-    Returns:
-        (units,), NaN for a unit that does not vary.
+def measured_layers(n):
+    """Numbers of the layers of n that are measured, from 1: all, or some of many.
+
+    These are spread evenly, with more among the first ones, where most changes.
     """
-    one, other = ((values - values.mean(0)).flatten(1).double() for values in (one, other))
-    lengths = one.norm(dim=0) * other.norm(dim=0)
-    return torch.where(lengths > 1e-9 * len(one), (one * other).sum(0) / lengths, torch.nan)
+    if n <= ALL_LAYERS:
+        return range(1, n + 1)
+    spread = np.concatenate([np.linspace(1, n, 60), np.geomspace(1, n, 30)])
+    return np.unique(spread.round().astype(int)).tolist()
+
+
+def weight_rows(found, version_1):
+    """For each measured layer of a checkpoint a dict of what its weight tells."""
+    names = [key for key in found.params if key.rpartition('.')[2] == 'conv']
+    folded = registry.fold(found.network['model'], found.params)
+    weights = [weight for key, weight in folded.items() if key.endswith('conv.weight')]
+    rows = []
+    for layer in measured_layers(len(names)):
+        name, weight = names[layer - 1], weights[layer - 1]
+        row = {'layer': layer, 'name': name}
+        if layer > 1:  # the first convolution has no identity
+            row['identity'] = identity_share(weight, version_1)
+            row.update(mean_scales(found.params, name.removesuffix('conv')))
+        rows.append(row)
+    return rows
 
 
 def identity_share(weight, version_1):
@@ -115,79 +241,52 @@ def identity_share(weight, version_1):
     return ((weight * delta).square().sum() / weight.square().sum()).item()
 
 
-def histogram(correlation):
-    """Share of the units in each bin, from their correlations, which may be NaN."""
-    varying = correlation[correlation.isfinite()].clamp(-1, 1)
-    return (torch.histc(varying, BINS, -1, 1) / len(correlation)).tolist()
-
-
-def noise_like(images):
-    """Noise of a tenth of the images' standard deviation, always the same."""
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return NOISE * images.std() * noise.to(images)
-
-
-def measure(found, images, targets):
-    """The measurements of a checkpoint: one dict for each convolution of its chain."""
-    version_1 = found.network['model'] in VERSION_1
-    activation = ncrelu if version_1 else F.relu
-    f, _ = define(**found.network)
-    params = {}
-    for key, tensor in found.params.items():
-        is_running = key.rpartition('.')[2].startswith('running_')
-        params[key] = tensor.clone().requires_grad_(not is_running)
-    clean = layer_outputs(f, params, images, targets)
-    noisy = layer_outputs(f, params, images + noise_like(images))
-    names = [key for key in params if key.rpartition('.')[2] == 'conv']
-    folded = found.fold().named_parameters()
-    weights = [weight.detach() for key, weight in folded if key.endswith('conv.weight')]
-
-    rows = []
-    for name, weight, one, other in zip(names, weights, clean, noisy, strict=True):
-        correlation = correlations(activation(one.detach()), activation(other))
-        row = {
-            'layer': len(rows),
-            'name': name,
-            'responding': (correlation > RESPONDS).double().mean().item(),
-            'gradient': one.grad.norm().item(),
-            'correlation': histogram(correlation),
-        }
-        if name != 'conv':  # the first convolution has no identity
-            row['identity'] = identity_share(weight, version_1)
-            row.update(mean_scales(params, name.removesuffix('conv')))
-        rows.append(row)
-    return rows
-
-
 def mean_scales(params, prefix):
     """The mean absolute alpha and beta of a convolution; {} for plain weights."""
     keys = {part: f'{prefix}{part}' for part in ('alpha', 'beta')}
+    return {part: params[key].abs().mean().item() for part, key in keys.items() if key in params}
+
+
+def unit_measures(output, stem, targets, version_1):
+    """The measurements of one layer, from outputs of its batch norm and of the first, (N, C, H, W),
+    before the activation."""
+    values = ncrelu(output) if version_1 else output.relu()
     return {
-        part: params[key].detach().abs().mean().item()
-        for part, key in keys.items()
-        if key in params
+        'active': values.count_nonzero().item() / output.numel(),
+        'neighbour': neighbour_accuracy(values, targets),
+        'kept': kept(output.relu(), stem.relu()),
     }
 
 
-def first_batch(options, dataroot):
-    """The first training images of a run, (N, C, H, W), and their targets, without crops."""
-    source = datasets.load(options['dataset'], dataroot or options['dataroot'])
-    return next(iter(source.batches(True, batch_size=IMAGES, seed=options['seed'])))
+def neighbour_accuracy(values, targets):
+    """Share of the images whose nearest other image has their target.
+
+    Args:
+        values: (N, ...), compared by Euclidean distance.
+        targets: (N,).
+    """
+    # Centered, because a common offset costs precision.
+    flat = (values - values.mean(0)).flatten(1)
+    distances = torch.cdist(flat, flat).fill_diagonal_(torch.inf)
+    return (targets[distances.argmin(1)] == targets).double().mean().item()
 
 
-def measure_runs(folders, dataroot=None):
-    """{label of a run: {epoch: rows}}, all on the same images."""
-    measured, batch = {}, None
-    for folder in folders:
-        found = checkpoints_by_epoch(folder)
-        options = checkpoint.load(folder).options
-        if batch is None:
-            batch = first_batch(options, dataroot)
-        label = f'{options["model"]}-{options["depth"]}'
-        if label in measured:
-            raise UserError(f'{folder} is a second run of {label}: pass one run of each network')
-        measured[label] = {epoch: measure(one, *batch) for epoch, one in found.items()}
-    return measured
+def kept(values, stem):
+    """Mean squared correlation of channels of a layer with the same channels of the first one.
+
+    Args:
+        values, stem: (N, C, H, W) of the layer and of the first one, which has not more channels.
+            A channel that does not vary counts as 0.
+    """
+    stem = F.adaptive_max_pool2d(stem, values.shape[2:])
+    both = values[:, : stem.shape[1]], stem
+    one, other = (part.transpose(0, 1).flatten(1).double() for part in both)  # (C, N H W)
+    one, other = (part - part.mean(1, keepdim=True) for part in (one, other))
+    energies = one.square().sum(1) * other.square().sum(1)
+    return ((one * other).sum(1).square() / energies).nan_to_num(0).mean().item()
+
+
+# --- the report ------------------------------------------------------------------------------
 
 
 def write_csv(measured, path):
@@ -200,23 +299,35 @@ def write_csv(measured, path):
 
 
 def as_text(row):
-    texts = {}
-    for key, value in row.items():
-        if key == 'correlation':
-            texts[key] = ' '.join(f'{share:.3f}' for share in value)
-        else:
-            texts[key] = f'{value:.4g}' if isinstance(value, float) else value
-    return texts
+    return {
+        key: f'{value:.4g}' if isinstance(value, float) else value for key, value in row.items()
+    }
 
 
-def report(folders, out, dataroot=None):
-    """Measure runs; write the figure and the CSV next to it. Returns the paths.
+def report(folders, out, dataroot=None, options=()):
+    """Measure chains on the same images; write the figure and the CSV next to it.
+
+    Args:
+        folders: of runs.
+        options: texts with options of train.py, for chains that are measured untrained.
+
+    Returns:
+        The paths.
 
     Raises:
-        UserError: a folder is not a run of a chain, or two have the same network.
+        UserError: a folder is not a run of a chain, two chains are the same, or they have
+            different data sets.
+        OptionError: options do not define a chain.
     """
-    measured = measure_runs(folders, dataroot)
-    logs = dict(zip(measured, map(read_log, folders)))
+    chains = [read_run(folder) for folder in folders]
+    chains += [define_untrained(text, dataroot) for text in options]
+    measured, logs = {}, {}
+    batch = first_batch(chains, dataroot)
+    for label, chain in zip(labels(chains), chains):
+        logs[label] = chain.log
+        measured[label] = {
+            epoch: measure(found, *batch) for epoch, found in chain.checkpoints.items()
+        }
     table = Path(out).with_suffix('.csv')
     write_csv(measured, table)
     return [*draw(measured, logs, out), str(table)]
@@ -224,7 +335,14 @@ def report(folders, out, dataroot=None):
 
 def main(arguments=None):
     parser = OneLineParser(prog='-m tools.propagation', description=__doc__)
-    parser.add_argument('runs', nargs='+', metavar='RUN')
+    parser.add_argument('runs', nargs='*', metavar='RUN')
+    parser.add_argument(
+        '--untrained',
+        action='append',
+        default=[],
+        metavar='OPTIONS',
+        help='options of train.py for a network to measure before any training; may be repeated',
+    )
     parser.add_argument(
         '--out', required=True, type=Path, help='file for the figure; PNG, SVG and CSV are written'
     )
@@ -232,7 +350,9 @@ def main(arguments=None):
         '--dataroot', help='folder of the data set, if it is not where the training had it'
     )
     args = parser.parse_args(arguments)
-    print(*report(args.runs, args.out, args.dataroot))
+    if not args.runs and not args.untrained:
+        raise OptionError('nothing to measure: pass a RUN, or --untrained OPTIONS')
+    print(*report(args.runs, args.out, args.dataroot, args.untrained))
 
 
 if __name__ == '__main__':

@@ -2,116 +2,72 @@
 
 from tools import figures
 
+NEIGHBOUR = 'images whose nearest neighbour has their class'
+
 
 def draw(measured, logs, out):
-    """Draw two rows of panels, and save.
+    """Draw a panel for each measurement, with a line for each chain, and save.
 
-    The upper row has, over the layers, the scales and the identity's share of the first run at
-    several epochs, and the test errors of all runs. The lower row has, for all runs, the units that
-    respond before and after training, the histogram of a middle layer, and the gradients.
+    If there are trained chains, they are in the right column, and the untrained ones in the left.
 
     Args:
-        measured: {label of a run: {epoch: rows}}, see tools.propagation.
-        logs: {label of a run: its log}.
+        measured: {label of a chain: {epoch: rows}}, see tools.propagation.
+        logs: {label of a chain: its log, empty without training}.
 
     Returns:
         The paths of the figure.
     """
-    figure, (upper, lower) = figures.new_figure(rows=2, columns=4, width=4.25, height=3.75)
-    label, epochs = next(iter(measured.items()))
-    draw_epochs(upper[0], epochs, 'alpha', f'{label}: mean |alpha|')
-    draw_epochs(upper[1], epochs, 'beta', f'{label}: mean |beta|')
-    draw_epochs(upper[2], epochs, 'identity', f"{label}: identity's share of the folded weight")
-    upper[0].legend(fontsize=8)
+    styles = {label: g for g, label in enumerate(measured)}
+    before = {label: epochs[0] for label, epochs in measured.items()}
+    after = {label: epochs[max(epochs)] for label, epochs in measured.items() if max(epochs) > 0}
+    figure, axes = figures.new_figure(rows=4 if after else 2, columns=2, width=4.6, height=2.8)
+    left, right = (axes[:, 0], axes[:, 1]) if after else (axes.flat, [])
 
-    draw_runs(upper[3], error_curves(logs), 'test error, %', 'epoch')
-    upper[3].set_yscale('log')
-    upper[3].legend(fontsize=8)
-
-    before = {label: epochs[min(epochs)] for label, epochs in measured.items()}
-    after = {label: epochs[max(epochs)] for label, epochs in measured.items()}
-    responding = 'units that respond to the input'
-    draw_runs(lower[0], over_layers(before, 'responding'), f'{responding}, before training')
-    draw_runs(lower[1], over_layers(after, 'responding'), f'{responding}, after training')
-    for ax in lower[:2]:
-        ax.set_ylim(-0.02, 1)
-
-    middle = len(next(iter(before.values()))) // 2
-    draw_runs(
-        lower[2],
-        histograms(before, middle),
-        f'histogram of units, layer {middle}, before training',
-        'correlation of a unit with and without noise in the input',
-        drawstyle='steps-mid',
-    )
-    gradients = over_layers(before, 'gradient')
-    draw_runs(lower[3], gradients, 'norm of the gradient, before training')
-    lower[3].set_yscale('log')
+    draw_shares(left[0], styles, before, 'active', 'share of active units')
+    draw_shares(left[1], styles, before, 'neighbour', NEIGHBOUR)
+    draw_shares(left[2], styles, before, 'kept', 'squared correlation with the first layer')
+    draw_layers(left[3], styles, before, 'gradient', 'norm of the gradient')
+    left[3].set_yscale('log')
+    if after:
+        left[0].set_title('Before training\n\nshare of active units', fontsize=12)
+        draw_shares(right[0], styles, after, 'active', 'After training\n\nshare of active units')
+        draw_shares(right[1], styles, after, 'neighbour', NEIGHBOUR)
+        draw_shares(right[2], styles, after, 'identity', "identity's share of the weight")
+        draw_errors(right[3], styles, logs)
+    handles = left[0].get_legend_handles_labels()
+    figure.legend(*handles, loc='outside upper center', ncols=2, frameon=False, fontsize=12)
     return figures.save(figure, out)
 
 
-def draw_epochs(ax, epochs, part, title):
-    """Draw one measurement of a run over the layers, a line per epoch."""
-    from matplotlib import pyplot
-
-    for e, (epoch, rows) in enumerate(epochs.items()):
+def draw_layers(ax, styles, rows_by_label, part, title):
+    """Draw one measurement over the layers."""
+    for label, rows in rows_by_label.items():
         some = [row for row in rows if part in row]
-        style, marker, _ = figures.style_of(e)
-        ax.plot(
-            [row['layer'] for row in some],
-            [row[part] for row in some],
-            linestyle=style,
-            marker=marker,
-            markevery=(e, max(1, len(some) // 6)),
-            markersize=4,
-            color=pyplot.cm.viridis(0.9 * e / len(epochs)),
-            linewidth=1.2,
-            label=f'epoch {epoch}',
-        )
-    ax.set_title(title, fontsize=10)
+        draw_line(ax, styles, label, [row['layer'] for row in some], [row[part] for row in some])
+    ax.set_xscale('log')
+    ax.set_xlim(left=0.9)
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.set_title(title, fontsize=12)
     ax.set_xlabel('layer')
 
 
-def draw_runs(ax, lines, title, x_label='layer', **kwargs):
-    """Draw {label of a run: (x, y)}, a line per run."""
-    for g, (label, (x, y)) in enumerate(lines.items()):
-        style, marker, color = figures.style_of(g)
-        ax.plot(
-            x,
-            y,
-            linestyle=style,
-            marker=marker,
-            color=color,
-            markevery=(g * max(1, len(x) // 40), max(1, len(x) // 7)),
-            markersize=4,
-            label=label,
-            **kwargs,
-        )
-    ax.set_title(title, fontsize=10)
-    ax.set_xlabel(x_label)
+def draw_shares(ax, styles, rows_by_label, part, title):
+    """Draw a measurement that is a share."""
+    draw_layers(ax, styles, rows_by_label, part, title)
+    ax.set_ylim(-0.03, 1.03)
 
 
-def error_curves(logs):
-    """{label: (epochs, test errors)}."""
-    return {
-        label: ([line['epoch'] for line in log], [100 - line['test_acc'] for line in log])
-        for label, log in logs.items()
-    }
+def draw_errors(ax, styles, logs):
+    """Draw the test error of the trained chains over the epochs."""
+    for label, log in logs.items():
+        if log:
+            errors = [100 - line['test_acc'] for line in log]
+            draw_line(ax, styles, label, [line['epoch'] for line in log], errors)
+    figures.use_log_scale(ax)
+    ax.set_title('test error, %', fontsize=12)
+    ax.set_xlabel('epoch')
 
 
-def over_layers(rows_by_label, part):
-    """{label: (layers, one of the measurements)}."""
-    return {
-        label: ([row['layer'] for row in rows], [row[part] for row in rows])
-        for label, rows in rows_by_label.items()
-    }
-
-
-def histograms(rows_by_label, layer):
-    """{label: (centers of the bins, share of the units in each)}."""
-    found = {}
-    for label, rows in rows_by_label.items():
-        shares = rows[layer]['correlation']
-        centers = [-1 + (b + 0.5) * 2 / len(shares) for b in range(len(shares))]
-        found[label] = centers, shares
-    return found
+def draw_line(ax, styles, label, x, y):
+    style, marker, color = figures.style_of(styles[label])
+    ax.plot(x, y, linestyle=style, marker=marker, color=color, markevery=0.12, ms=4, label=label)
