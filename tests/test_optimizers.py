@@ -77,9 +77,23 @@ def test_weight_decay_is_for_tensors_with_more_than_one_dimension():
 
     table = parameter_table(module, 5e-4)
     assert table[-1] == '173,402 parameters'
-    assert {line.split()[0] for line in table[:-1] if 'decay 0.0005' in line} == decayed
-    row = ['group0.block0.conv', '16x16x3x3', 'decay', '0.0005']
-    assert row in [line.split() for line in table]
+    rows = [line.split() for line in table[:-1]]
+    listed = {row[0]: row[1:] for row in rows}
+    assert len(listed) == len(rows) == 22
+    assert listed['group0.block0-3.conv'] == ['16x16x3x3', 'decay', '0.0005']
+    assert listed['group1.block0.conv'] == ['32x16x3x3', 'decay', '0.0005']
+    assert listed['group1.block1-3.conv'] == ['32x32x3x3', 'decay', '0.0005']
+    assert listed['fc.weight'] == ['10x64', 'decay', '0.0005']
+    assert listed['group2.block0-3.alpha'] == ['64', '-']
+    assert {name for name, (_, *decay) in listed.items() if decay != ['-']} == {
+        'conv',
+        'group0.block0-3.conv',
+        'group1.block0.conv',
+        'group1.block1-3.conv',
+        'group2.block0.conv',
+        'group2.block1-3.conv',
+        'fc.weight',
+    }
 
 
 def test_learning_rate_falls_at_the_beginning_of_the_epochs():

@@ -1,5 +1,6 @@
 """Optimizers, weight decay, and the learning rate as a function of the position in the run."""
 
+import re
 from functools import partial
 
 import torch
@@ -55,12 +56,32 @@ def set_learning_rate(optimizer, rate):
 
 
 def parameter_table(module, weight_decay, model='diracnet'):
-    """Lines with name, shape and weight decay of every tensor; the last has the total size."""
-    named = list(module.named_parameters())
-    widest = max(len(name) for name, _ in named)
-    lines = []
-    for name, tensor in named:
+    """Lines with name, shape and weight decay of all tensors; the last has the total size.
+
+    Equal tensors of successive blocks share a line, with the name of the first and the number of
+    the last: group0.block1-5.conv.
+    """
+    blocks = {}  # (name before the number of the block, name after it, shape, decay): numbers
+    for name, tensor in module.named_parameters():
+        before, number, after = re.fullmatch(r'(.*?(?:block|layer\d+\.))?(\d+)?(.*)', name).groups()
         shape = 'x'.join(map(str, tensor.shape))
         decay = f'decay {weight_decay:g}' if is_decayed(tensor, model) else '-'
-        lines.append(f'{name:{widest}}  {shape:>15}  {decay}')
-    return [*lines, f'{sum(tensor.numel() for _, tensor in named):,} parameters']
+        blocks.setdefault((before or '', after, shape, decay), []).append(number)
+    rows = [
+        (f'{before}{span(numbers)}{after}', shape, decay)
+        for (before, after, shape, decay), numbers in blocks.items()
+    ]
+    widest = max(len(name) for name, _, _ in rows)
+    total = sum(tensor.numel() for tensor in module.parameters())
+    return [
+        *(f'{name:{widest}}  {shape:>15}  {decay}' for name, shape, decay in rows),
+        f'{total:,} parameters',
+    ]
+
+
+def span(numbers):
+    """The first and the last of some numbers as a text; '' for [None]."""
+    first, last = numbers[0], numbers[-1]
+    if first == last:
+        return first or ''
+    return f'{first}-{last}'
