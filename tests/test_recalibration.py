@@ -14,6 +14,7 @@ from diracnet import define_diracnet, fold
 from lab.data import datasets
 from lab.models.registry import MODELS, define
 from lab.runs import checkpoint
+from lab.training import recalibration
 from lab.training.broken_images import BrokenImages
 from lab.training.passes import ProgressBar
 
@@ -26,9 +27,17 @@ OTHERS = ['--model wrn --depth 10 --dropout 0.5', '--depth 10 --bn_momentum 0.5 
 
 
 @pytest.mark.parametrize('options', [*EVERY_MODEL, *OTHERS])
-def test_statistics_are_averages_over_the_training_batches(options, tmp_path):
+def test_statistics_are_those_of_the_training_images(options, tmp_path):
     train_digits(tmp_path / 'run', f'{DOUBLE} {options}')
     check_statistics(tmp_path / 'run', shard=(0, 1))
+
+
+@pytest.mark.parametrize('per_batch', [1, 5])
+def test_large_data_sets_have_several_batches(per_batch, tmp_path, monkeypatch):
+    """The statistics are averages over large batches of 1 or 5 ordinary ones."""
+    monkeypatch.setattr(recalibration, 'PIXELS', per_batch * 64 * 8 * 8)
+    train_digits(tmp_path / 'run', f'{DOUBLE} --depth 10')
+    check_statistics(tmp_path / 'run', shard=(0, 1), per_batch=per_batch)
 
 
 @pytest.mark.parametrize('options, shard', [([], (0, 2)), (['--sync_bn'], (0, 1))])
@@ -39,23 +48,27 @@ def test_two_processes(options, shard, tmp_path):
     check_statistics(tmp_path / 'run', shard)
 
 
-def check_statistics(folder, shard):
-    """Compare a run's statistics with averages over the batches of its second epoch."""
+def check_statistics(folder, shard, per_batch=23):
+    """Compare a run's statistics with those of its second epoch, in which a large batch consists
+    of so many of the 23 ordinary ones."""
     found = checkpoint.load(folder)
     batches = datasets.load('digits', '.').batches(True, batch_size=64, seed=3, pad=1, shard=shard)
     batches.epoch = 2
     without_dropout = {key: value for key, value in found.network.items() if key != 'dropout'}
     f, _ = define(**without_dropout)
-    expected = averaged_moments(f, found.params, batches)
+    images = [inputs for inputs, _ in batches]
+    large = [torch.cat(images[i : i + per_batch]) for i in range(0, len(images), per_batch)]
+    expected = averaged_moments(f, found.params, large)
     assert set(expected) == {key for key in found.params if '.running_' in key}
     for key, tensor in expected.items():
         torch.testing.assert_close(found.params[key], tensor, rtol=1e-10, atol=1e-10)
 
 
 def averaged_moments(f, params, batches):
-    """The mean and the unbiased variance of what each batch norm gets, averaged over batches."""
+    """The mean and the unbiased variance of what each batch norm gets, averaged over batches with
+    their sizes as weights."""
     keys = {id(tensor): key for key, tensor in params.items()}
-    sums = {}
+    sums, n = {}, sum(map(len, batches))
 
     def norm(x, mean, var, weight, bias, training, momentum, eps):
         center = x.mean((0, 2, 3), keepdim=True)
@@ -63,14 +76,14 @@ def averaged_moments(f, params, batches):
         unbiased = squares.sum((0, 2, 3)) / (x[:, 0].numel() - 1)
         for tensor, moment in ((mean, center.flatten()), (var, unbiased)):
             key = keys[id(tensor)]
-            sums[key] = sums.get(key, 0) + moment
+            sums[key] = sums.get(key, 0) + len(x) / n * moment
         x = (x - center) / (squares.mean((0, 2, 3), keepdim=True) + eps).sqrt()
         return x * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
 
     with torch.no_grad():
-        for inputs, _ in batches:
+        for inputs in batches:
             f(inputs.double(), params, True, norm)
-    return {key: total / len(batches) for key, total in sums.items()}
+    return sums
 
 
 def evaluate(call, *arguments):
@@ -127,12 +140,15 @@ SHORT = (
     *('--dataset', 'digits', '--depth', '10', '--width', '0.25', '--epochs', '2'),
     *('--randomcrop_pad', '1', '--seed', '3', '--recalibrate_bn'),
 )
+ONE_BATCH = 64 * 8 * 8  # pixels
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole') / 'run'
-    train.main([*SHORT, '--save', str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recalibration, 'PIXELS', ONE_BATCH)
+        train.main([*SHORT, '--save', str(folder)])
     return folder
 
 
@@ -147,6 +163,7 @@ def test_signal(batch, whole, tmp_path, call, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(ProgressBar, 'update', counting_update)
+    monkeypatch.setattr(recalibration, 'PIXELS', ONE_BATCH)
     result = call(train.main, *SHORT, '--save', folder)
     assert result.status == 143 and result.err == '' and left == [0]  # at once
     found = checkpoint.load(folder)
@@ -159,8 +176,10 @@ def test_signal(batch, whole, tmp_path, call, monkeypatch):
 KILLED = """
 import os, signal, sys
 import train
+from lab.training import recalibration
 from lab.training.passes import ProgressBar
 
+recalibration.PIXELS = int(sys.argv.pop(1))
 left = [int(sys.argv[1])]
 
 def counting_update(bar, n):
@@ -173,13 +192,14 @@ train.main(sys.argv[2:])
 """
 
 
-def test_killed(whole, tmp_path):
+def test_killed(whole, tmp_path, monkeypatch):
     """In the pass, after a checkpoint with the statistics of its first 8 batches."""
     folder, every_step = tmp_path / 'run', ('--checkpoint_minutes', 0)
-    killed = python('-c', KILLED, 23 + 9, *SHORT, *every_step, '--save', folder)
+    killed = python('-c', KILLED, ONE_BATCH, 23 + 9, *SHORT, *every_step, '--save', folder)
     assert killed.status == -signal.SIGKILL
     found = checkpoint.load(folder)
     assert (found.epoch, found.progress['step']) == (0, 23)
+    monkeypatch.setattr(recalibration, 'PIXELS', ONE_BATCH)
     train.main(['--resume', str(folder), '--checkpoint_minutes', '10'])
     assert same(whole, folder)
     assert without_times(whole) == without_times(folder)

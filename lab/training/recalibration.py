@@ -20,12 +20,20 @@ class BatchStatistics(BatchNorm):
         return super().__call__(x, mean, var, weight, bias, True, momentum, eps)
 
 
-def recalibrate(module, batches, epoch, options):
-    """Set running_mean and running_var to the plain averages over the training batches of `epoch`.
+# Statistics of different batches differ, and so do those of the layers after them: their averages
+# fit no single batch. Through thousands of layers that adds up, so batches are as large as memory
+# allows: this many pixels. All digits are one batch, 2,048 images of CIFAR, and a batch of ImageNet
+# stays as it is.
+PIXELS = 2**21
 
-    This generator yields after each batch, so that the caller can save or stop the run there. The
-    first batch replaces the old statistics, so the result depends only on weights, seed and epoch:
-    a run that stops in this pass repeats all of it on resume.
+
+def recalibrate(module, batches, epoch, options):
+    """Set running_mean and running_var to those of the training images of `epoch`.
+
+    They are the averages over large batches, weighted by size. This generator yields after each
+    of them, so that the caller can save or stop the run there. The first replaces the old
+    statistics, so the result depends only on weights, seed and epoch: a run that stops in this
+    pass repeats all of it on resume.
 
     torch.optim.swa_utils.update_bn is of no use here: it looks for modules of type nn.BatchNorm,
     and diracnet.Network calls F.batch_norm. It also keeps dropout on, and cannot stop midway.
@@ -38,15 +46,31 @@ def recalibrate(module, batches, epoch, options):
     dtype, autocast_dtype = DTYPES[options['dtype']]
     batches.epoch, batches.start, batches.broken_before = epoch, 0, batches.broken
     norm = BatchStatistics(batch_norm(options), momentum=1)
+    done = 0  # images
     with closing(ProgressBar('recalibrate', batches.n)) as bar:
-        for step, (inputs, _) in enumerate(batches):
-            norm.momentum = 1 / (1 + step)
+        for inputs, size in joined(batches):
+            done += size
+            norm.momentum = size / done
             with torch.no_grad(), autocast(inputs.device, autocast_dtype), uncompiled(options):
                 # mode=False turns dropout off, as in the test: dropout changes variances, so
                 # statistics computed with it would not fit the activations of the test.
                 module.f(inputs.to(dtype), module.params(), False, norm=norm)
-            bar.update(batches.size(step))
+            bar.update(size)
             yield
+
+
+def joined(batches):
+    """Successive batches joined to inputs of about PIXELS pixels, (N, C, H, W), and the number of
+    their images in all processes."""
+    waiting, size = [], 0
+    for step, (inputs, _) in enumerate(batches):
+        waiting.append(inputs)
+        size += batches.size(step)
+        height, width = inputs.shape[2:]
+        is_full = (size + batches.batch_size) * height * width > PIXELS
+        if is_full or step == len(batches) - 1:
+            yield torch.cat(waiting), size
+            waiting, size = [], 0
 
 
 def uncompiled(options):
