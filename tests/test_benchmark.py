@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from conftest import python
 from diracnet import define_diracnet
 from tools.benchmark import __main__ as program
-from tools.benchmark import contestants, references
+from tools.benchmark import contestants, depth, references
 from tools.benchmark.made_data import random_batch, write_cifar
 from tools.benchmark.processes import ROOT, Contestant, measure_in_child
 from tools.benchmark.report import Report, spread, spread_in_milliseconds
@@ -76,6 +77,31 @@ def test_first_step_ends_the_training(tmp_path):
     result = python('-m', 'tools.benchmark.children', 'first_step', tmp_path)
     assert result.status == 0, result.err
     assert list(tmp_path.rglob('run.json')) and not list(tmp_path.rglob('model.pt7'))
+
+
+@pytest.mark.parametrize('power', [1, 1.5])
+def test_cost_over_depth(power, tmp_path, monkeypatch):
+    """Costs of depth ** power + 4: the fit of linear ones is exact, the others miss the goal."""
+
+    def cost(key):
+        kind, n_layers = key
+        return (0.5 if kind == '--recompute' else 1) * (n_layers**power + 4)
+
+    monkeypatch.setattr(
+        depth,
+        'Contestant',
+        lambda kind, network, batch: SimpleNamespace(close=lambda: cost((kind, network[0]))),
+    )
+    monkeypatch.setattr(depth, 'alternate', lambda keys, n: {key: [cost(key)] * n for key in keys})
+    report = depth.bench_depth(SimpleNamespace(rounds=3, out=tmp_path / 'depth'))
+    assert (tmp_path / 'depth.png').is_file()
+    *costs, time, recomputed_time, memory, recomputed_memory = report.rows
+    assert [float(row[3]) for row in costs[1::2]] == [2] * 2 * len(depth.DEPTHS)
+    for row in (time, recomputed_time, memory, recomputed_memory):
+        assert goal_is_met(row) == (power == 1), row
+    if power == 1:
+        assert time[2:4] == ['1000.000 per layer +4000.0, R^2 1.0000', '1.000']
+        assert recomputed_memory[2:4] == ['0.500 per layer +2.0, R^2 1.0000', '1.000']
 
 
 # --- committed results -----------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Whether parameters fit a network, and messages that say where they do not."""
 
+from diracnet import copy_tensors
 from lab.errors import UserError
 from lab.models import registry
 
@@ -42,4 +43,4 @@ def load_params(module, params, path):
         if fitting:
             message += f'; its tensors fit {network_flags(fitting)}'
         raise UserError(message)
-    module.load_state_dict(params)
+    copy_tensors(params, module)

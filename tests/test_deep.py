@@ -1,0 +1,142 @@
+"""Networks of hundreds and thousands of layers: folded, exported, in int8, and recomputed."""
+
+import cProfile
+import pstats
+from functools import cache, partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diracnet import DiracNet, Network, define_diracnet, fold
+from lab.data import datasets
+from lab.data.preprocessing import normalize
+from lab.folded import compute_logits
+from lab.models import registry
+from lab.onnx_models import OnnxNetwork, to_onnx
+from lab.runs import checkpoint
+from lab.training.network import BatchNorm
+from lab.training.recompute import recomputed_chain
+from tools.int8 import int8_onnx
+from tools.quantize import signal_to_noise
+
+
+@cache
+def digits():
+    """All training digits, normalized: (1437, 1, 8, 8)."""
+    data = datasets.load('digits', '.')
+    return normalize(data.train[0], data.preprocessing).contiguous()
+
+
+@cache
+@torch.no_grad()
+def deep(depth):
+    """f, params of a network with random scales, as training might leave them.
+
+    Its running statistics are those of 256 digits, since random ones would make the signal explode
+    or vanish.
+    """
+    torch.manual_seed(0)
+    f, params = define_diracnet(depth, 1, 'digits', bn_init='shifted')
+    for key, tensor in params.items():
+        if key.endswith(('alpha', 'beta', 'bn.weight')):
+            tensor.mul_(torch.empty_like(tensor).uniform_(0.8, 1.2))
+        elif key.endswith('bn.bias'):
+            tensor.add_(torch.empty_like(tensor).uniform_(-0.2, 0.2))
+    f(digits()[:256], params, True, norm=BatchNorm(F.batch_norm, 1))
+    return f, params
+
+
+def folded(params):
+    return DiracNet.from_state_dict(fold(params)).eval()
+
+
+def relative_error(actual, expected):
+    """The largest difference of two logits over the largest logit."""
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def assert_same_network(actual, expected):
+    """The logits of a converted network are within 1e-4 and the classes are the same. The logits
+    of two images differ by far more than that."""
+    assert relative_error(actual, expected) < 1e-4
+    assert (actual.argmax(1) == expected.argmax(1)).all()
+    assert expected.std(0).max() > 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize('depth', [202, 1000])
+def test_folds(depth):
+    f, params = deep(depth)
+    images = digits()[-64:]
+    expected = compute_logits(Network(f, params).eval(), images)
+    assert_same_network(compute_logits(folded(params), images), expected)
+    # In double precision, nothing is lost: the difference above is rounding.
+    double = {key: tensor.double() for key, tensor in params.items()}
+    exact = compute_logits(Network(f, double).eval(), images.double())
+    assert relative_error(compute_logits(folded(double), images.double()), exact) < 1e-11
+    assert relative_error(expected, exact) < 1e-4
+
+
+def test_exports_to_onnx():
+    f, params = deep(1000)
+    images = digits()[-64:]
+    model = to_onnx(folded(params), images.shape[1:], {})
+    assert sum(node.op_type == 'Conv' for node in model.graph.node) == 996 + 1  # blocks and stem
+    logits = compute_logits(OnnxNetwork(model.SerializeToString()), images)
+    assert_same_network(logits, compute_logits(Network(f, params).eval(), images))
+
+
+def test_int8():
+    """Through 202 layers, the logits stand out from the noise of rounding."""
+    f, params = deep(202)
+    images = digits()[-64:]
+    content = int8_onnx(folded(params), digits()[:128], {})
+    expected = compute_logits(Network(f, params).eval(), images)
+    assert signal_to_noise(compute_logits(OnnxNetwork(content), images), expected) > 15
+
+
+def test_recomputes():
+    """With --recompute, the same logits, gradients and running statistics."""
+    f, params = deep(1000)
+    images, results = digits()[:8].double(), []
+    for function in (f, partial(recomputed_chain, *f.args)):
+        copied = {
+            key: tensor.detach().double().requires_grad_(tensor.requires_grad)
+            for key, tensor in params.items()
+        }
+        logits = function(images, copied, True)
+        F.cross_entropy(logits, torch.arange(8)).backward()
+        tensors = [t.grad if t.requires_grad else t for t in copied.values()]
+        results.append([logits.detach(), *tensors])
+    for expected, actual in zip(*results):
+        assert (actual - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_linear_in_depth(tmp_path):
+    """Ten times the layers take about ten times the function calls."""
+    function_calls(10, tmp_path)  # imports what is imported late
+    few, many = function_calls(40, tmp_path), function_calls(400, tmp_path)
+    for step in few:
+        assert many[step] < 12 * few[step], step
+
+
+def function_calls(depth, folder):
+    """The number of calls in each step of a network's way from its definition to its use."""
+    calls, path = {}, folder / f'{depth}.pt7'
+
+    def counted(name, function):
+        with cProfile.Profile() as profile:
+            result = function()
+        calls[name] = pstats.Stats(profile).total_calls
+        return result
+
+    f, params = counted('define', lambda: define_diracnet(depth, 1 / 16, 'digits'))
+    net = counted('module', lambda: Network(f, params).eval())
+    counted('logits', lambda: compute_logits(net, digits()[:1]))
+    counted('infer', lambda: registry.infer(params))
+    counted('save', lambda: checkpoint.save(path, {'params': net.state_dict()}))
+    found = counted('load', lambda: checkpoint.load(path))
+    counted('load into a module', found.module)
+    counted('fold', found.fold)
+    return calls
