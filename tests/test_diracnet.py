@@ -6,8 +6,10 @@ The published files are made here and served on loopback.
 import copy
 import hashlib
 import pickle
+import re
 import threading
 from collections import OrderedDict
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -17,7 +19,9 @@ import torch.nn.functional as F
 import diracnet
 from conftest import DEVICES, Malicious
 from diracnet import DiracNet, Network, define_diracnet, diracnet18, diracnet34
-from lab.models.plain import define_plain
+from lab.models.diracnet_v1 import define_diracnet_v1
+from lab.models.plain import define_plain, define_plain_ncrelu
+from lab.models.resnet import define_resnet_dirac
 from test import randomized, relative_error
 from tools.benchmark.references import textbook, with_deltas
 
@@ -78,6 +82,101 @@ def test_plain_is_the_same_chain():
     plain = define_plain(16, 1, 'CIFAR10')[1]
     assert {key for key in dirac if key.split('.')[-1] not in ('alpha', 'beta')} == set(plain)
     assert all(dirac[key].shape == tensor.shape for key, tensor in plain.items())
+
+
+# --- initial scales --------------------------------------------------------------------------
+
+
+def values(params, end):
+    """The values that all tensors with this end of the key have, as a set."""
+    return {
+        value for key, tensor in params.items() if key.endswith(end) for value in tensor.tolist()
+    }
+
+
+def same_draws(define, **scales):
+    """The params with these scales, and with the paper's, from the same seed."""
+    found = []
+    for options in (scales, {}):
+        torch.manual_seed(0)
+        found.append(define(64, 1, 'digits', **options)[1])
+    return found
+
+
+@pytest.mark.parametrize(
+    'define', [define_diracnet, define_diracnet_v1, define_plain, define_plain_ncrelu]
+)
+@pytest.mark.parametrize(
+    'bn_init, weight, bias', [('shifted', 1, 0.5), ((2, 0.25), 2, 0.25), ([1.5, -1], 1.5, -1)]
+)
+def test_initial_scales_of_batch_norms(define, bn_init, weight, bias):
+    params, paper = same_draws(define, bn_init=bn_init)
+    assert values(params, 'bn.weight') == {weight} and values(params, 'bn.bias') == {bias}
+    assert 0 <= min(values(paper, 'bn.weight')) < max(values(paper, 'bn.weight')) <= 1
+    assert values(paper, 'bn.bias') == {0}
+    for key, tensor in params.items():  # nothing else differs
+        differs = key.endswith(('bn.weight', 'bn.bias')) or (
+            define is define_diracnet and bn_init == 'shifted' and key.endswith('.beta')
+        )
+        assert torch.equal(tensor, paper[key]) != differs
+        assert tensor.requires_grad == paper[key].requires_grad
+
+
+@pytest.mark.parametrize(
+    'define, scales, alpha, beta',
+    [
+        (define_diracnet, {}, 1, 0.1),
+        (define_diracnet, {'beta': 0.02}, 1, 0.02),
+        (define_diracnet, {'beta': 'depth'}, 1, 1 / 8),
+        (define_diracnet, {'bn_init': 'shifted'}, 1, 1 / 8),
+        (define_diracnet, {'bn_init': 'shifted', 'beta': 0.3}, 1, 0.3),
+        (define_diracnet, {'bn_init': (1, 0.5)}, 1, 0.1),
+        (define_diracnet, {'alpha': 'depth', 'beta': 2}, 1 / 8, 2),
+        (define_diracnet_v1, {'bn_init': 'shifted'}, 5, 1e-3),
+        (define_diracnet_v1, {'alpha': 3, 'beta': 'depth'}, 3, 1 / 8),
+        (partial(define_resnet_dirac, block='bn-add'), {'beta': 0.5}, 1, 0.5),
+    ],
+)
+def test_initial_scales_of_dirac_weights(define, scales, alpha, beta):
+    depth = 62 if isinstance(define, partial) else 64
+    _, params = define(depth, 1, 'digits', **scales)
+    assert list(values(params, '.alpha')) == pytest.approx([alpha])
+    assert list(values(params, '.beta')) == pytest.approx([beta])
+
+
+@pytest.mark.parametrize(
+    'scales, word',
+    [
+        ({'bn_init': 'Paper'}, 'Paper'),
+        ({'bn_init': (0, 1)}, '0'),
+        ({'bn_init': (1, float('nan'))}, 'nan'),
+        ({'bn_init': (1, 0, 0)}, '(1, 0, 0)'),
+        ({'bn_init': ('1', 0)}, '1'),
+        ({'bn_init': None}, 'None'),
+        ({'beta': 0}, 'beta'),
+        ({'beta': -0.1}, '-0.1'),
+        ({'beta': float('inf')}, 'inf'),
+        ({'beta': 'deep'}, 'deep'),
+        ({'alpha': 0.0}, 'alpha'),
+    ],
+)
+def test_impossible_initial_scales(scales, word):
+    with pytest.raises(ValueError, match=re.escape(word)):
+        define_diracnet(16, 1, 'digits', **scales)
+
+
+# --- modules ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('key', ['features.conv.bias', 'features.group1.block0.conv.bias', 'new'])
+def test_a_folded_state_dict_is_complete(key):
+    state_dict = diracnet.fold(define_diracnet(10, 1, 'digits')[1])
+    if key in state_dict:
+        del state_dict[key]
+    else:
+        state_dict[key] = torch.zeros(1)
+    with pytest.raises(ValueError, match=re.escape(key)):
+        DiracNet.from_state_dict(state_dict)
 
 
 def test_network_module():
