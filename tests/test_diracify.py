@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -26,10 +27,12 @@ def randomize(model):
     """Draw statistics and scales that differ from the initial ones, as after training."""
     for module in model.modules():
         if isinstance(module, BATCH_NORMS):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, 0, 0.2)
-            nn.init.normal_(module.running_mean, 0, 0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.2)
+            if module.track_running_stats:
+                nn.init.normal_(module.running_mean, 0, 0.2)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
         if isinstance(module, (DiracConv, DiracParametrization)):
             nn.init.uniform_(module.alpha, 0.5, 1.5)
             nn.init.uniform_(module.beta, 0.05, 0.3)
@@ -62,6 +65,8 @@ def network_and_input(name):
         return small_network(dimensions), torch.randn(2, 2, *[9] * dimensions)
     from torchvision import models
 
+    if name == 'r3d_18':
+        return models.video.r3d_18(num_classes=20), torch.randn(1, 3, 4, 32, 32)
     return getattr(models, name)(num_classes=20), torch.randn(2, 3, 96, 96)
 
 
@@ -71,6 +76,7 @@ NETWORKS = {
     'resnet18': (13, 0),
     'densenet121': (58, 62),
     'mobilenet_v3_small': (7, 0),
+    'r3d_18': (13, 0),  # its convolutions are subclasses
     '1-d': (3, 0),
     '3-d': (3, 0),
 }
@@ -135,7 +141,8 @@ def test_which_convolutions_qualify():
     ]
     assert all(qualifies(module) for module in qualifying)
     assert not any(qualifies(module) for module in others)
-    model = diracify(nn.ModuleList([*qualifying, *others]))
+    with pytest.warns(UserWarning, match=r'8 \(ConvTranspose2d\)$'):
+        model = diracify(nn.ModuleList([*qualifying, *others]))
     n = len(qualifying)
     assert all(isinstance(module, DiracConv) for module in model[:n])
     assert list(model[n:]) == others
@@ -154,6 +161,44 @@ def test_a_single_convolution():
     assert half.weight.is_meta
     assert half.weight.dtype is torch.half
     assert not half.training
+
+
+def test_the_number_of_replaced_convolutions(capfd):
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(conv, conv, nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1))
+    diracify(diracify(model))
+    first, second = capfd.readouterr().err.splitlines()
+    assert ' 2 of 3 ' in first
+    assert ' 0 of 3 ' in second
+
+
+@pytest.mark.parametrize('fresh', [False, True])
+@pytest.mark.parametrize(
+    'frozen, trained', [('weight', {'0.bias'}), ('bias', {'0.weight', '0.alpha', '0.beta'})]
+)
+def test_requires_grad_stays(frozen, trained, fresh):
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    getattr(conv, frozen).requires_grad_(False)
+    model = diracify(nn.Sequential(conv), fresh=fresh)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+
+def test_hooks_stay():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    calls = []
+    conv.register_forward_pre_hook(lambda *_: calls.append('before'))
+    handle = conv.register_forward_hook(lambda *_: calls.append('after'))
+    conv.register_full_backward_hook(lambda *_: calls.append('backward'))
+    model = diracify(nn.Sequential(conv))
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    model(x).sum().backward()
+    assert calls == ['before', 'after', 'backward']
+    calls.clear()
+    fold(model)(x)
+    assert calls == ['before', 'after']
+    handle.remove()  # acts on the Dirac convolution, too
+    model(x)
+    assert calls == ['before', 'after', 'before']
 
 
 @pytest.mark.parametrize(
@@ -224,31 +269,63 @@ def test_branch_after_a_convolution():
     assert not hasattr(folded, 'bn2')
 
 
+class BatchNormAct(nn.BatchNorm2d):
+    """Batch norm and activation in one, as timm's BatchNormAct2d."""
+
+    always_batch = False
+
+    def __init__(self, channels, affine=True, **kwargs):
+        super().__init__(channels, affine=affine, **kwargs)
+        self.act = nn.ReLU(inplace=True)
+
+    def scale(self):
+        return self.weight
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, f'expected 4 dimensions, got {x.ndim}')
+        use_batch = self.training or self.running_mean is None or self.always_batch
+        statistics = (self.running_mean, self.running_var)
+        return self.act(F.batch_norm(x, *statistics, self.scale(), self.bias, use_batch, eps=0.01))
+
+
 class Untraceable(nn.Module):
     """Decides by the values of its input."""
 
     def __init__(self):
         super().__init__()
-        self.conv, self.bn = DiracConv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.conv = DiracConv2d(3, 3, 3, padding=1)
+        self.bn, self.act = nn.BatchNorm2d(3), BatchNormAct(3)
 
     def forward(self, x):
-        return self.bn(self.conv(x)) if x.sum() > 0 else x
+        return self.act(self.bn(self.conv(x))) if x.sum() > 0 else x
 
 
 def test_untraceable_network_folds_its_dirac_weights():
     model = randomize(Untraceable()).eval()
-    with pytest.warns(UserWarning, match='Untraceable'):
+    with pytest.warns(UserWarning, match='Untraceable.* bn, act$'):
         folded = fold(model)
     x = torch.rand(1, 3, 5, 5)
     assert relative_error(folded(x), model(x)) < 1e-5
     assert type(folded.conv) is nn.Conv2d
 
 
-def test_batch_norm_without_statistics_stays():
-    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3, track_running_stats=False)).eval()
-    x = torch.randn(2, 3, 5, 5)
-    with pytest.warns(UserWarning, match=r'\b1$'):
-        torch.testing.assert_close(fold(model)(x), model(x))
+@torch.no_grad()
+def test_a_folded_network_of_timm():
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    model = randomize(timm.create_model('regnetx_002', num_classes=5)).double().eval()
+    diracify(model)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.double)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        folded = fold(model)
+    assert relative_error(folded(x), model(x)) < 1e-10
+    assert not any('running_var' in key for key in folded.state_dict())
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
 
 
 def parametrized(conv, **kwargs):
@@ -262,6 +339,7 @@ def parametrized(conv, **kwargs):
         (lambda: nn.Conv2d(6, 4, 3, padding=1), (2, 6, 5, 5)),
         (lambda: nn.Conv1d(6, 6, 3, groups=2), (2, 6, 5)),
         (lambda: nn.Conv3d(2, 4, 3, bias=False), (2, 2, 5, 5, 5)),
+        (lambda: OwnConv(6, 4, 3), (2, 6, 5, 5)),
     ],
 )
 def test_parametrization(make, shape):
