@@ -17,7 +17,7 @@ import http.client
 import math
 import os
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import partial
 
@@ -189,8 +189,12 @@ def make_architecture(depth, width, dataset, num_classes=None, in_channels=None)
 
 
 def conv_params(in_channels, out_channels, kernel_size):
-    weight = torch.empty(out_channels, in_channels, kernel_size, kernel_size)
-    return nn.init.kaiming_normal_(weight, nonlinearity='relu')
+    return kaiming_normal(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+
+
+def kaiming_normal(weight):
+    # A meta tensor has no values, and torch would import for a second to draw none.
+    return weight if weight.is_meta else nn.init.kaiming_normal_(weight, nonlinearity='relu')
 
 
 def bn_params(channels):
@@ -203,8 +207,7 @@ def bn_params(channels):
 
 
 def linear_params(in_features, out_features):
-    weight = torch.empty(out_features, in_features)
-    nn.init.kaiming_normal_(weight, nonlinearity='relu')
+    weight = kaiming_normal(torch.empty(out_features, in_features))
     return {'weight': weight, 'bias': torch.zeros(out_features)}
 
 
@@ -222,9 +225,13 @@ def flatten(tree, prefix=''):
     return flat
 
 
+def plain_conv_params(in_channels, out_channels):
+    return {'conv': conv_params(in_channels, out_channels, 3)}
+
+
 def dirac_conv_params(in_channels, out_channels):
     return {
-        'conv': conv_params(in_channels, out_channels, 3),
+        **plain_conv_params(in_channels, out_channels),
         'alpha': torch.full((out_channels,), ALPHA),
         'beta': torch.full((out_channels,), BETA),
     }
@@ -396,7 +403,8 @@ def fold(params):
     """Fold Dirac weights and batch norms into the weights and biases of plain convolutions.
 
     Args:
-        params: flat dict of a DiracNet or of a plain chain, of any depth and width.
+        params: flat dict of a DiracNet or of a plain chain, of any depth and width. Identities
+            that the original's files store (eye64_64_3_3) are ignored.
 
     Returns:
         A state dict of `DiracNet`: features.conv.weight, features.conv.bias,
@@ -406,21 +414,19 @@ def fold(params):
     Raises:
         ValueError: these are not the parameters of such a network.
     """
-    blocks = [name for group in infer_architecture(params).groups for name, _, _ in group]
+    architecture = fitting_architecture(params, block_kind(params))
+    blocks = [name for group in architecture.groups for name, _, _ in group]
     folded = OrderedDict()
-    try:
-        for prefix in ('', *(f'{name}.' for name in blocks)):
-            weight = params[f'{prefix}conv'].double()
-            if f'{prefix}alpha' in params:
-                alpha, beta = params[f'{prefix}alpha'], params[f'{prefix}beta']
-                weight = dirac_weight(weight, alpha.double(), beta.double())
-            weight, bias = fold_batch_norm(weight, params, f'{prefix}bn')
-            folded[f'features.{prefix}conv.weight'] = weight
-            folded[f'features.{prefix}conv.bias'] = bias
-        for key in ('fc.weight', 'fc.bias'):
-            folded[key] = params[key].detach().clone()
-    except KeyError as error:
-        raise ValueError(f'not the parameters of a DiracNet: {error.args[0]} is missing') from None
+    for prefix in ('', *(f'{name}.' for name in blocks)):
+        weight = params[f'{prefix}conv'].double()
+        if f'{prefix}alpha' in params:
+            alpha, beta = params[f'{prefix}alpha'], params[f'{prefix}beta']
+            weight = dirac_weight(weight, alpha.double(), beta.double())
+        weight, bias = fold_batch_norm(weight, params, f'{prefix}bn')
+        folded[f'features.{prefix}conv.weight'] = weight
+        folded[f'features.{prefix}conv.bias'] = bias
+    for key in ('fc.weight', 'fc.bias'):
+        folded[key] = params[key].detach().clone()
     return folded
 
 
@@ -499,19 +505,14 @@ def copy_tensors(state_dict, module):
     That method takes quadratic time in the number of layers, this function linear time.
 
     Raises:
-        ValueError: a key or a shape does not fit.
+        ValueError: a key, a shape or a type does not fit.
     """
     own = module.state_dict()
-    unmatched = sorted(own.keys() ^ state_dict.keys())
-    if unmatched:
-        raise ValueError(f'the tensors do not fit the network: only one has {unmatched[0]}')
+    try:
+        check_tensors(state_dict, own)
+    except ValueError as error:
+        raise ValueError(f'the tensors do not fit the network: {error}') from None
     for key, tensor in own.items():
-        shape = tuple(state_dict[key].shape)
-        if shape != tuple(tensor.shape):
-            raise ValueError(
-                f'the tensors do not fit the network: {key} has shape {shape} instead of '
-                f'{tuple(tensor.shape)}'
-            )
         tensor.copy_(state_dict[key])
 
 
@@ -594,40 +595,79 @@ def infer_architecture(params):
         ValueError: these are not the parameters of such a network; the message names the first
             key that is wrong.
     """
-    folded = 'features.conv.weight' in params
-    conv_key = 'features.{}conv.weight' if folded else '{}conv'
+    if any(key.startswith('features.') for key in params):  # folded
+        return fitting_architecture(params, plain_conv_params, 'features.')
+    return fitting_architecture(params, block_kind(params))
+
+
+def block_kind(params):
+    """The function that makes the params of a block: Dirac or plain."""
+    return dirac_conv_params if is_dirac(params) else plain_conv_params
+
+
+def is_dirac(params):
+    """Whether any block has scales of a Dirac weight."""
+    return any(key.endswith(('.alpha', '.beta')) for key in params)
+
+
+def fitting_architecture(params, block_params, folded_prefix=None, kind='DiracNet'):
+    """The Architecture of a chain with exactly these keys and shapes; see `infer_architecture`.
+
+    Args:
+        params: flat dict of params or folded state dict.
+        block_params: as for `chain_params`.
+        folded_prefix: that of the keys of a folded state dict; None if this is none.
+        kind: name of the network for error messages.
+    """
+    conv_key = '{}conv' if folded_prefix is None else f'{folded_prefix}{{}}conv.weight'
+    block = re.escape(conv_key).replace(r'\{\}', r'(group\d)\.block\d+\.')
+    matches = (re.fullmatch(block, key) for key in params)
+    blocks = max(Counter(match[1] for match in matches if match).values(), default=0)
     try:
         stem, fc = params[conv_key.format('')], params['fc.weight']
-        form = {3: 'cifar', 7: 'imagenet'}[stem.shape[-1]]
-        base_widths = BASE_WIDTHS[form]
-        pattern = re.escape(conv_key).replace(r'\{\}', r'group(\d+)\.block\d+\.')
-        blocks = [match for match in (re.fullmatch(pattern, key) for key in params) if match]
-        counts = [sum(int(block[1]) == g for block in blocks) for g in range(len(base_widths))]
-        if form == 'imagenet':
-            depth_of = {blocks: depth for depth, blocks in IMAGENET_BLOCKS.items()}
-            depth = depth_of[tuple(count // 2 for count in counts)]
+        if stem.shape[-1] == 7:
+            form, dataset = 'imagenet', 'ImageNet'
+            depth = 18 if blocks <= 2 * max(IMAGENET_BLOCKS[18]) else 34
         else:
-            depth = 3 * counts[0] + 4
-        # Widths are truncated to integers. The last is the largest, so truncation changes it least.
-        width = fc.shape[1] / base_widths[-1]
+            form, dataset, depth = 'cifar', 'CIFAR10', 6 * max(math.ceil(blocks / 2), 1) + 4
+        # Widths are truncated to integers. The last is the largest: truncation changes it least.
+        width = fc.shape[1] / BASE_WIDTHS[form][-1]
         width = int(width) if width.is_integer() else width
-        architecture = Architecture(form, depth, width, stem.shape[1], fc.shape[0])
-        size = stem.shape[-1]
-        stem_shape = (architecture.widths[0], architecture.in_channels, size, size)
-        expected = {conv_key.format(''): stem_shape}
-        for group in architecture.groups:
-            for name, inside, out in group:
-                expected[conv_key.format(f'{name}.')] = (out, inside, 3, 3)
-        for key, shape in expected.items():
-            if tuple(params[key].shape) != shape:
-                raise ValueError(
-                    f'not the parameters of a DiracNet: {key} has shape '
-                    f'{tuple(params[key].shape)} instead of {shape}'
-                )
-        if len(blocks) != len(expected) - 1:
-            raise ValueError('not the parameters of a DiracNet: too many blocks for its depth')
+        architecture = make_architecture(depth, width, dataset, fc.shape[0], stem.shape[1])
+        with torch.device('meta'):  # shapes without values
+            expected = chain_params(architecture, block_params)
+        if folded_prefix is not None:
+            expected = dict(_folded_items(expected, folded_prefix))
+        check_tensors(params, expected)
     except (KeyError, IndexError, AttributeError) as error:
         raise ValueError(
-            f'not the parameters of a DiracNet: {error.args[0]!r} is missing or has an unknown form'
+            f'not the parameters of a {kind}: {error.args[0]!r} is missing or has an unknown form'
         ) from None
+    except (ValueError, RuntimeError) as error:  # RuntimeError: too large for a tensor
+        raise ValueError(f'not the parameters of a {kind}: {error}') from None
     return architecture
+
+
+def _folded_items(params, prefix):
+    """The keys of a plain chain's folded state dict, with tensors of their shapes."""
+    for key, tensor in params.items():
+        if key.endswith('conv'):
+            yield f'{prefix}{key}.weight', tensor
+            yield f'{prefix}{key}.bias', tensor[:, 0, 0, 0]
+        elif key.startswith('fc.'):
+            yield key, tensor
+
+
+def check_tensors(tensors, expected):
+    """Raise ValueError unless two dicts of tensors have the same keys and shapes, and the first
+    holds real numbers. Identities that the original's files store (eye64_64_3_3) do not matter."""
+    for key in dict.fromkeys([*expected, *tensors]):
+        if key.startswith('eye'):
+            continue
+        there, here = (
+            tuple(found[key].shape) if key in found else 'missing' for found in (tensors, expected)
+        )
+        if there != here:
+            raise ValueError(f'{key} is {there} instead of {here}')
+        if not tensors[key].is_floating_point():
+            raise ValueError(f'{key} has the type {tensors[key].dtype}')

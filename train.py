@@ -21,6 +21,7 @@ import signal
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
+import shlex
 import sys
 from dataclasses import replace
 
@@ -34,7 +35,7 @@ from lab.distributed import say, world
 from lab.errors import OptionError, run
 from lab.models.matching import load_params
 from lab.runs import checkpoint
-from lab.runs.folder import RunFolder, log_lines
+from lab.runs.folder import PARAMETERS, RunFolder, log_lines
 from lab.runs.log import format_line
 from lab.runs.recorder import Recorder
 from lab.runs.resume import find_resumed, options_to_evaluate, options_to_train, restore
@@ -52,6 +53,7 @@ from lab.training.optimizers import (
 from lab.training.options import check_combination, parse
 from lab.training.passes import Pass
 from lab.training.recalibration import recalibrate
+from lab.training.size import check_memory
 
 
 def main(arguments=None):
@@ -90,13 +92,15 @@ def train(options, resumed, device, folder, arguments):
         # The data.
         data = load_data(options)
         check_classes(data, resumed, options)
+        network = network_arguments(options, data)
+        size = check_memory(options, network, data, device)  # before anything large is allocated
+        stop.say(size.describe(options['weight_decay']))
         train_batches = make_batches(data, True, options, device)
         test_batches = make_batches(data, False, options, device)
         distributed.check_batches(train_batches.n, options['batch_size'])
         meters, broken = Meters(len(data.classes)), BrokenImages(stop.say)
 
         # The network and its optimizer, new or from a checkpoint.
-        network = network_arguments(options, data)
         module, norm = build_network(options, network, device)
         if resumed:
             load_params(module, resumed.params, resumed.path)
@@ -106,7 +110,6 @@ def train(options, resumed, device, folder, arguments):
         if resumed:
             restore(resumed, optimizer, scaler, meters)
         model = distributed.share_gradients(module, device)
-        n_parameters = sum(p.numel() for p in module.parameters())
 
         # The folder.
         facts = {
@@ -116,9 +119,11 @@ def train(options, resumed, device, folder, arguments):
             'preprocessing': data.preprocessing.as_dict(),
         }
         log = log_lines(resumed)
-        stop.say('\n'.join(parameter_table(module, options['weight_decay'], options['model'])))
+        stop.listen()
+        table = parameter_table(module, options['weight_decay'], options['model'])
         folder.open()
         folder.record_command(arguments, device)
+        folder.write(PARAMETERS, '\n'.join(table) + '\n')
         folder.write_log(log)
         recorder = Recorder(folder, stop, facts, module, optimizer, scaler, meters, log)
         stop.say(describe_run(options, train_batches, test_batches, device, folder))
@@ -166,7 +171,7 @@ def train(options, resumed, device, folder, arguments):
                 **test.finish(),
                 'epoch': epoch,
                 'num_classes': len(data.classes),
-                'n_parameters': n_parameters,
+                'n_parameters': size.parameters,
                 **broken.stats(train_batches, test_batches),
             }
             recorder.record_epoch(stats)
@@ -174,7 +179,8 @@ def train(options, resumed, device, folder, arguments):
             broken.check(train_batches)  # after saving: the run can resume once the data are fixed
             broken.check(test_batches)
         folder.finish()
-        stop.say(f'done: {folder.path}')
+        curves = f'python -m tools.plot {shlex.quote(str(folder.path))} --out curves.png'
+        stop.say(f'done: {folder.path}; to draw its curves: {curves}')
 
 
 def evaluate(options, found, device, recalibrates=False):

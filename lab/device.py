@@ -42,6 +42,10 @@ def choose_device(given):
             'this machine; use one of the two'
         )
     name = _device_name(given, n_devices)
+    if name.partition(':')[0] not in ('cpu', 'cuda'):
+        raise OptionError(
+            f'--device {name!r} cannot be used: this program trains on cpu and cuda (cuda:1, ...)'
+        )
     if name.startswith('cuda:') and processes > 1:
         raise OptionError(
             f'{name} is one device, but each of the {processes} processes needs its own; '
@@ -69,7 +73,7 @@ def choose_device(given):
 
 
 def _device_name(given, n_devices):
-    if given.get('device'):
+    if given.get('device') is not None:
         name = given['device']
     elif given.get('cuda') or given.get('gpu_id') or n_devices:
         name = 'cuda'

@@ -2,8 +2,13 @@
 
 import argparse
 import contextlib
+import errno
 import os
 import sys
+
+LONGEST = 1000  # characters of an error line, which may quote a file
+# What writing to a full or broken output raises. Errors that name a file are not among them.
+FAILED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 class UserError(Exception):
@@ -30,8 +35,27 @@ class OneLineParser(argparse.ArgumentParser):
             **kwargs,
         )
 
+    def parse_args(self, args=None, namespace=None):
+        for argument in sys.argv[1:] if args is None else args:
+            if argument.startswith('--') and argument.endswith('=--'):
+                self.error(f'{argument}: -- is not a value')  # argparse would make it []
+        return super().parse_args(args, namespace)
+
     def error(self, message):
         raise OptionError(f'{message} (see {self.prog} --help)')
+
+
+def printable(text):
+    """A text from outside, such as a file name, on one line: control characters are escaped."""
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def one_line(text):
+    """A message as one line without control characters. A long one keeps its beginning, which names
+    the thing, and its end, which has the remedy."""
+    if len(text) > LONGEST:
+        text = f'{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}'
+    return printable(' '.join(text.split()))
 
 
 def run(main, name):
@@ -40,26 +64,52 @@ def run(main, name):
     if rank != '0':
         name += f' (rank {rank})'
     try:
-        status = main()
-    except UserError as error:
-        # A single write: other processes may write at the same time.
-        sys.stderr.write(f'{name}: {" ".join(str(error).split())}\n')
-        status = error.status
+        status = _status(main, name)
+        if sys.stdout:  # None if it was closed from the start
+            sys.stdout.flush()
     except BrokenPipeError:  # the program that reads our output, such as head, has ended
-        sys.stderr.close()
         status = 1
-    except KeyboardInterrupt:
-        print(f'{name}: interrupted', file=sys.stderr)
-        status = 130
-    except SystemExit as end:
-        status = end.code
+        _discard_output()
+    except OSError as error:
+        if error.filename is not None or error.errno not in FAILED_WRITES:
+            raise
+        _print_error(name, f'the output cannot be written ({error.strerror})')
+        status = 1
+        _discard_output()
     if _is_distributed():
         # The threads of gloo's connections would abort the process while it exits.
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()
         os._exit(status or 0)
     sys.exit(status)
+
+
+def _status(main, name):
+    """The exit status of `main()`; prints the line of an error."""
+    try:
+        return main()
+    except UserError as error:
+        _print_error(name, str(error))
+        return error.status
+    except KeyboardInterrupt:
+        _print_error(name, 'interrupted')
+        return 130
+    except SystemExit as end:
+        return end.code
+
+
+def _print_error(name, message):
+    # A single write: other processes may write at the same time.
+    with contextlib.suppress(OSError, AttributeError):  # stderr is full, or closed from the start
+        sys.stderr.write(f'{name}: {one_line(message)}\n')
+
+
+def _discard_output():
+    """Write no more to stdout and stderr. Python would try again when it exits, and complain."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _is_distributed():

@@ -44,7 +44,7 @@ class FoldedNetwork:
     def facts(self):
         """What an exported file says about its network: a dict of values that JSON can hold."""
         return {
-            'network': {**(self.checkpoint.network or {}), 'dataset': self.dataset},
+            'network': {**self.checkpoint.network, 'dataset': self.dataset},
             'classes': self.classes,
             'preprocessing': self.preprocessing.as_dict(),
         }
@@ -135,7 +135,7 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
 def _dataset_name(checkpoint, given):
     """The data set that the checkpoint records, else the given one, else ImageNet."""
     # In a checkpoint without preprocessing, the data set was only inferred from shapes.
-    if checkpoint.preprocessing and checkpoint.network and checkpoint.network.get('dataset'):
+    if checkpoint.preprocessing:
         return checkpoint.network['dataset']
     return given or 'ImageNet'
 
@@ -193,8 +193,15 @@ class Reference(NamedTuple):
 
 @torch.inference_mode()
 def compute_logits(net, inputs, batch_size=250):
-    """Logits of a module or an OnnxNetwork as an array (N, num_classes)."""
-    return torch.cat([net(part) for part in inputs.split(batch_size)]).numpy()
+    """Logits of a module or an OnnxNetwork as an array (N, num_classes).
+
+    Raises:
+        UserError: a logit is not finite.
+    """
+    logits = torch.cat([net(part) for part in inputs.split(batch_size)])
+    if not logits.isfinite().all():
+        raise UserError('the network computes logits that are not finite: its weights overflow')
+    return logits.numpy()
 
 
 def top1(logits, targets):

@@ -1,7 +1,25 @@
-"""How malloc treats the memory of CPU tensors on Linux. Elsewhere, these functions do nothing."""
+"""The machine's memory, and how malloc treats that of CPU tensors (on Linux; elsewhere, those
+functions do nothing)."""
 
+import contextlib
 import ctypes
+import os
 import sys
+from pathlib import Path
+
+# The limit of a container, if there is one: control groups, versions 2 and 1.
+LIMITS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes')
+
+
+def total_memory():
+    """The bytes of memory of this machine, or of this container."""
+    found = [sys.maxsize]
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # not on every system
+        found.append(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
+    for path in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
+            found.append(int(Path(path).read_text()))
+    return min(found)
 
 
 def _libc_function(name):

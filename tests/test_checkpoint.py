@@ -143,7 +143,7 @@ def test_published_imagenet_layout(tmp_path):
     assert folded.folded and torch.equal(folded.fold()(x), found.fold()(x))
 
 
-# --- contents that do not fit ----------------------------------------------------------------
+# --- contents that do not fit; test_bad_inputs_checkpoints.py has more -------------------------
 
 
 def test_missing_tensor_is_named(layouts, tmp_path, refused):
@@ -155,41 +155,6 @@ def test_missing_tensor_is_named(layouts, tmp_path, refused):
     refused(1, [path, key], train.main, '--evaluate', path, '--dataset', 'digits')
     refused(1, [path, key], predict.main, path, __file__, '--dataset', 'digits')
     refused(1, [path, key], export.main, path, tmp_path / 'out.pth', '--force')
-
-
-@pytest.mark.parametrize(
-    'part, value',
-    [
-        ('network', []),
-        ('network', {'depth': 10}),
-        ('network', 'width'),
-        ('classes', 3),
-        ('preprocessing', {'channels': 1}),
-        ('epoch', 'four'),
-        ('epoch', -1),
-        ('optimizer', {'state': 3}),
-        ('progress', {'step': 2}),
-        ('progress', {'step': 2, 'tally': {}, 'time': 1.0, 'broken': {}}),
-        ('log', [3]),
-        ('params', {3: torch.zeros(2)}),
-        ('params', {'conv': 'no tensor'}),
-        ('params', 'nan'),
-    ],
-)
-def test_well_formed_files_with_wrong_contents(part, value, short_run, tmp_path, refused):
-    content = torch.load(short_run / 'model.pt7', weights_only=True)
-    path = tmp_path / 'model.pt7'
-    command = ['--resume', path, '--epochs', 9]
-    if value == 'nan':
-        content['params']['fc.bias'][0] = float('nan')
-    elif value == 'width':
-        content['network']['width'] = 1e5
-        command = ['--evaluate', path]
-    else:
-        content[part] = value
-    torch.save(content, path)
-    refused(1, path, train.main, *command, '--save', tmp_path / 'run')
-    assert not (tmp_path / 'run').exists()
 
 
 def test_checkpoint_with_a_tensor_of_another_shape(digits_run, tmp_path, refused):

@@ -1,14 +1,18 @@
 """lab/errors.py: a user's mistake ends in one line on stderr and exit status 1 or 2, in every
 program. The errors of one module are tested with that module."""
 
+import os
+import subprocess
+import sys
+
 import cv2
 import numpy as np
 import pytest
 import torch
 
-from conftest import python
+from conftest import ROOT, python
 from diracnet import define_diracnet
-from lab.errors import UserError
+from lab.errors import LONGEST, UserError, one_line, printable
 from lab.runs import checkpoint
 from tools import export, predict
 
@@ -28,6 +32,31 @@ def test_messages_have_one_line(tmp_path):
     assert '\n' not in str(error.value)
 
 
+def test_lines_have_a_limit_and_no_control_characters():
+    assert one_line('a\n  b') == 'a b'
+    assert one_line('red \x1b[31m') == 'red \\x1b[31m'
+    assert printable('a\nb\u202e') == 'a\\nb\\u202e'
+    line = one_line(f'the thing {"x" * 10**6} the remedy')
+    assert line.startswith('the thing x') and line.endswith('x the remedy')
+    assert len(line) < LONGEST + 10
+
+
+@pytest.mark.parametrize('flags', [[], ['-u']])
+def test_output_that_cannot_be_written(flags):
+    """A full disk is one line; a reader that has ended is none."""
+    program = 'from lab.errors import run; run(lambda: print("text"), "program")'
+    command = [sys.executable, *flags, '-c', program]
+    with open('/dev/full', 'w') as full:
+        result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and result.stderr.count('\n') == 1
+    assert 'No space left' in result.stderr
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert result.returncode == 1 and result.stderr == ''
+
+
 @pytest.fixture
 def good_image(tmp_path):
     cv2.imwrite(str(tmp_path / 'good.png'), np.zeros((8, 8), np.uint8))
@@ -43,7 +72,7 @@ def test_predict(digits_run, good_image, tmp_path, refused):
     folder.mkdir()
     for bad in (text, empty, cut, folder, missing):
         result = refused(1, bad, predict.main, digits_run, good_image, bad)
-        assert result.out == ''
+        assert str(bad) not in result.out
     refused(2, 'IMAGE', predict.main, digits_run)
     refused(2, '--top', predict.main, digits_run, good_image, '--top', 0)
     refused(2, '--jsn', predict.main, digits_run, good_image, '--jsn')

@@ -242,6 +242,7 @@ def test_whitening_does_not_fit_into_metadata(onnx, digits_run, tmp_path, refuse
     content = torch.load(digits_run / 'model.pt7', weights_only=True)
     images, _ = datasets.load('digits', '.').train
     content['preprocessing']['whitening'] = fit_whitening(images)
+    content['options']['preprocess'] = 'zca'
     torch.save(content, tmp_path / 'zca.pt7')
     for name in ('out.onnx', 'out.int8.onnx', 'out.pt2'):
         refused(1, [name, 'zca', '.pth'], export.main, tmp_path / 'zca.pt7', tmp_path / name)

@@ -1,5 +1,9 @@
 """Image files: every kind decodes to RGB, and is cut as published networks expect."""
 
+import os
+import subprocess
+import sys
+
 import cv2
 import numpy as np
 import pytest
@@ -7,6 +11,7 @@ from data_helpers import jpeg
 from PIL import Image, ImageOps
 from scipy.stats import chi2_contingency, chisquare
 
+from conftest import ROOT
 from lab.data import datasets, image_files
 
 # --- cutting ----------------------------------------------------------------------------------
@@ -88,6 +93,20 @@ def test_evaluation_is_the_originals(photographs, tmp_path):
         np.testing.assert_array_equal(actual, expected)
 
 
+@pytest.mark.parametrize('shape', [(1, 20_000), (20_000, 1), (2, 3000)])
+def test_long_images_need_little_memory(shape, monkeypatch):
+    sizes, resize = [], cv2.resize
+
+    def counted(image, size, **kwargs):
+        sizes.append(size)
+        return resize(image, size, **kwargs)
+
+    monkeypatch.setattr(cv2, 'resize', counted)
+    image = np.arange(np.prod(shape) * 3).reshape(*shape, 3).astype(np.uint8)
+    prepared = image_files.prepare(image, datasets.PREPROCESSING['ImageNet'])
+    assert prepared.shape == (224, 224, 3) and max(sizes[0]) <= 64 * 256
+
+
 def test_reduced_decoding_changes_little(photographs, tmp_path):
     image = cv2.resize(photographs[0], (2560, 1708), interpolation=cv2.INTER_CUBIC)
     paths = [tmp_path / 'large.jpg', tmp_path / 'large.png']  # only the JPEG is reduced
@@ -127,6 +146,8 @@ def test_every_kind_of_image_becomes_rgb(photographs, tmp_path):
     photo = Image.fromarray(photographs[1]).resize((160, 106))
     rgba = photo.convert('RGBA')
     rgba.putalpha(Image.linear_gradient('L').resize(photo.size))
+    others = [photo.rotate(90), photo.rotate(180)]
+    animated = {'save_all': True, 'append_images': others}
     palette = photo.quantize(60)
     transparent = palette.copy()
     transparent.info['transparency'] = 3
@@ -134,6 +155,7 @@ def test_every_kind_of_image_becomes_rgb(photographs, tmp_path):
         'rgb.png': photo,
         'gray.png': photo.convert('L'),
         'rgba.png': rgba,
+        'rgba-tall.png': rgba.resize((40, 600)),
         'la.png': rgba.convert('LA'),
         'palette.png': palette,
         'palette-transparent.png': transparent,
@@ -147,6 +169,11 @@ def test_every_kind_of_image_becomes_rgb(photographs, tmp_path):
     }
     for name, image in kinds.items():
         image.save(tmp_path / name, **({'lossless': True} if name.endswith('webp') else {}))
+    palette.save(tmp_path / 'palette.gif')
+    transparent.save(tmp_path / 'transparent.gif', transparency=3)
+    palette.save(tmp_path / 'animated.gif', **animated)
+    photo.save(tmp_path / 'animated.webp', lossless=True, **animated)
+    photo.save(tmp_path / 'pages.tif', **animated)
     (tmp_path / 'gray.jpg').write_bytes(jpeg(photo.convert('L')))
     (tmp_path / 'cmyk.jpg').write_bytes(jpeg(photo.convert('CMYK')))
     (tmp_path / 'progressive.jpg').write_bytes(jpeg(photo, progressive=True))
@@ -154,8 +181,8 @@ def test_every_kind_of_image_becomes_rgb(photographs, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = orientation
         (tmp_path / f'turned{orientation}.jpg').write_bytes(jpeg(photo, exif=exif))
-    files = image_files.find_images([tmp_path])
-    assert len(files) == len(kinds) + 11
+    files = image_files.find_images(tmp_path)
+    assert len(files) == len(kinds) + 16
     for path in files:
         image = image_files.read_image(path)
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
@@ -181,3 +208,24 @@ def test_sixteen_bits(photographs, tmp_path):
             expected = expected[..., :1].repeat(3, 2)
         actual = image_files.read_image(tmp_path / name)
         np.testing.assert_allclose(actual.astype(int), expected, atol=1)
+
+
+def test_limit_of_pixels(tmp_path):
+    """OpenCV takes the limit from the environment, unless this package sets the default."""
+    Image.new('L', (50, 40)).save(tmp_path / 'image.png')
+    program = (
+        'import sys; from lab.data import image_files; import os\n'
+        'print(os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"])\n'
+        'image_files.read_image(sys.argv[1])'
+    )
+    for limit, error in ((None, ''), ('2000', ''), ('1999', 'OPENCV_IO_MAX_IMAGE_PIXELS')):
+        env = {**os.environ, **({'OPENCV_IO_MAX_IMAGE_PIXELS': limit} if limit else {})}
+        result = subprocess.run(
+            [sys.executable, '-c', program, tmp_path / 'image.png'],
+            cwd=ROOT,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+        assert result.stdout.strip() == (limit or str(2**28))
+        assert error in result.stderr and bool(result.stderr) == bool(error), result

@@ -127,6 +127,79 @@ def test_list_follows_changes(many_files, listed):
     assert 'b/deeper/001.png' not in listed()[0]
 
 
+def test_order_does_not_depend_on_the_file_system(many_files, listed, monkeypatch):
+    for name in ('z', 'y', 'x'):
+        (many_files / 'train' / 'a' / name).mkdir()
+        shutil.copy(many_files / 'train' / 'a' / '000.png', many_files / 'train' / 'a' / name)
+    names = [name for name in listed()[0] if name.count('/') == 2]
+    assert names == ['a/x/000.png', 'a/y/000.png', 'a/z/000.png']
+
+
+def test_list_of_an_older_version_is_not_used(many_files, listed):
+    age(many_files / 'train')
+    names, targets, _ = listed()
+    cache = many_files / '.diracnets-train.npz'
+    content = dict(np.load(cache))
+    content.update(names=content['names'][:5], targets=content['targets'][:5])
+    np.savez(cache, **content)
+    assert len(listed()[0]) == 5
+    for changed in ({'version': np.array(1)}, {}):
+        np.savez(cache, **{key: content[key] for key in content if key != 'version'}, **changed)
+        assert listed() == (names, targets, True)
+    cache.unlink()
+    os.mkfifo(cache)  # nobody writes to it
+    assert listed()[0] == names
+
+
+# --- links ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('target', ['..', '../../train', '../..', '../../..', '/', '../b', 'loop'])
+def test_links_that_lead_back_are_not_followed(target, many_files, listed):
+    expected = listed()[:2]
+    (many_files / 'train' / 'a' / 'loop').symlink_to(target)
+    assert listed()[:2] == expected
+
+
+def test_classes_that_lead_back(many_files):
+    for part in ('train', 'val'):
+        (many_files / part / 'loop').symlink_to('..')
+        (many_files / part / 'itself').symlink_to('itself')
+    assert image_folders.list_classes(many_files) == ['a', 'b']
+
+
+def test_links_to_other_folders_are_followed_once(many_files, tmp_path, listed):
+    a, pool = many_files / 'train' / 'a', tmp_path / 'pool'
+    shutil.move(many_files / 'train' / 'b', pool)
+    (many_files / 'train' / 'b').symlink_to(pool)  # a class may be a link
+    shutil.copytree(pool, tmp_path / 'more')
+    for name in ('first', 'second'):
+        (a / name).symlink_to(tmp_path / 'more')
+    (tmp_path / 'more' / 'up').symlink_to(many_files)
+    names, targets, _ = listed()
+    assert targets == [0] * 150 + [1] * 75
+    assert [name for name in names if '/first/' in name] == names[75:150]
+
+
+def test_names_of_one_file_count_once(many_files, listed):
+    a, b = many_files / 'train' / 'a', many_files / 'train' / 'b'
+    names, targets, _ = listed()
+    (a / 'link.png').symlink_to('000.png')
+    os.link(a / '000.png', a / 'hard.png')
+    os.link(a / '000.png', b / 'hard.png')
+    (b / 'link.png').symlink_to('../a/000.png')
+    shutil.copy(b / '000.png', b / 'copy.png')  # another file
+    assert listed()[:2] == (sorted([*names, 'b/copy.png']), [*targets, 1])
+
+
+def test_two_classes_of_one_folder(many_files, tmp_path, refused):
+    for part in ('train', 'val'):
+        shutil.rmtree(many_files / part / 'b')
+        (many_files / part / 'b').symlink_to('a')
+    words = [many_files / 'train' / 'b', 'no images']
+    refused(1, words, train.main, *run_folder(many_files, tmp_path / 'run'))
+
+
 def test_read_only_folder_is_cached_elsewhere(many_files, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     # the tests may run as root, who may write everywhere

@@ -1,11 +1,15 @@
 """Curves of runs and graphs of networks."""
 
 import json
+from statistics import median
 
 import pytest
 
+from conftest import ROOT
 from lab.runs.log import read_log
 from tools import plot
+
+SEEDS = [ROOT / 'logs' / 'reference' / f'digits-diracnet-16-1-seed{seed}' for seed in range(1, 6)]
 
 
 @pytest.fixture
@@ -57,11 +61,55 @@ def test_runs_are_grouped_by_the_options_in_which_they_differ():
     }
     groups = plot.group_by_options(logs)
     assert groups == {
-        'lr 0.1, epochs 2': [logs['a'], logs['b']],
-        'lr 0.2, epochs 2': [logs['c']],
-        'lr 0.1, epochs 3': [logs['d']],
+        'lr 0.1, epochs 2 (n = 2)': [logs['a'], logs['b']],
+        'lr 0.2, epochs 2 (n = 1)': [logs['c']],
+        'lr 0.1, epochs 3 (n = 1)': [logs['d']],
     }
-    assert list(plot.group_by_options({'logs/a': logs['a']})) == ['a']
+    assert list(plot.group_by_options({'logs/a': logs['a']})) == ['a (n = 1)']
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path, call):
+    """drawn(*arguments): what tools.plot draws, {label: its logs}."""
+
+    def drawn(*arguments):
+        curves, found = plot.curves, []
+        monkeypatch.setattr(
+            plot, 'curves', lambda groups, out: found.append(groups) or curves(groups, out)
+        )
+        assert call(plot.main, *arguments, '--out', tmp_path / 'curves.png').status == 0
+        monkeypatch.setattr(plot, 'curves', curves)
+        return found[0]
+
+    return drawn
+
+
+def test_median_of_the_reference_runs(drawn):
+    """Runs that differ in their seed alone are one group; two groups stay two."""
+    [(label, logs)] = drawn(*SEEDS, '--median').items()
+    assert logs == [read_log(folder) for folder in SEEDS]
+    assert SEEDS[0].name in label and 'n = 5' in label
+    others = [SEEDS[0].with_name(f'digits-plain-100-1-seed{seed}') for seed in (1, 2, 3)]
+    assert [len(logs) for logs in drawn(*SEEDS, *others, '--median').values()] == [5, 3]
+
+
+def test_a_run_counts_once(drawn, tmp_path):
+    (tmp_path / 'link').symlink_to(SEEDS[0])
+    names = (SEEDS[0], SEEDS[0] / 'log.txt', f'{SEEDS[0]}/', tmp_path / 'link', SEEDS[1])
+    [logs] = drawn(*names, '--median').values()
+    assert len(logs) == 2
+    assert list(drawn(*names)) == [str(SEEDS[0]), str(SEEDS[1])]
+
+
+def test_epochs_are_aligned():
+    """A log may begin later than others, or have an epoch again."""
+    logs = [
+        [{'epoch': epoch, 'x': x} for epoch, x in log]
+        for log in ([(1, 5), (2, 6), (3, 7)], [(2, 8), (3, 0), (3, 9)])
+    ]
+    values = plot.by_epoch(logs, lambda line: line['x'])
+    assert values == {1: [5], 2: [6, 8], 3: [7, 9]}
+    assert list(map(median, values.values())) == [5, 7, 8]
 
 
 def test_graph(digits_run, tmp_path, call):

@@ -1,11 +1,14 @@
 """lab/models/registry.py: every model by name, defined, recognized and folded."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
 
+import diracnet
 from lab.models.registry import (
+    CHAINS,
     FOLDABLE,
     MODELS,
     define,
@@ -13,6 +16,8 @@ from lab.models.registry import (
     folded_module,
     infer,
     own_options,
+    recognize,
+    shapes,
 )
 from lab.models.resnet import BLOCKS
 from test import relative_error
@@ -103,6 +108,88 @@ def test_infer_recognizes_params(model, dataset, width):
 )
 def test_infer_of_other_tensors_is_none(params):
     assert infer(params) is None
+
+
+def small(model):
+    return dict(define(model, 14 if model.startswith('resnet') else 10, 0.25, 'digits')[1])
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_every_tensor_counts(model):
+    """Tensors with one too few, one too many or one of another shape are no network's; the message
+    names it."""
+    params = small(model)
+    for key, tensor in params.items():
+        for changed in (
+            {name: other for name, other in params.items() if name != key},
+            {**params, key: tensor[None]},
+            {**params, key: tensor.long()},
+        ):
+            assert infer(changed) is None, key
+            if model in FOLDABLE:
+                with pytest.raises(ValueError, match='not the parameters'):
+                    fold(model, changed)
+    with pytest.raises(ValueError, match='more.bias'):
+        recognize({**params, 'more.bias': torch.ones(1)})
+    # The original stored identities next to the parameters.
+    assert recognize({**params, 'eye4_4_3_3': torch.zeros(1)}) == recognize(params)
+
+
+@pytest.mark.parametrize('model', FOLDABLE)
+def test_every_folded_tensor_counts(model):
+    folded = fold(model, small(model))
+    for key in folded:
+        changed = {name: other for name, other in folded.items() if name != key}
+        assert infer(changed) is None, key
+        with pytest.raises(ValueError):
+            folded_module(model, changed)
+    assert infer({**folded, 'features.more': torch.ones(1)}) is None
+
+
+@pytest.mark.parametrize('model', ['diracnet', 'diracnet-v1', 'resnet-dirac'])
+def test_networks_of_two_kinds_of_blocks(model):
+    params = small(model)
+    scales = [key for key in params if key.endswith(('.alpha', '.beta'))]
+    for pair in zip(scales[::2], scales[1::2]):
+        changed = {key: tensor for key, tensor in params.items() if key not in pair}
+        with pytest.raises(ValueError, match='alpha'):
+            recognize(changed)
+        if model in FOLDABLE:
+            with pytest.raises(ValueError, match='alpha'):
+                fold(model, changed)
+
+
+@pytest.mark.parametrize('model', [model for model in FOLDABLE if model != 'repvgg'])
+@pytest.mark.parametrize('key', ['conv1x1', 'bn1x1.weight', 'bn_identity.running_var', 'other'])
+def test_no_branch_is_left_out(model, key):
+    """Folding the others alone would make another network."""
+    params = {**small(model), f'group0.block1.{key}': torch.ones(4)}
+    functions = [partial(fold, model)]
+    if model in CHAINS:
+        functions.append(diracnet.fold)
+    for function in functions:
+        with pytest.raises(ValueError):
+            function(params)
+
+
+def test_nothing_of_a_network_is_made():
+    """An architecture is read off shapes alone."""
+    params = {'conv': torch.empty(1, 1, 3, 3), 'fc.weight': torch.empty(10, 2**45, device='meta')}
+    assert infer(params) is None
+    stem = torch.empty(64, 3, 7, 7)
+    assert infer({'conv1.weight': stem, 'fc.weight': torch.empty(10, 2**50, device='meta')}) is None
+    state = torch.get_rng_state()
+    for model in MODELS:
+        assert shapes(model=model, depth=50 if model == 'wrn' else 18, width=2, dataset='ImageNet')
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize('width', [0.25, 0.7, 1.01, 2.3])
+@pytest.mark.parametrize('model, depth', [('wrn', 50), ('resnet', 18), ('diracnet', 34)])
+def test_widths_that_are_truncated(model, depth, width):
+    expected = shapes(model=model, depth=depth, width=width, dataset='ImageNet')
+    found = shapes(**recognize(expected))
+    assert {key: t.shape for key, t in found.items()} == {k: t.shape for k, t in expected.items()}
 
 
 @pytest.mark.parametrize('model', MODELS)

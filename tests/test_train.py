@@ -62,7 +62,7 @@ LOGGED = (
 
 def test_what_a_run_writes(digits_run):
     names = sorted(file.name for file in digits_run.iterdir())
-    assert names == ['log.txt', 'model.pt7', 'previous.pt7', 'run.json']
+    assert names == ['log.txt', 'model.pt7', 'parameters.txt', 'previous.pt7', 'run.json']
 
     log = read_log(digits_run)
     assert [line['epoch'] for line in log] == list(range(1, 9))

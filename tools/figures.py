@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lab.errors import UserError
+from lab.errors import UserError, printable
 
 STYLES = [  # line, marker, color
     ('-', 'o', '#0b3d91'),
@@ -41,6 +41,13 @@ def new_figure(rows=1, columns=1, width=6.0, height=4.0):
         ax.grid(True, color='0.9')
         ax.spines[['top', 'right']].set_visible(False)
     return figure, axes
+
+
+def plain(text):
+    """A text from a file as a label. Otherwise matplotlib would read formulas between two $, and
+    leave labels that begin with _ out of legends."""
+    text = printable(text).replace('$', r'\$')
+    return f' {text}' if text.startswith('_') else text
 
 
 def use_log_scale(ax):

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from lab.errors import OneLineParser, OptionError, run
-from lab.runs.log import read_log
+from lab.runs.log import log_file, read_log
 from tools import figures
 from tools.network_graph import draw_graph
 
@@ -73,33 +73,34 @@ def curves(groups, out, errors_only=False):
 def draw_group(ax, g, label, logs, panel):
     """Draw the g-th group of runs: its test curve with a band, and its training curve."""
     style, marker, color = figures.style_of(g)
-    longest = max(logs, key=len)
-    n = len(longest)
-    epochs = [line['epoch'] for line in longest]
+    values = by_epoch(logs, panel.test)
+    epochs, n = list(values), len(values)
     markers = {'marker': marker, 'markevery': (g % n, max(1, n // 8))}
-
-    def values_by_epoch(measure):
-        return [[measure(log[i]) for log in logs if i < len(log)] for i in range(n)]
-
-    if panel.test(logs[0][0]) is not None:
-        values = values_by_epoch(panel.test)
-        medians = [median(v) for v in values]
-        ax.plot(
-            epochs,
-            medians,
-            color=color,
-            linestyle=style,
-            linewidth=1.6,
-            markersize=4,
-            label=label,
-            **markers,
-        )
-        if len(logs) > 1:
-            low, high = [min(v) for v in values], [max(v) for v in values]
-            ax.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
-    if panel.train and panel.train(logs[0][0]) is not None:
-        medians = [median(v) for v in values_by_epoch(panel.train)]
+    ax.plot(
+        epochs,
+        [median(v) for v in values.values()],
+        color=color,
+        linestyle=style,
+        linewidth=1.6,
+        markersize=4,
+        label=figures.plain(label),
+        **markers,
+    )
+    if len(logs) > 1:
+        low, high = ([end(v) for v in values.values()] for end in (min, max))
+        ax.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+    if panel.train:
+        medians = [median(v) for v in by_epoch(logs, panel.train).values()]
         ax.plot(epochs, medians, color=color, linestyle=':', linewidth=1, markersize=2.5, **markers)
+
+
+def by_epoch(logs, measure):
+    """{epoch: what `measure` returns for its line in each of the logs}, in the order of epochs."""
+    values = {}
+    for log in logs:
+        for epoch, line in {line['epoch']: line for line in log}.items():
+            values.setdefault(epoch, []).append(measure(line))
+    return dict(sorted(values.items()))
 
 
 def add_legend_below(figure, handles, panels):
@@ -118,16 +119,20 @@ def group_by_options(logs):
         logs: maps the path of a run to its log.
 
     Returns:
-        {label: [log, ...]}; a label has the options in which the groups differ.
+        {label: [log, ...]}; a label has the options in which the groups differ, or the name of the
+        first run if there is one group, and the number of runs.
     """
     options = {path: options_of(log) for path, log in logs.items()}
     differing = differing_options(list(options.values()))
     groups = {}
-    for path, log in logs.items():
+    for path in logs:
         own = [name for name in differing if name in options[path]]
         label = ', '.join(f'{name} {options[path][name]}' for name in own)
-        groups.setdefault(label or Path(path).name, []).append(log)
-    return groups
+        groups.setdefault(label, []).append(path)
+    return {
+        f'{label or Path(paths[0]).name} (n = {len(paths)})': [logs[path] for path in paths]
+        for label, paths in groups.items()
+    }
 
 
 def options_of(log):
@@ -185,14 +190,17 @@ def main(arguments=None):
         '--graph', action='store_true', help="draw the network of a run's checkpoint instead"
     )
     args = parser.parse_args(arguments)
-    if Path(args.out).suffix not in ('', '.png', '.svg'):
+    if not Path(args.out).name or Path(args.out).suffix not in ('', '.png', '.svg'):
         raise OptionError(f'--out {args.out} must end in .png or .svg; both are written')
     if args.graph and (args.median or len(args.runs) > 1):
         raise OptionError('--graph draws the network of one run; --median does not apply')
     if args.graph:
         files = draw_checkpoint(args.runs[0], args.out)
     else:
-        logs = {path: read_log(path) for path in args.runs}
+        paths = {}  # a run counts once, under whatever names it is given
+        for path in args.runs:
+            paths.setdefault(log_file(path).resolve(), path)
+        logs = {path: read_log(path) for path in paths.values()}
         by_path = {path: [log] for path, log in logs.items()}
         files = curves(group_by_options(logs) if args.median else by_path, args.out)
     print(*files)

@@ -4,11 +4,14 @@
 
 CHECKPOINT is a run folder, its model.pt7, a state dict (folded or not), or a .pth or .onnx file
 that tools.export wrote. An .onnx file runs in ONNX Runtime. A folder stands for the images in it.
-For each image, this prints the most probable classes, or one JSON line with --json.
+For each image, this prints the most probable classes, or one JSON line with --json. An image that
+cannot be read is named on stderr. The others are still classified, but the exit status is 1.
 """
 
 import json
+import sys
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -16,7 +19,7 @@ import torch
 from lab.data.datasets import PREPROCESSING
 from lab.data.image_files import find_images, prepare, read_image
 from lab.data.preprocessing import Preprocessing, normalize
-from lab.errors import OneLineParser, OptionError, run
+from lab.errors import OneLineParser, OptionError, UserError, one_line, printable, run
 from lab.folded import check_channels, preprocessing_of
 from lab.onnx_models import OnnxNetwork
 from lab.runs import checkpoint
@@ -26,6 +29,7 @@ from lab.runs import checkpoint
 class Classifier:
     """A folded network, and what it needs to classify image files."""
 
+    path: object  # of its file
     net: object  # from normalized images (N, C, H, W) to logits (N, num_classes)
     dtype: torch.dtype  # of its input
     preprocessing: Preprocessing
@@ -52,23 +56,53 @@ def load(path, dataset=None):
         in_channels, dtype = net.architecture.in_channels, net.fc.weight.dtype
         preprocessing = preprocessing_of(found, dataset, net.architecture)
     check_channels(found.path, in_channels, preprocessing)
-    return Classifier(net, dtype, preprocessing, found.classes)
+    return Classifier(found.path, net, dtype, preprocessing, found.classes)
+
+
+def classify(classifier, paths, batch_size=64):
+    """Yield (file, probabilities (num_classes,)) for each image file. In place of an image that
+    cannot be read, yield (file, UserError).
+
+    Raises:
+        UserError: the network's outputs are not finite.
+    """
+    images = _read_images(paths, classifier.preprocessing)
+    while batch := list(islice(images, batch_size)):
+        whole = [image for _, image in batch if not isinstance(image, UserError)]
+        rows = iter(compute_probabilities(classifier, np.stack(whole)) if whole else ())
+        for file, image in batch:
+            yield file, image if isinstance(image, UserError) else next(rows)
 
 
 @torch.inference_mode()
-def predict(classifier, files, batch_size=64):
-    """Probabilities (N, num_classes) for N image files."""
-    probabilities = []
-    for start in range(0, len(files), batch_size):
-        images = [
-            prepare(read_image(file), classifier.preprocessing)
-            for file in files[start : start + batch_size]
-        ]
-        inputs = normalize(
-            torch.from_numpy(np.stack(images)), classifier.preprocessing, classifier.dtype
+def compute_probabilities(classifier, images):
+    """Probabilities (N, num_classes) for prepared images, uint8 (N, H, W, C). Raises UserError."""
+    images = torch.from_numpy(images)
+    logits = classifier.net(normalize(images, classifier.preprocessing, classifier.dtype))
+    if not logits.isfinite().all():
+        raise UserError(
+            f'{classifier.path} gives outputs that are not finite: train or export it again'
         )
-        probabilities.append(classifier.net(inputs).softmax(1))
-    return torch.cat(probabilities)
+    return logits.softmax(1)
+
+
+def _read_images(paths, preprocessing):
+    """Yield (file, image): uint8 (size, size, channels), or the UserError if it cannot be read."""
+    for path in paths:
+        try:
+            files = find_images(path)
+        except UserError as error:
+            yield path, error
+            continue
+        for file in files:
+            yield file, _read_prepared(file, preprocessing)
+
+
+def _read_prepared(file, preprocessing):
+    try:
+        return prepare(read_image(file), preprocessing)
+    except UserError as error:
+        return error
 
 
 def parse_arguments(arguments):
@@ -97,18 +131,25 @@ def parse_arguments(arguments):
 def main(arguments=None):
     args = parse_arguments(arguments)
     classifier = load(args.checkpoint, args.dataset)
-    files = find_images(args.images)
-    for file, row in zip(files, predict(classifier, files)):
-        values, indices = row.topk(min(args.top, len(row)))
-        names = [str(index) for index in indices.tolist()]
-        if classifier.classes:
-            names = [classifier.classes[index] for index in indices.tolist()]
-        if args.json:
-            line = {'image': str(file), 'classes': names, 'probabilities': values.tolist()}
-            print(json.dumps(line))
+    status = 0
+    for file, result in classify(classifier, args.images):
+        if isinstance(result, UserError):
+            print(f'tools.predict: {one_line(str(result))}', file=sys.stderr)
+            status = 1
         else:
-            percents = [f'{name} {100 * p:.1f} %' for name, p in zip(names, values.tolist())]
-            print(f'{file}: {", ".join(percents)}')
+            print(_describe(file, result, classifier.classes, args))
+    return status
+
+
+def _describe(file, probabilities, classes, args):
+    """One line of output about an image."""
+    values, indices = probabilities.topk(min(args.top, len(probabilities)))
+    values, indices = values.tolist(), indices.tolist()
+    names = [classes[index] if classes else str(index) for index in indices]
+    if args.json:
+        return json.dumps({'image': str(file), 'classes': names, 'probabilities': values})
+    percents = [f'{name} {100 * p:.1f} %' for name, p in zip(names, values)]
+    return printable(f'{file}: {", ".join(percents)}')
 
 
 if __name__ == '__main__':

@@ -6,38 +6,105 @@ Training: a random crop of 8 % to 100 % of the area is resized to 224 x 224, and
 the time.
 """
 
+import contextlib
 import io
 import os
+import re
+import stat
+import warnings
 from pathlib import Path
 
 import numpy as np
 
-from lab.errors import UserError
+from lab.errors import UserError, printable
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 LARGE_FILE = 150_000  # bytes; smaller JPEGs rarely have crops of twice the usual 224 pixels
 ORIENTATION = 0x0112  # a tag of EXIF
 TURNED = (5, 6, 7, 8)  # its values for images that lie on their side
+LONGEST = 64  # times the shorter side: how much of the longer side testing looks at
+
+# OpenCV compares an image's header with these limits before it decodes any pixels. It reads the
+# first when it is imported, and cannot hold more bytes than the second.
+os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(2**28))
+MAX_BYTES = 2**31 - 1
 
 
-def find_images(paths):
-    """The files that `paths` name, with each folder replaced by the images under it, sorted.
+# --- finding ----------------------------------------------------------------------------------
+
+
+def find_images(path):
+    """The image files that `path` names: itself, or the images under it, sorted, if it is a folder.
 
     Raises:
-        UserError: a folder without images, or a file that cannot be read.
+        UserError: the folder has no images, or a folder in it cannot be read.
     """
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob('*') if file.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise UserError(f'{path} contains no images ({", ".join(SUFFIXES)})')
-            files.extend(inside)
-        elif os.access(path, os.R_OK):
-            files.append(path)
-        else:
-            raise UserError(f'{path} does not exist or cannot be read')
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(Path(folder, name) for _, folder, names in walk_images([path]) for name in names)
+    if not files:
+        raise UserError(f'{printable(str(path))} contains no images ({", ".join(SUFFIXES)})')
     return files
+
+
+def walk_images(roots):
+    """Yield (index of the root, folder, sorted names of its images) for all folders under `roots`.
+
+    Links are followed. A folder is walked once, and one that contains a root or a folder walked
+    before is not walked, so links cannot form loops. A file that has several names counts once.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    walked, seen = set(), set()
+    for root in roots:
+        walked.update(real_lineage(root))
+    for index, root in enumerate(roots):
+        for folder, inner, files in os.walk(root, onerror=_raise, followlinks=True):
+            inner[:] = _new_folders(folder, inner, walked)
+            images = sorted(name for name in files if name.lower().endswith(SUFFIXES))
+            yield index, folder, _new_files(folder, images, seen)
+
+
+def real_lineage(path):
+    """A path without links, and the paths of all folders that contain it."""
+    real = Path(os.path.realpath(path))
+    return [real, *real.parents]
+
+
+def _new_folders(folder, names, walked):
+    """The names of folders whose real paths are not yet in the set `walked`; adds them to it."""
+    new = []
+    for name in sorted(names):
+        lineage = real_lineage(os.path.join(folder, name))
+        if lineage[0] not in walked:
+            walked.update(lineage)
+            new.append(name)
+    return new
+
+
+def _new_files(folder, names, seen):
+    """The names of files that are not yet in the set `seen`; adds them to it."""
+    new = []
+    for name in names:
+        path = os.path.join(folder, name)
+        try:
+            status = os.stat(path)
+            identity = (status.st_dev, status.st_ino)
+        except OSError:  # such as a broken link: reading it will report that
+            identity = path
+        if identity not in seen:
+            seen.add(identity)
+            new.append(name)
+    return new
+
+
+def _raise(error):
+    raise UserError(
+        f'{printable(str(error.filename))} cannot be read ({error.strerror}): fix its permissions '
+        'or remove it'
+    )
 
 
 # --- decoding ---------------------------------------------------------------------------------
@@ -46,10 +113,10 @@ def find_images(paths):
 def read_image(path):
     """An image file as RGB uint8 (H, W, 3), upright, with transparent parts white.
 
-    Gray, palette, CMYK and 16-bit images are converted.
+    Gray, palette, CMYK and 16-bit images are converted. Of an animation, this is the first frame.
 
     Raises:
-        UserError: the file cannot be read, is not an image, or is truncated.
+        UserError: the file cannot be read, is not an image, is truncated, or is too large.
     """
     return decode(_read(path), path)
 
@@ -57,11 +124,13 @@ def read_image(path):
 def _read(path):
     """The bytes of a file, uint8 (N,)."""
     try:
-        return np.fromfile(path, np.uint8)
+        status = os.stat(path)  # opening a pipe would wait for a writer
+        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
+            return np.fromfile(path, np.uint8)
+        problem = 'is not a regular file of less than 2 GiB'
     except OSError as error:
-        raise UserError(
-            f'{path} cannot be read ({error.strerror}): restore it or remove it'
-        ) from None
+        problem = f'cannot be read ({error.strerror})'
+    raise UserError(f'{printable(str(path))} {problem}: replace it or remove it')
 
 
 def decode(content, path, reduce=1):
@@ -72,12 +141,48 @@ def decode(content, path, reduce=1):
     import cv2
 
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the error below is enough
-    image = _decode_bgr(content, reduce) if _is_whole(content) else None
+    with _opencv_errors(path), _silent_stderr():
+        image = _decode_bgr(content, reduce) if _is_whole(content) else None
     if image is None:
         raise UserError(
-            f'{path} is not an image that OpenCV can read, or is truncated: replace it or remove it'
+            f'{printable(str(path))} is not an image that OpenCV can read, or is truncated: '
+            'replace it or remove it'
         )
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+
+
+@contextlib.contextmanager
+def _opencv_errors(path):
+    """Turn what OpenCV raises into a UserError about a file."""
+    import cv2
+
+    try:
+        yield
+    except cv2.error as error:
+        limit = re.search(r'CV_IO_MAX_IMAGE_\w+', error.err or '')
+        problem, remedy = f'cannot be decoded ({error.err or error})', 'replace it or remove it'
+        if limit:
+            problem = f'is larger than the environment variable OPEN{limit[0]} allows'
+            remedy += ', or set a higher limit'
+        raise UserError(f'{printable(str(path))} {problem}: {remedy}') from None
+
+
+@contextlib.contextmanager
+def _silent_stderr():
+    """Drop what libpng and libjpeg print about broken images: it does not name the file."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # closed from the start
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
 
 
 def _decode_bgr(content, reduce):
@@ -90,7 +195,7 @@ def _decode_bgr(content, reduce):
             flag = getattr(cv2, f'IMREAD_REDUCED_COLOR_{reduce}')
         return cv2.imdecode(content, flag)
     image = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
-    if image is None:
+    if image is None or image.dtype not in (np.uint8, np.uint16):
         return None
     if image.ndim == 3 and image.shape[2] == 4:
         return _over_white(image)
@@ -116,9 +221,12 @@ def _is_whole(content):
 
 def _over_white(image):
     """BGRA of 8 or 16 bits over a white background: BGR of 8 bits."""
-    scaled = image.astype(np.float32) / np.iinfo(image.dtype).max
-    color, alpha = scaled[..., :3], scaled[..., 3:]
-    return np.rint(255 * (color * alpha + 1 - alpha)).astype(np.uint8)
+    result = np.empty((*image.shape[:2], 3), np.uint8)
+    for top in range(0, len(image), 256):  # in parts: floats take several times the memory
+        scaled = image[top : top + 256].astype(np.float32) / np.iinfo(image.dtype).max
+        color, alpha = scaled[..., :3], scaled[..., 3:]
+        result[top : top + 256] = np.rint(255 * (color * alpha + 1 - alpha))
+    return result
 
 
 # --- cropping ---------------------------------------------------------------------------------
@@ -135,17 +243,25 @@ def prepare(image, preprocessing):
 
     height, width = image.shape[:2]
     shorter, size = min(height, width), preprocessing.image_size
+    # Only the center remains. Of a very long image, the rest would not fit into memory.
+    height, width = min(height, LONGEST * shorter), min(width, LONGEST * shorter)
+    image = _center(image, height, width)
     # The length of the longer side is truncated to an integer, as in the original code.
     target = (width * preprocessing.resize // shorter, height * preprocessing.resize // shorter)
     if target != (width, height):
         shrinks = preprocessing.resize == size and shorter > size
         interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC
         image = cv2.resize(image, target, interpolation=interpolation)
-    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-    image = image[top : top + size, left : left + size]
+    image = _center(image, size, size)
     if preprocessing.channels == 1:
         return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
     return image
+
+
+def _center(image, height, width):
+    """The central part of an image (H, W, C), as a view (height, width, C)."""
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]
 
 
 def crop_window(height, width, random):
@@ -182,7 +298,8 @@ def training_crop(path, size, random):
     top, left, height, width = window or crop_window(*image.shape[:2], random)
     bottom, right = -(-(top + height) // reduce), -(-(left + width) // reduce)  # rounded up
     image = image[top // reduce : bottom, left // reduce : right]
-    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+    with _opencv_errors(path):  # the header may contradict the image
+        image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
     return cv2.flip(image, 1) if random.integers(0, 2) else image
 
 
@@ -199,9 +316,11 @@ def _jpeg_shape(content):
     from PIL import Image
 
     try:
-        with Image.open(io.BytesIO(content)) as header:  # this decodes no pixels
-            width, height = header.size
-            turned = header.getexif().get(ORIENTATION, 1) in TURNED
-    except (OSError, ValueError, SyntaxError):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about large images; the limit is OpenCV's
+            with Image.open(io.BytesIO(content)) as header:  # this decodes no pixels
+                width, height = header.size
+                turned = header.getexif().get(ORIENTATION, 1) in TURNED
+    except Exception:  # Pillow raises many types for broken headers
         return None
     return (width, height) if turned else (height, width)

@@ -9,10 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.data.image_files import SUFFIXES, prepare, read_image, training_crop
+from lab.data.image_files import (
+    SUFFIXES,
+    prepare,
+    read_image,
+    real_lineage,
+    training_crop,
+    walk_images,
+)
 from lab.data.messages import missing_data
-from lab.errors import UserError
+from lab.errors import UserError, printable
 from lab.files import cache_path, write_atomically
+
+VERSION = 2  # of the cached lists; it changes with the rules of which files a list has
+KEYS = ('version', 'names', 'targets', 'folders', 'times', 'classes')
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -70,17 +80,23 @@ def list_classes(root):
         if missing:
             more = f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''
             raise UserError(
-                f'{root / part} has no folder {missing[0]}{more}, but {root / other} has: '
+                f'{root / part} has no folder {printable(missing[0])}{more}, '
+                f'but {root / other} has: '
                 'train and val need the same classes'
             )
     return found['train']
 
 
 def _class_folders(root, part):
-    """Sorted names of the folders in root/part, without hidden ones."""
+    """Sorted names of the folders in root/part, without hidden ones and links that lead back up."""
     remedy = f'put {part}/CLASS/*.jpg under {root}'
+    above = real_lineage(root / part)
     try:
-        folders = [entry.name for entry in os.scandir(root / part) if entry.is_dir()]
+        folders = [
+            entry.name
+            for entry in os.scandir(root / part)
+            if os.path.isdir(entry) and real_lineage(entry)[0] not in above
+        ]
     except OSError as error:
         raise missing_data(f'{root / part} cannot be read ({error.strerror})', remedy) from None
     classes = sorted(name for name in folders if not name.startswith('.'))
@@ -119,32 +135,26 @@ def list_files(root, part, classes):
 def _list_folder(folder, classes):
     """The files, and what `_is_current` compares, as a dict of arrays."""
     names, targets, times = [], [], {}
-    for index, label in enumerate(classes):
-        before = len(names)
-        for inside, _, files in os.walk(folder / label, onerror=_raise, followlinks=True):
-            relative = os.path.relpath(inside, folder)
-            times[os.fsencode(relative)] = os.stat(inside).st_mtime_ns
-            images = sorted(file for file in files if file.lower().endswith(SUFFIXES))
-            names.extend(os.fsencode(os.path.join(relative, image)) for image in images)
-        if len(names) == before:
-            raise UserError(
-                f'{folder / label} has no images ({", ".join(SUFFIXES)}): add some, '
-                'or remove the class from train and val'
-            )
-        targets.extend([index] * (len(names) - before))
+    for index, inside, images in walk_images([folder / label for label in classes]):
+        relative = os.path.relpath(inside, folder)
+        times[os.fsencode(relative)] = os.stat(inside).st_mtime_ns
+        names.extend(os.fsencode(os.path.join(relative, image)) for image in images)
+        targets.extend([index] * len(images))
+    targets = np.array(targets, np.int64)
+    counts = np.bincount(targets, minlength=len(classes))
+    if not counts.all():
+        raise UserError(
+            f'{printable(str(folder / classes[counts.argmin()]))} has no images of its own '
+            f'({", ".join(SUFFIXES)}): add some, or remove the class from train and val'
+        )
     return {
+        'version': np.array(VERSION),
         'names': np.array(names),
-        'targets': np.array(targets, np.int64),
+        'targets': targets,
         'folders': np.array(list(times)),
         'times': np.array(list(times.values())),
         'classes': _encode(classes),
     }
-
-
-def _raise(error):
-    raise UserError(
-        f'{error.filename} cannot be read ({error.strerror}): fix its permissions or remove it'
-    )
 
 
 def _encode(classes):
@@ -152,7 +162,7 @@ def _encode(classes):
 
 
 def _is_current(listing, folder, classes):
-    if not np.array_equal(listing['classes'], _encode(classes)):
+    if listing['version'] != VERSION or not np.array_equal(listing['classes'], _encode(classes)):
         return False
     try:
         return all(
@@ -165,9 +175,11 @@ def _is_current(listing, folder, classes):
 
 def _read_cache(path):
     """The cached list; None if the file is missing or broken."""
+    if not path.is_file():
+        return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in ('names', 'targets', 'folders', 'times', 'classes')}
+            return {key: file[key] for key in KEYS}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 

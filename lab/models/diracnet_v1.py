@@ -20,9 +20,11 @@ from diracnet import (
     DiracNet,
     batch_norm,
     chain_params,
+    conv_params,
+    fitting_architecture,
     fold_batch_norm,
-    infer_architecture,
     initialize_scales,
+    is_dirac,
     make_architecture,
 )
 
@@ -114,6 +116,10 @@ def define_diracnet_v1(
     return f, initialize_scales(params, architecture.depth, bn_init, alpha, beta)
 
 
+def plain_conv_params(in_channels, out_channels):
+    return {'conv': conv_params(2 * in_channels, out_channels, 3)}  # NCReLU doubles the channels
+
+
 def dirac_conv_params(in_channels, out_channels):
     return {
         'conv': torch.randn(out_channels, 2 * in_channels, 3, 3) * STD,
@@ -144,19 +150,17 @@ def fold_v1(params):
     Raises:
         ValueError: these are not the parameters of such a network.
     """
-    blocks = [name for group in infer_architecture_v1(params).groups for name, _, _ in group]
+    architecture = fitting_architecture(params, block_kind(params))
+    blocks = [name for group in architecture.groups for name, _, _ in group]
     in_double = {key: tensor.double() for key, tensor in params.items()}
     folded = OrderedDict()
-    try:
-        for prefix in ('', *(f'{name}.' for name in blocks)):
-            weight = block_weight(in_double, prefix)
-            weight, bias = fold_batch_norm(weight, params, f'{prefix}bn')
-            folded[f'{prefix}conv.weight'] = weight
-            folded[f'{prefix}conv.bias'] = bias
-        for key in ('fc.weight', 'fc.bias'):
-            folded[key] = params[key].detach().clone()
-    except KeyError as error:
-        raise ValueError(f'not the parameters of a DiracNet: {error.args[0]} is missing') from None
+    for prefix in ('', *(f'{name}.' for name in blocks)):
+        weight = block_weight(in_double, prefix)
+        weight, bias = fold_batch_norm(weight, params, f'{prefix}bn')
+        folded[f'{prefix}conv.weight'] = weight
+        folded[f'{prefix}conv.bias'] = bias
+    for key in ('fc.weight', 'fc.bias'):
+        folded[key] = params[key].detach().clone()
     return folded
 
 
@@ -219,12 +223,16 @@ def infer_architecture_v1(params):
     Raises:
         ValueError: these are not the parameters of such a network.
     """
-    folded = 'conv.weight' in params
-    as_version_2 = {}
-    for key, tensor in params.items():
-        if tensor.ndim == 4 and key.startswith('group'):
-            tensor = tensor[:, ::2]  # (out, in, 3, 3): half of the channels that NCReLU makes
-        if folded and not key.startswith('fc'):
-            key = f'features.{key}'
-        as_version_2[key] = tensor
-    return infer_architecture(as_version_2)
+    if is_folded_v1(params):
+        return fitting_architecture(params, plain_conv_params, '')
+    return fitting_architecture(params, block_kind(params))
+
+
+def is_folded_v1(params):
+    """Whether a dict of tensors has names of this folded network."""
+    return 'conv.weight' in params or 'group0.block0.conv.weight' in params
+
+
+def block_kind(params):
+    """The function that makes the params of a block: Dirac or plain."""
+    return dirac_conv_params if is_dirac(params) else plain_conv_params

@@ -2,9 +2,24 @@
 
 import inspect
 
+import torch
+
 import diracnet
-from diracnet import DATASETS, DiracNet, define_diracnet, infer_architecture
-from lab.models.diracnet_v1 import DiracNetV1, define_diracnet_v1, fold_v1, infer_architecture_v1
+from diracnet import (
+    DATASETS,
+    DiracNet,
+    check_tensors,
+    define_diracnet,
+    infer_architecture,
+    is_dirac,
+)
+from lab.models.diracnet_v1 import (
+    DiracNetV1,
+    define_diracnet_v1,
+    fold_v1,
+    infer_architecture_v1,
+    is_folded_v1,
+)
 from lab.models.initialization import initialize_convolutions
 from lab.models.plain import define_plain, define_plain_ncrelu
 from lab.models.repvgg import define_repvgg, fold_repvgg, infer_repvgg, is_repvgg
@@ -109,6 +124,11 @@ def fold(model, params):
     return fold_v1(params) if model in VERSION_1 else diracnet.fold(params)
 
 
+def is_folded(params):
+    """Whether a dict of tensors has names of a folded network, complete or not."""
+    return any(key.startswith('features.') for key in params) or is_folded_v1(params)
+
+
 def folded_module(model, folded):
     """The module of a folded state dict, in evaluation mode. Raises ValueError if none fits."""
     kind = DiracNetV1 if model in VERSION_1 else DiracNet
@@ -116,36 +136,69 @@ def folded_module(model, folded):
 
 
 def infer(params):
-    """The network that tensors belong to.
+    """What `recognize` returns, or None if no model fits."""
+    try:
+        return recognize(params)
+    except ValueError:
+        return None
+
+
+def recognize(params):
+    """The network whose tensors have exactly these keys and shapes.
 
     Args:
-        params: flat dict of params or folded state dict of any model.
+        params: flat dict of params or folded state dict of any model. Identities that the
+            original's files store (eye64_64_3_3) do not matter.
 
     Returns:
         A dict of model, depth, width, num_classes, in_channels and dataset: arguments of
-        `define`. None if no model fits. If several data sets fit, `dataset` is the first of them.
+        `define`. If several data sets fit, `dataset` is the first of them.
+
+    Raises:
+        ValueError: no model fits; the message names the first key that is wrong.
     """
-    for infer_one in (_infer_chain, _infer_chain_v1, infer_resnet):
-        try:
-            form, network = infer_one(params)
-        except ValueError:
-            continue
-        return {**network, 'dataset': _fitting_dataset(form, network)}
-    return None
+    form, network = _find_network(params)
+    return {**network, 'dataset': _fitting_dataset(form, network)}
 
 
-def _infer_chain(params):
+def _find_network(params):
+    if 'conv1.weight' in params:
+        return _find_resnet(params)
     if is_repvgg(params):
         return _describe('repvgg', infer_repvgg(params))
-    is_dirac = any(key.endswith('.alpha') for key in params)
-    return _describe('diracnet' if is_dirac else 'plain', infer_architecture(params))
+    if is_folded_v1(params):
+        return _describe('diracnet-v1', infer_architecture_v1(params))
+    if _has_ncrelu(params):
+        model = 'diracnet-v1' if is_dirac(params) else 'plain-ncrelu'
+        return _describe(model, infer_architecture_v1(params))
+    return _describe('diracnet' if is_dirac(params) else 'plain', infer_architecture(params))
 
 
-def _infer_chain_v1(params):
-    is_dirac = any(key.endswith('.alpha') for key in params)
-    is_folded = 'conv.weight' in params
-    model = 'diracnet-v1' if is_dirac or is_folded else 'plain-ncrelu'
-    return _describe(model, infer_architecture_v1(params))
+def _find_resnet(params):
+    form, network = infer_resnet(params)
+    try:
+        check_tensors(params, shapes(**network, dataset=_fitting_dataset(form, network)))
+    except ValueError as error:
+        raise ValueError(f'not the parameters of a ResNet: {error}') from None
+    return form, network
+
+
+def _has_ncrelu(params):
+    """Whether the first block sees twice the channels that it makes."""
+    shape = getattr(params.get('group0.block0.conv'), 'shape', ())
+    return len(shape) == 4 and shape[1] == 2 * shape[0]
+
+
+def shapes(**network):
+    """The params of a network as tensors without values.
+
+    Raises ValueError if there is no such network, or if it is too large for any memory.
+    """
+    try:
+        with torch.device('meta'):
+            return define(**network)[1]
+    except (RuntimeError, TypeError) as error:  # the size of a tensor overflows
+        raise ValueError(f'it is too large: {error}') from None
 
 
 def _describe(model, architecture):

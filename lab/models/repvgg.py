@@ -24,8 +24,8 @@ from diracnet import (
     bn_params,
     chain_params,
     conv_params,
+    fitting_architecture,
     fold_batch_norm,
-    infer_architecture,
     make_architecture,
     relu,
 )
@@ -142,14 +142,4 @@ def infer_repvgg(params):
         ValueError: these are not the parameters of a RepVGG; the message names the first key that
             is wrong.
     """
-    architecture = infer_architecture(params)
-    with torch.random.fork_rng(devices=[]):  # only the shapes are of use
-        expected = chain_params(architecture, branch_params)
-    for key in dict.fromkeys([*expected, *params]):
-        there, here = (
-            tuple(tensors[key].shape) if key in tensors else 'missing'
-            for tensors in (params, expected)
-        )
-        if there != here:
-            raise ValueError(f'not the parameters of a RepVGG: {key} is {there} instead of {here}')
-    return architecture
+    return fitting_architecture(params, branch_params, kind='RepVGG')

@@ -11,6 +11,7 @@ ResNet).
 """
 
 import re
+from collections import Counter
 from functools import partial
 
 import torch
@@ -26,6 +27,7 @@ from diracnet import (
     conv_params,
     flatten,
     initialize_scales,
+    is_dirac,
     linear_params,
     make_architecture,
     relu,
@@ -352,7 +354,7 @@ def check_depth(name, form, depth, remainder, imagenet_depths):
 
 
 def infer_resnet(params):
-    """The form and the network of a ResNet or Wide ResNet, from its params.
+    """The form and the network of a ResNet or Wide ResNet, from some of its params.
 
     Returns:
         form, network: 'cifar' or 'imagenet', and a dict of model, depth, width, num_classes and
@@ -364,30 +366,29 @@ def infer_resnet(params):
     try:
         stem, fc = params['conv1.weight'], params['fc.weight']
         form = {3: 'cifar', 7: 'imagenet'}[stem.shape[-1]]
-        first = params['layer1.0.conv1.weight']
-        blocks = [key for key in params if re.fullmatch(r'layer\d\.\d+\.conv1\.weight', key)]
-        if 'layer1.0.conv3.weight' in params:
-            model, depth = 'wrn', 3 * len(blocks) + 2
-            width = first.shape[0] / BASE_WIDTHS['imagenet'][0]
+        matches = (re.fullmatch(r'(layer\d)\.\d+\.conv1\.weight', key) for key in params)
+        blocks = max(Counter(match[1] for match in matches if match).values())
+        model, last = 'resnet-dirac' if is_dirac(params) else 'resnet', fc.shape[1]
+        if form == 'imagenet':
+            depth = 18 if blocks <= max(IMAGENET_BLOCKS[18]) else 34
+            if 'layer1.0.conv3.weight' in params:
+                model, depth, last = 'wrn', 50, params['layer4.0.conv1.weight'].shape[0]
+        elif _is_preactivated(params):
+            model, depth = 'wrn', 6 * blocks + 4
         else:
-            width = fc.shape[1] / BASE_WIDTHS[form][-1]
-            if form == 'cifar' and _is_preactivated(params):
-                model, depth = 'wrn', 2 * len(blocks) + 4
-            elif 'layer1.0.conv1.alpha' in params:
-                model, depth = 'resnet-dirac', 2 * len(blocks) + 2
-            else:
-                model, depth = 'resnet', 2 * len(blocks) + 2
-    except (KeyError, IndexError, TypeError) as error:
+            depth = 6 * blocks + 2
+        width = last / BASE_WIDTHS[form][-1]
+        return form, {
+            'model': model,
+            'depth': depth,
+            'width': int(width) if width.is_integer() else width,
+            'num_classes': fc.shape[0],
+            'in_channels': stem.shape[1],
+        }
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(
             f'not the parameters of a ResNet: {error.args[0]!r} is missing or has an unknown form'
         ) from None
-    return form, {
-        'model': model,
-        'depth': depth,
-        'width': int(width) if width.is_integer() else width,
-        'num_classes': fc.shape[0],
-        'in_channels': stem.shape[1],
-    }
 
 
 def _is_preactivated(params):

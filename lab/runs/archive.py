@@ -3,12 +3,21 @@
 import os
 import pickle
 import re
+import stat
+import warnings
 from pathlib import Path
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 import torch
 
 from lab.errors import UserError
+
+# Other archives that PyTorch writes, by the end of a name in them.
+PROGRAMS = {
+    '/models/model.json': 'torch.export',
+    'serialized_exported_program.json': 'torch.export',  # before PyTorch 2.8
+    '/constants.pkl': 'torch.jit',
+}
 
 
 class BrokenFile(UserError):
@@ -20,13 +29,16 @@ def read_archive(path):
 
     Raises:
         BrokenFile: the file is missing, truncated or damaged, or not from torch.save.
-        UserError: loading the file could run code.
+        UserError: loading the file could run code, or it is a program of torch.export.
     """
     path = Path(path)
     try:
-        with open(path, 'rb') as file:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
+            raise BrokenFile(f'{path} is not a regular file, so it is not read')
+        with open(path, 'rb') as file, warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about tensors that are refused later
             if is_zipfile(file):
-                _check_sums(file, path)
+                _check_entries(file, path)
             file.seek(0)
             return torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError:
@@ -51,11 +63,19 @@ def read_archive(path):
         ) from None
 
 
-def _check_sums(file, path):
-    """Compare a zip archive with its checksums, which torch.load does not do."""
+def _check_entries(file, path):
+    """Whether a zip archive is from torch.save, and fits its checksums, which torch.load does not
+    compare."""
     try:
         with ZipFile(file) as archive:
             entries = archive.infolist()
+            for entry in entries:
+                for end, kind in PROGRAMS.items():
+                    if entry.filename.endswith(end):
+                        raise UserError(
+                            f'{path} is a program of {kind}, without the training in it: pass the '
+                            'run, or the .pth or .onnx file that tools.export writes'
+                        )
             # torch.save does not compress. An archive whose parts are larger than the file is
             # not from torch.save, and could fill the memory.
             compressed = any(entry.compress_type != ZIP_STORED for entry in entries)

@@ -14,22 +14,24 @@ A run's `model.pt7` is a dict with
     log            the lines of log.txt so far
 
 The one before it is kept as `previous.pt7`, and loaded if the newest is missing or broken.
+checkpoint_form.py checks the whole of a file when it is read.
 """
 
 import io
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from diracnet import DATASETS, Network
-from lab.data.preprocessing import Preprocessing
+from diracnet import DATASETS, Network, copy_tensors
 from lab.errors import OptionError, UserError
 from lab.files import write_atomically
 from lab.models import registry
-from lab.models.matching import differences, load_params, network_flags
+from lab.models.matching import differences, network_flags
 from lab.runs.archive import BrokenFile, read_archive
+from lab.runs.checkpoint_form import read_form
 
 FILE_NAME, PREVIOUS = 'model.pt7', 'previous.pt7'
 
@@ -46,7 +48,7 @@ class Checkpoint:
     path: Path
     params: dict
     folded: bool = False
-    network: dict = None  # the arguments that define it; None if they are unknown
+    network: dict = None  # the arguments that define it
     classes: list = None
     preprocessing: dict = None
     options: dict = field(default_factory=dict)
@@ -64,36 +66,40 @@ class Checkpoint:
     @property
     def is_run(self):
         """Whether train.py wrote it, so that its run can be resumed exactly."""
-        return bool(self.optimizer and self.options)
+        return bool(self.options)
 
     def module(self):
         """The network as a module in evaluation mode; a folded one as DiracNet.
 
         Raises:
-            UserError: the tensors do not fit a known network.
+            UserError: a folded tensor is not finite.
         """
-        try:
-            if self.folded:
-                return self.fold()
-            module = Network(*registry.define(**self.network))
-            load_params(module, self.params, self.path)
-            return module.eval()
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(f'{self.path} has no known network: {error}') from None
+        if self.folded:
+            return self.fold()
+        module = Network(*registry.define(**self.network)).to(self.dtype)
+        copy_tensors(self.params, module)
+        return module.eval()
+
+    @property
+    def dtype(self):
+        """The type of all its tensors."""
+        return self.params['fc.weight'].dtype
 
     def fold(self):
         """The folded module in evaluation mode. Raises UserError if the network does not fold."""
-        model = self.network['model'] if self.network else 'diracnet'
+        model = self.network['model']
         if model not in registry.FOLDABLE:
             raise UserError(
                 f'{self.path} cannot be folded: it is from --model {model}, and only '
                 f'{", ".join(registry.FOLDABLE)} fold'
             )
-        try:
-            state_dict = self.params if self.folded else registry.fold(model, self.params)
-            return registry.folded_module(model, state_dict)
-        except ValueError as error:
-            raise UserError(f'{self.path} cannot be folded: {error}') from None
+        folded = self.params if self.folded else registry.fold(model, self.params)
+        for key, tensor in folded.items():
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f'{self.path} cannot be folded: {key} overflows the type {tensor.dtype}'
+                )
+        return registry.folded_module(model, folded)
 
     def network_options(self, given):
         """The options model, depth, width, dataset, ... of its network.
@@ -128,8 +134,10 @@ class Checkpoint:
         if wanted['model'] != self.network['model']:
             own = registry.own_options(self.network['model'])
             wanted = {name: value for name, value in wanted.items() if name not in own}
+        if any(wanted[name] > 10 * self.network[name] for name in ('depth', 'width')):
+            return fitting  # not worth the time
         try:
-            expected = registry.define(**wanted)[1]
+            expected = registry.shapes(**wanted)
             if self.folded:
                 expected = registry.fold(wanted['model'], expected)
         except ValueError:  # the other network does not exist, or does not fold
@@ -150,11 +158,11 @@ def load(path):
     Raises:
         UserError: the file is missing, broken, not a checkpoint, or could run code.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(path))
+    if os.path.isdir(path):
         path = path / FILE_NAME
     previous = path.with_name(PREVIOUS)
-    if path.name != FILE_NAME or not previous.exists():
+    if path.name != FILE_NAME or not os.path.exists(previous):
         return load_file(path)
     try:
         return load_file(path)
@@ -169,100 +177,12 @@ def load(path):
 
 def load_file(path):
     """The Checkpoint in one file. Raises UserError."""
-    return parse(read_archive(path), Path(path))
-
-
-def parse(content, path):
-    """The Checkpoint that the content of a file describes. Raises UserError if it is not one."""
-    if not isinstance(content, dict):
-        raise UserError(f'{path} is not a checkpoint: it holds a {type(content).__name__}')
-    facts = {name: content[name] for name in CHECKS if content.get(name) is not None}
-    for name, value in facts.items():
-        if not CHECKS[name](value):
-            raise UserError(f'{path} is not a checkpoint: its {name} is invalid')
-    if not all(isinstance(key, str) for key in content):
-        raise UserError(f'{path} is not a checkpoint: its keys must be strings')
-    params = _find_params(content)
-    if not params or not _is_state_dict(params):
-        raise UserError(f'{path} is not a checkpoint: it has no state dict of tensors')
-    params = {key: tensor for key, tensor in params.items() if _is_used(key)}
-    folded = any(key.startswith('features.') for key in params)
-    folded = folded or 'group0.block0.conv.weight' in params
-    if 'network' not in facts:
-        facts['network'] = registry.infer(params)
-    return Checkpoint(path, params, folded, **facts)
-
-
-def _find_params(content):
-    """The tensors: a dict in the file, or the file itself."""
-    params = content
-    for name in ('params', 'state_dict'):
-        if isinstance(content.get(name), dict):
-            params = content[name]
-            if isinstance(content.get('stats'), dict):  # running statistics of published files
-                params = {**params, **content['stats']}
-    return params
-
-
-def _is_state_dict(params):
-    return all(
-        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in params.items()
-    )
-
-
-def _is_used(key):
-    """Whether a tensor is needed here. The original's files also store identities, under names such
-    as eye64_64_3_3, and torchvision's files count batches."""
-    return not key.startswith('eye') and not key.endswith('.num_batches_tracked')
-
-
-def _is_network(value):
-    numbers = ('depth', 'width', 'num_classes', 'in_channels')
-    return (
-        isinstance(value, dict)
-        and value.get('model') in registry.MODELS
-        and value.get('dataset') in DATASETS
-        and all(isinstance(value.get(name), (int, float)) for name in numbers)
-    )
-
-
-def _is_preprocessing(value):
+    path = Path(path)
+    content = read_archive(path)
     try:
-        return bool(Preprocessing.from_dict(value))
-    except (TypeError, KeyError, ValueError):
-        return False
-
-
-def _is_progress(value):
-    types = {'step': int, 'tally': dict, 'time': float, 'broken': dict}
-    return isinstance(value, dict) and all(
-        type(value.get(name)) is kind for name, kind in types.items()
-    )
-
-
-def _is_text_list(value):
-    return isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value)
-
-
-def _is_count(value):
-    return isinstance(value, int) and value >= 0
-
-
-def _is_dict(value):
-    return isinstance(value, dict)
-
-
-CHECKS = {
-    'network': _is_network,
-    'classes': _is_text_list,
-    'preprocessing': _is_preprocessing,
-    'options': _is_dict,
-    'epoch': _is_count,
-    'optimizer': _is_dict,
-    'scaler': _is_dict,
-    'progress': _is_progress,
-    'log': _is_text_list,
-}
+        return Checkpoint(path, **read_form(content))
+    except ValueError as error:
+        raise UserError(f'{path} is not a sound checkpoint: {error}') from None
 
 
 # --- saving ----------------------------------------------------------------------------------

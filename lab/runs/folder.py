@@ -1,8 +1,10 @@
 """A run's folder: its lock, and writing to it so that nothing is lost.
 
-model.pt7     the newest checkpoint; previous.pt7: the one before it (see checkpoint.py)
-log.txt       a line of JSON per epoch (see log.py)
-run.json      the command, versions and machine of each start of the run
+model.pt7       the newest checkpoint; previous.pt7: the one before it (see checkpoint.py)
+log.txt         a line of JSON per epoch (see log.py)
+run.json        the command, versions and machine of each start of the run
+parameters.txt  name, shape and weight decay of all parameters
+output.txt      what the run prints, if tools.study started it
 """
 
 import contextlib
@@ -17,12 +19,12 @@ from lab.distributed import rank
 from lab.errors import OptionError, UserError
 from lab.files import write_atomically
 from lab.runs import checkpoint
-from lab.runs.log import LOG, parse_line
+from lab.runs.log import LOG, read_lines
 from lab.runs.provenance import describe_start
 from lab.runs.signals import try_to_print
 from lab.runs.tensorboard import write_events
 
-COMMANDS = 'run.json'
+COMMANDS, OUTPUT, PARAMETERS = 'run.json', 'output.txt', 'parameters.txt'
 
 
 class RunFolder:
@@ -75,7 +77,8 @@ class RunFolder:
             time.sleep(0.1)
 
     def settle(self, options, resumed, auto):
-        """Choose the folder for these options. Raises OptionError if it has another run."""
+        """Choose the folder for these options. Raises OptionError if it has another run, or files
+        that are no run's."""
         path = self._choose(options, resumed)
         if path != self.path:
             self.close()
@@ -86,7 +89,7 @@ class RunFolder:
             self.last_save = f'{resumed.path}, saved after {resumed.position}'
             # A broken newest checkpoint must not replace the good previous one.
             self.keep_previous = resumed.path.name != checkpoint.PREVIOUS
-        self._refuse_another_run()
+        self._check_content()
 
     def _choose(self, options, resumed):
         if 'save' in options:
@@ -96,15 +99,24 @@ class RunFolder:
         name = f'{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}'
         return Path('logs') / f'{name}-{datetime.now():%Y%m%d-%H%M%S}'
 
-    def _refuse_another_run(self):
-        if rank() > 0 or self.continues:
+    def _check_content(self):
+        if rank() > 0 or self.continues or not self.path.is_dir():
             return
+        try:
+            names = set(os.listdir(self.path))
+        except OSError as error:
+            raise UserError(f'--save {self.path} cannot be read ({error.strerror})') from None
         # --resume auto restarts a run that was killed before its first checkpoint.
-        names = (checkpoint.FILE_NAME,) if self.auto else (LOG, checkpoint.FILE_NAME)
-        if any((self.path / name).exists() for name in names):
+        if names & ({checkpoint.FILE_NAME} if self.auto else {checkpoint.FILE_NAME, LOG}):
             raise OptionError(
                 f'{self.path} already has a run; resume it with --resume {self.path}, or choose '
                 'another --save'
+            )
+        others = sorted(filter(_is_other, names))
+        if others and COMMANDS not in names:  # the first file that a run writes
+            raise OptionError(
+                f'--save {self.path} has other files than those of a run, such as {others[0]}: '
+                'choose a new or empty folder'
             )
 
     def open(self):
@@ -117,7 +129,7 @@ class RunFolder:
             raise UserError(f'--save {self.path} cannot be created ({error.strerror})') from None
         if self.handle is None:
             self.lock()
-            self._refuse_another_run()  # another process may have started one in the meantime
+            self._check_content()  # another process may have started one in the meantime
         for name in (checkpoint.FILE_NAME, LOG, COMMANDS):  # left by a killed process
             for leftover in self.path.glob(f'{name}.*.tmp'):
                 with contextlib.suppress(OSError):
@@ -170,8 +182,9 @@ class RunFolder:
             return
         try:
             entries = json.loads((self.path / COMMANDS).read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             entries = []
+        entries = entries if isinstance(entries, list) else []
         entries.append(describe_start(arguments, device))
         self.write(COMMANDS, json.dumps(entries, indent=1) + '\n')
 
@@ -182,6 +195,12 @@ class RunFolder:
                 f'{len(self.faults)} writes failed; the first: {self.faults[0]}; '
                 f'the last checkpoint is {self.last_save}'
             )
+
+
+def _is_other(name):
+    """Whether a file that is there before the run makes its folder another's."""
+    hidden = name.startswith('.') or name == 'lost+found'  # as in an empty volume
+    return not (hidden or name == OUTPUT or name.startswith(f'{COMMANDS}.'))
 
 
 def _try_to_lock(handle):
@@ -211,5 +230,5 @@ def log_lines(resumed):
     if resumed.log is not None:
         return list(resumed.log)
     path = resumed.path.parent / LOG  # checkpoints of the original code do not contain the log
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [line for line in lines if (parse_line(line) or {}).get('epoch', 0) <= resumed.epoch]
+    lines = read_lines(path) if path.exists() else []
+    return [line for line, stats in lines if (stats or {}).get('epoch', 0) <= resumed.epoch]

@@ -1,6 +1,7 @@
 """A run's log.txt: one self-contained line of JSON for each epoch."""
 
 import json
+import sys
 from pathlib import Path
 
 from lab.errors import UserError
@@ -13,37 +14,99 @@ def format_line(stats):
     return PREFIX + json.dumps(stats)
 
 
-def parse_line(line):
-    """The dict in a line of a log; None for other lines, and for a truncated one."""
+# --- the form of a line ----------------------------------------------------------------------
+
+
+def is_count(value):
+    return type(value) is int and value >= 0
+
+
+def is_number(value):
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_loss(value):
+    """Also NaN and infinity: in a test, the running statistics of an untrained network may overflow
+    although its training loss is finite."""
+    return type(value) in (int, float)
+
+
+def is_percentage(value):
+    return is_number(value) and 0 <= value <= 100
+
+
+REQUIRED = {
+    'epoch': is_count,
+    'train_loss': is_number,
+    'train_acc': is_percentage,
+    'test_loss': is_loss,
+    'test_acc': is_percentage,
+}
+OTHERS = {'n_parameters': is_count, 'train_time': is_number, 'test_time': is_number}
+
+
+def parse_line(line, place):
+    """The dict in a line of a log; None for other lines, and for a truncated one.
+
+    If a value is a list of top-1 and top-5, as in logs of the original code, it is top-1.
+
+    Raises:
+        UserError: a line with another content; the message names the `place`.
+    """
     if not line.startswith(PREFIX):
         return None
     try:
-        return json.loads(line.removeprefix(PREFIX))
-    except ValueError:
+        stats = json.loads(line.removeprefix(PREFIX))
+    except (ValueError, RecursionError):
         return None
+    if not isinstance(stats, dict):
+        raise UserError(f'{place} is not a line of a log: it has no dict after {PREFIX.strip()}')
+    for name, is_valid in {**REQUIRED, **OTHERS}.items():
+        if isinstance(stats.get(name), list) and stats[name]:
+            stats[name] = stats[name][0]
+        if name not in stats and name in REQUIRED:
+            raise UserError(f'{place} is not a line of a log: it has no {name}')
+        if name in stats and not is_valid(stats[name]):
+            raise UserError(f'{place} is not a line of a log: {name} is {stats[name]!r}')
+    return stats
+
+
+# --- a log -----------------------------------------------------------------------------------
+
+
+def log_file(path):
+    """The log.txt of a run folder, or of a path that is a log already."""
+    path = Path(path)
+    return path / LOG if path.is_dir() else path
+
+
+def read_lines(path):
+    """The lines of a log.txt as pairs: the text, and the dict that `parse_line` finds in it.
+
+    Raises:
+        UserError: the file cannot be read, or a line has another form.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f'{path} cannot be read: it is not a regular file')
+        lines = path.read_text('utf-8').splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, 'strerror', None) or 'not a text file'
+        raise UserError(f'{path} cannot be read ({reason})') from None
+    return [(line, parse_line(line, f'{path}, line {i + 1},')) for i, line in enumerate(lines)]
 
 
 def read_log(path):
     """The epochs of a log as a list of dicts. `path` is a run folder or its log.txt.
 
-    Logs of the original code can be read too: their other lines are ignored, and if a value is a
-    list of top-1 and top-5, top-1 is used.
+    Logs of the original code can be read too: their other lines are ignored.
 
     Raises:
-        UserError: the file cannot be read, or has no line with `test_acc`.
+        UserError: the file cannot be read, has no epoch, or has a line of another form.
     """
-    path = Path(path)
-    path = path / LOG if path.is_dir() else path
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, 'strerror', None) or 'not a text file'
-        raise UserError(f'{path} cannot be read ({reason})') from None
-    epochs = [stats for stats in map(parse_line, text.splitlines()) if stats is not None]
-    if not epochs or 'test_acc' not in epochs[0]:
-        raise UserError(f'{path} is not a log of train.py: no line has json_stats with test_acc')
-    for stats in epochs:
-        for key in ('train_loss', 'test_loss', 'train_acc', 'test_acc'):
-            if isinstance(stats.get(key), list):
-                stats[key] = stats[key][0]
+    path = log_file(path)
+    epochs = [stats for _, stats in read_lines(path) if stats is not None]
+    if not epochs:
+        raise UserError(f'{path} is not a log of train.py: no line has {PREFIX.strip()} and a dict')
     return epochs

@@ -49,7 +49,7 @@ def options_to_train(found, given):
 
     Raises:
         OptionError: a given option contradicts the run or its network.
-        UserError: the file is folded, or has no known network.
+        UserError: the file is folded.
     """
     if not found:
         return complete(given)
@@ -62,9 +62,6 @@ def options_to_train(found, given):
         return complete(given, stored)
     if found.folded:
         raise UserError(f'{found.path} is folded: it can be tested (--evaluate) but not trained')
-    if found.network is None:
-        raise UserError(f'{found.path} has no known network, so it cannot be trained')
-    found.optimizer = None
     say(
         f'{found.path} is not a run of train.py: training starts from its tensors at epoch '
         f'{found.epoch}, with a new optimizer'
@@ -73,23 +70,17 @@ def options_to_train(found, given):
 
 
 def options_to_evaluate(found, given):
-    """All options for a test of a checkpoint. Raises OptionError or UserError."""
-    if found.network is None:
-        raise UserError(f'{found.path} has no known network, so it cannot be tested')
+    """All options for a test of a checkpoint. Raises OptionError."""
     found.network.update(found.network_options(given))
     stored = {name: value for name, value in found.options.items() if name not in BOUND_TO_MACHINE}
     return complete(given, {**defaults_for(found.network), **found.network, **stored, **given})
 
 
 def restore(resumed, optimizer, scaler, meters):
-    """Load the state of a run that was stopped. Raises UserError if it cannot be resumed."""
-    try:
-        if resumed.optimizer:
-            optimizer.load_state_dict(resumed.optimizer)
-            scaler.load_state_dict(resumed.scaler)
-            if resumed.progress:
-                meters.load_state(resumed.progress['tally'])
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f'{resumed.path} has a state that cannot be resumed: {error}') from None
-    if not all(tensor.isfinite().all() for tensor in resumed.params.values()):
-        raise UserError(f'{resumed.path} has parameters that are not finite: it cannot be resumed')
+    """Load the state of a run that was stopped. The optimizer keeps its own settings."""
+    if not resumed.is_run:
+        return
+    optimizer.load_state_dict({**optimizer.state_dict(), 'state': resumed.optimizer['state']})
+    scaler.load_state_dict(resumed.scaler)
+    if resumed.progress:
+        meters.load_state(resumed.progress['tally'])

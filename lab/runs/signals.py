@@ -10,7 +10,8 @@ from lab.errors import UserError
 
 
 class Stop:
-    """In its `with` block, SIGTERM, SIGINT and SIGHUP only set `signal`; the loop checks it.
+    """From `listen()` to the end of its `with` block, SIGTERM, SIGINT and SIGHUP only set `signal`;
+    the loop checks it. Before that they end the program.
 
     torchrun and other programs may send a signal twice, so a repeated signal is ignored for
     IGNORE_REPETITION seconds. After that, it ends the process.
@@ -24,6 +25,9 @@ class Stop:
         self.signal, self.handlers, self.received_at = 0, {}, None
         self.last_words = ''
         self.parent = os.getppid()
+        return self
+
+    def listen(self):
         for name in ('SIGTERM', 'SIGINT', 'SIGHUP'):
             number = getattr(signal, name, None)
             # nohup ignores a signal: leave it ignored.
@@ -32,7 +36,6 @@ class Stop:
                     self.handlers[number] = signal.signal(number, self._receive)
                 except ValueError:  # only the main thread may handle signals
                     break
-        return self
 
     def __exit__(self, *_):
         if self.last_words:

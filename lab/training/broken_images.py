@@ -1,7 +1,7 @@
 """Image files that cannot be used: naming them, and stopping a run that has too many."""
 
 from lab import distributed
-from lab.errors import UserError
+from lab.errors import UserError, printable
 
 
 class BrokenImages:
@@ -41,5 +41,5 @@ class BrokenImages:
         if len(batches.broken) > self.LIMIT * batches.n:
             raise UserError(
                 f'{len(batches.broken)} of {batches.n} image files could not be used, such as '
-                f'{next(iter(batches.broken))}: fix the data, then resume with --resume'
+                f'{printable(next(iter(batches.broken)))}: fix the data, then resume with --resume'
             )

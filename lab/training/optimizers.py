@@ -16,6 +16,15 @@ OPTIMIZERS = {
     'adagrad': torch.optim.Adagrad,
     'adamw': torch.optim.AdamW,
 }
+# What each of them keeps for each parameter, with its shape.
+STATES = {
+    'sgd': ('momentum_buffer',),
+    'nesterov': ('momentum_buffer',),
+    'rmsprop': ('square_avg',),
+    'adadelta': ('square_avg', 'acc_delta'),
+    'adagrad': ('sum',),
+    'adamw': ('exp_avg', 'exp_avg_sq'),
+}
 
 
 def is_decayed(tensor, model='diracnet'):

@@ -10,8 +10,16 @@ from lab.models.initialization import INITS
 from lab.models.registry import CHAINS, MODELS, VERSION_1, initial_scales, own_options
 from lab.models.resnet import BLOCKS
 from lab.training.optimizers import OPTIMIZERS
-from lab.training.option_types import bn_scales, dirac_scale, epoch_list, momentum, number
+from lab.training.option_types import (
+    bn_scales,
+    dirac_scale,
+    epoch_list,
+    momentum,
+    number,
+    path,
+)
 
+MOST_PROCESSES = 1024
 UNSET = object()  # the default of an option that a run has only if the user gives it
 
 
@@ -171,19 +179,21 @@ DATA = (
         'dataroot',
         'folder with the data; missing data sets are downloaded to it',
         './data',
+        type=path,
         free_on_resume=True,
     ),
     Option(
         'imagenetpath',
         'folder with train/ and val/ of ImageNet, if --dataroot is not given',
         '~/ILSVRC2012',
+        type=path,
         free_on_resume=True,
     ),
     Option(
         'nthread',
         'processes that decode image files; small images need none',
         4,
-        type=number(int, 0),
+        type=number(int, 0, most=MOST_PROCESSES),
         free_on_resume=True,
     ),
     Option(
@@ -267,7 +277,12 @@ TRAINING = (
         number(float, 0),
         aliases=('--weightDecay',),
     ),
-    Option('seed', 'seeds initialization, order, augmentation, dropout', 1, type=number(int, 0)),
+    Option(
+        'seed',
+        'seeds initialization, order, augmentation, dropout',
+        1,
+        type=number(int, 0, most=2**64 - 1),  # torch takes no other
+    ),
     Option(
         'recompute',
         f'compute activations twice, to about halve the memory; for {" and ".join(CHAINS)}',
@@ -286,6 +301,7 @@ RUNS = (
     Option(
         'save',
         'folder of the run; train.py creates it (default logs/DATASET-MODEL-DEPTH-WIDTH-TIME)',
+        type=path,
         metavar='DIR',
         free_on_resume=True,
     ),
@@ -293,6 +309,7 @@ RUNS = (
         'resume',
         'resume the run in this folder, or with this model.pt7, with its options; auto: the run in '
         'the --save folder, if there is one',
+        type=path,
         metavar='RUN',
         free_on_resume=True,
     ),
@@ -305,7 +322,10 @@ RUNS = (
         free_on_resume=True,
     ),
     Option(
-        'evaluate', "test a run's folder, model.pt7 or state dict, and exit", metavar='CHECKPOINT'
+        'evaluate',
+        "test a run's folder, model.pt7 or state dict, and exit",
+        type=path,
+        metavar='CHECKPOINT',
     ),
     Option(
         'tensorboard',
@@ -331,7 +351,7 @@ DEVICE = (
         'processes on this machine that share each batch, each with a GPU (or all on the CPU); '
         'short for torchrun --nproc_per_node=N',
         1,
-        type=number(int, 1),
+        type=number(int, 1, most=MOST_PROCESSES),
         metavar='N',
         free_on_resume=True,
         bound_to_machine=True,

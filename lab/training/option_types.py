@@ -2,32 +2,60 @@
 
 import argparse
 import json
-import math
+import os
+from pathlib import Path
 
 import diracnet
 
+LARGEST = 1e37  # of the numbers with a fraction; float32 has little more
+NAME, PATH = 255, 4000  # bytes that most systems allow in the name of a file, and in a path
 
-def number(kind, least, exclusive=False):
-    """An argparse type: a finite int or float of at least, or more than, `least`."""
+
+def number(kind, least, exclusive=False, most=None):
+    """An argparse type: an int or float of at least, or more than, `least`, and at most `most`,
+    by default the largest that training can use."""
+    if most is None:
+        most = 2**63 - 1 if kind is int else LARGEST
 
     def parse(text):
         value = kind(text)
-        if not math.isfinite(value) or value < least or (exclusive and value == least):
+        too_small = value < least or (exclusive and value == least)
+        if too_small or not value <= most:  # NaN is neither
             bound = 'more than' if exclusive else 'at least'
-            raise argparse.ArgumentTypeError(f'{text} must be {bound} {least}')
+            raise argparse.ArgumentTypeError(
+                f'{text} is out of range: it must be a number of {bound} {least} and at most {most}'
+            )
         return value
 
     parse.__name__ = {int: 'whole number', float: 'number'}[kind]
     return parse
 
 
+def path(text):
+    """The path of a file or folder, as written."""
+    if not text.strip() or '\0' in text:
+        raise argparse.ArgumentTypeError(f'{text!r} is not the path of a file or folder')
+    try:
+        expanded = Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f'{text}: there is no such user; write ./~ for a file whose name begins with ~'
+        ) from None
+    longest = max((len(os.fsencode(part)) for part in expanded.parts), default=0)
+    if longest > NAME or len(os.fsencode(expanded)) > PATH:
+        raise argparse.ArgumentTypeError(
+            f'{text} is too long: a path may have names of {NAME} bytes, and {PATH} bytes in all'
+        )
+    return text
+
+
 def epoch_list(text):
     try:
         epochs = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         epochs = None
     valid = isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs)
-    if not valid or epochs != sorted(epochs):
+    if not valid or epochs != sorted(set(epochs)):
         raise argparse.ArgumentTypeError(
             f'{text} must be a JSON list of rising epochs such as [60,120,160]'
         )
@@ -41,6 +69,8 @@ def bn_scales(text):
     try:
         scales = [float(part) for part in text.strip('[]').split(',')]
         diracnet.bn_scales(scales)
+        if max(map(abs, scales)) > LARGEST:
+            raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
             f'{text} must be paper, shifted, or a weight above 0 and a bias, such as 1,0.5'

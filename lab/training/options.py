@@ -5,11 +5,13 @@ check of a resumed run, and the table in docs/training.md.
 """
 
 import json
+import math
 
 from diracnet import DATASETS
 from lab.errors import OneLineParser, OptionError
 from lab.models.registry import CHAINS
 from lab.training.option_table import GROUPS, OPTIONS, UNSET
+from lab.training.option_types import LARGEST
 
 FREE_ON_RESUME = {name for name, option in OPTIONS.items() if option.free_on_resume}
 BOUND_TO_MACHINE = {name for name, option in OPTIONS.items() if option.bound_to_machine}
@@ -87,7 +89,16 @@ def complete(given, stored=None):
 
 
 def check_combination(options):
-    """Raise OptionError for options that exclude each other."""
+    """Raise OptionError for options that exclude each other, or that together are out of range."""
+    try:
+        last = options['lr'] * options['lr_decay_ratio'] ** len(options['epoch_step'])
+    except OverflowError:
+        last = math.inf
+    if last > LARGEST:
+        raise OptionError(
+            f'--lr {options["lr"]:g} and --lr_decay_ratio {options["lr_decay_ratio"]:g}: after all '
+            f'epochs of --epoch_step, the learning rate would be {last:g}; the most is {LARGEST:g}'
+        )
     if options['recompute'] and options['compile']:
         raise OptionError(
             '--recompute and --compile exclude each other: a compiled block decides for itself '

@@ -1,8 +1,13 @@
 """One pass over the data: its position, its time and its progress bar."""
 
+import shutil
 import time
 
 from lab import distributed
+
+# In a narrow terminal, loss and accuracy leave no room for tqdm's own counts.
+NARROW = '{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}'
+WIDE = 100  # columns
 
 
 class ProgressBar:
@@ -12,6 +17,7 @@ class ProgressBar:
     def __init__(self, label, n, meters=None, done=0):
         from tqdm import tqdm
 
+        columns = shutil.get_terminal_size().columns
         self.bar = tqdm(
             total=n,
             initial=done,
@@ -21,6 +27,7 @@ class ProgressBar:
             disable=None if distributed.rank() == 0 else True,  # None: if not in a terminal
             leave=False,
             dynamic_ncols=True,
+            bar_format=None if columns >= WIDE else NARROW,
         )
         self.meters, self.shown = meters, 0.0
 

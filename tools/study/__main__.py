@@ -29,9 +29,12 @@ The YAML file has
                   each value of `panels`
                   signal: true, instead of x and lines, draws the figure of tools.propagation
     keep          epochs whose checkpoints are kept as epochN.pt7 in the run's folder
+
+Other keys, equal runs, and options that the study sets itself (seed, save, ...) are errors.
 """
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -48,9 +51,12 @@ from tools.study.table import collect, write_tables
 
 def seed_list(text):
     try:
-        return [int(seed) for seed in text.split(',')]
+        seeds = [int(seed) for seed in text.split(',')]
     except ValueError:
-        raise argparse.ArgumentTypeError(f'{text} must be whole numbers such as 1,2,3') from None
+        seeds = []
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f'{text} must be different whole numbers such as 1,2,3')
+    return seeds
 
 
 def build_parser():
@@ -119,7 +125,7 @@ def main(arguments=None):
         execute(runs, args.jobs, args.device)
     seeds = sorted({*study.seeds, *seeds, *seeds_in(folder)})
     runs = all_runs(study, seeds, dataset, folder)
-    runs = [one for one in runs if one.folder.exists() and one.is_done()]
+    runs = [one for one in runs if os.path.exists(one.folder) and one.is_done()]
     if not runs:
         raise UserError(f'{folder} has no finished runs yet')
     rows = collect(study, runs)

@@ -10,8 +10,10 @@ import time
 from tqdm import tqdm
 
 from lab.errors import UserError
-from tools.study.runs import FAILED, OUTPUT, ROOT
+from lab.runs.folder import OUTPUT
+from tools.study.runs import FAILED, ROOT
 
+BAR = '{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} epochs, {remaining}{postfix}'
 DIVERGED = 'the loss is'  # train.py's last line if the loss or a parameter is not finite
 
 
@@ -24,7 +26,7 @@ def execute(runs, jobs, device):
     waiting = [one for one in runs if not one.is_done()]
     active = {}  # process: its run
     n_epochs = sum(one.n_epochs for one in runs)
-    with tqdm(total=n_epochs, unit='epoch', dynamic_ncols=True, disable=None) as bar:
+    with tqdm(total=n_epochs, dynamic_ncols=True, bar_format=BAR, disable=None) as bar:
         try:
             while waiting or active:
                 while waiting and len(active) < jobs:
@@ -46,7 +48,10 @@ def execute(runs, jobs, device):
 
 def start(one, device, jobs):
     """The process that trains a run to its next stop; it prints to a file in the run's folder."""
-    one.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        one.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{one.folder} cannot be created ({error.strerror})') from None
     one.keep_checkpoint()  # in case an earlier process was killed just before doing so
     environment = dict(os.environ)
     if jobs > 1:
@@ -70,7 +75,7 @@ def record_end(one, status, device):
     if status == 0:
         one.keep_checkpoint()
         return
-    lines = (one.folder / OUTPUT).read_text().splitlines()
+    lines = (one.folder / OUTPUT).read_text(errors='replace').splitlines()
     last = next((line for line in reversed(lines) if line.strip()), '')
     if DIVERGED not in last:
         command = shlex.join(one.command(device)[1:])

@@ -22,7 +22,7 @@ def logs_by_row(study, runs):
     groups = {}
     for one in runs:
         if not one.failed and one.log():
-            label = label_of(one.options, study.table)
+            label = label_of(one.options, study.table) or study.name
             groups.setdefault(label, []).append(one.log())
     return groups
 
@@ -30,7 +30,7 @@ def logs_by_row(study, runs):
 def label_of(options, names):
     """The values of these options, without those that are not set."""
     values = [options.get(name) for name in names]
-    return ', '.join(text_of(value) for value in values if value not in (None, ''))
+    return figures.plain(', '.join(text_of(value) for value in values if value not in (None, '')))
 
 
 def draw_errors(study, rows, out):
@@ -54,7 +54,7 @@ def draw_errors(study, rows, out):
         figures.use_log_scale(ax)
     ax.set_xlabel(x)
     ax.set_ylabel('test error, % (median, min to max)')
-    ax.set_title(textwrap.fill(study.title, 60), fontsize=9)
+    ax.set_title(textwrap.fill(figures.plain(study.title), 60), fontsize=9)
     if lines:
         figure.legend(title=', '.join(lines), loc='outside right upper')
     return figures.save(figure, out)
@@ -118,10 +118,10 @@ class NamedAxis:
 
     def __init__(self, rows, name):
         self.name = name
-        self.ticks = list(dict.fromkeys(str(row[name]) for row in rows))
+        self.ticks = list(dict.fromkeys(figures.plain(str(row[name])) for row in rows))
 
     def place(self, row, shift):
-        return self.ticks.index(str(row[self.name])) + 0.12 * shift
+        return self.ticks.index(figures.plain(str(row[self.name]))) + 0.12 * shift
 
     def label(self, ax):
         ax.set_xticks(range(len(self.ticks)), self.ticks, rotation=20)

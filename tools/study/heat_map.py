@@ -26,7 +26,9 @@ def draw_heat_maps(study, rows, out):
         ax.set_yticks(range(len(lines)), lines)
         ax.set_xlabel(x)
     axes[0].set_ylabel(y)
-    figure.suptitle(textwrap.fill(f'{study.title}: median test error, %', 110), fontsize=10)
+    figure.suptitle(
+        textwrap.fill(f'{figures.plain(study.title)}: median test error, %', 110), fontsize=10
+    )
     return figures.save(figure, out)
 
 

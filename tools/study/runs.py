@@ -1,19 +1,19 @@
 """The runs of a study: their command lines, their folders, and what they have done."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 from lab.errors import OptionError, UserError
 from lab.files import write_atomically
 from lab.runs.checkpoint import FILE_NAME
-from lab.runs.log import read_log
-from lab.training.options import FREE_ON_RESUME, complete, parse
+from lab.runs.log import LOG, read_lines
+from lab.training.options import FREE_ON_RESUME, check_combination, complete, parse
 from tools.study.definition import expand
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILED = 'failed.txt'  # why a run diverged
-OUTPUT = 'output.txt'  # what its processes print
 
 
 def flags(options):
@@ -45,18 +45,22 @@ class Run:
         options = {'dataset': dataset, **study.options, **recipe, **self.row, 'seed': seed}
         try:
             self.options = parse(flags(options))  # converts types: YAML reads 1e-2 as text
-            self.n_epochs = complete(self.options)['epochs']
+            self.all_options = complete(self.options)
+            check_combination(self.all_options)
         except OptionError as error:
-            raise OptionError(f'{" ".join(flags(options))}: {error}') from None
+            raise OptionError(f'{study.path}: {" ".join(flags(options))}: {error}') from None
+        self.n_epochs = self.all_options['epochs']
         name = '-'.join(str(value) for value in self.row.values()) or study.name
-        self.folder = folder / name.replace('/', '_').replace(' ', '') / f'seed{seed}'
+        for unwanted, wanted in (('/', '_'), ('..', '_'), (' ', '')):
+            name = name.replace(unwanted, wanted)
+        self.folder = folder / name / f'seed{seed}'
 
     def log(self):
         """The epochs in its log so far."""
-        try:
-            return read_log(self.folder)
-        except UserError:  # there is none yet
+        path = self.folder / LOG
+        if not os.path.exists(path):
             return []
+        return [stats for _, stats in read_lines(path) if stats is not None]
 
     @property
     def failed(self):
@@ -110,15 +114,26 @@ class Run:
 
 
 def all_runs(study, seeds, dataset, folder):
-    """All runs of a study, seed by seed. An element of `runs` may have fewer seeds than others."""
-    rows = []  # (options of one run, its seeds)
-    for options in study.runs:
-        own_seeds = options.get('seeds', seeds)
-        options = {name: value for name, value in options.items() if name != 'seeds'}
-        rows += [(row, own_seeds) for row in expand(options)]
-    return [
+    """All runs of a study, seed by seed. An element of `runs` may have fewer seeds than others.
+
+    Raises:
+        OptionError: train.py would not accept the options of a run.
+        UserError: two runs are the same, or would have the same folder.
+    """
+    rows = [(row, options.get('seeds', seeds)) for options in study.runs for row in expand(options)]
+    runs = [
         Run(study, row, seed, dataset, folder)
         for seed in seeds
         for row, own_seeds in rows
         if seed in own_seeds
     ]
+    found = {}
+    for one in runs:
+        for key in (one.folder, json.dumps(one.all_options, sort_keys=True)):
+            other = found.setdefault(key, one)
+            if other is not one:
+                first, second = (' '.join(flags(run.row)) for run in (other, one))
+                raise UserError(
+                    f'{study.path} has the same run, or the same folder, twice: {first}; {second}'
+                )
+    return runs

@@ -3,6 +3,8 @@
 import csv
 from statistics import median
 
+from lab.errors import UserError
+
 
 def collect(study, runs):
     """One dict for each row of the table.
@@ -49,12 +51,15 @@ def seconds(log):
 
 
 def write_tables(study, rows, dataset, folder):
-    """Write table.csv and table.md."""
-    with open(folder / 'table.csv', 'w', newline='') as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / 'table.md').write_text(page(study, rows, dataset))
+    """Write table.csv and table.md. Raises UserError if they cannot be written."""
+    try:
+        with open(folder / 'table.csv', 'w', newline='') as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        (folder / 'table.md').write_text(page(study, rows, dataset))
+    except OSError as error:
+        raise UserError(f'the table in {folder} cannot be written ({error.strerror})') from None
 
 
 def page(study, rows, dataset):
