@@ -1,4 +1,4 @@
-"""`python tools/predict.py` finds this file instead of the package lab: it says how to run tools."""
+"""`python tools/plot.py` finds this file instead of the package lab: it says how to run tools."""
 
 import sys
 from pathlib import Path
