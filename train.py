@@ -21,6 +21,7 @@ import signal
 if __name__ == '__main__':
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -32,7 +33,7 @@ from lab import distributed
 from lab.data.preprocessing import Preprocessing
 from lab.device import DTYPES, autocast, choose_device, set_up
 from lab.distributed import say, world
-from lab.errors import OptionError, run
+from lab.errors import OptionError, UserError, run
 from lab.models.matching import load_params
 from lab.runs import checkpoint
 from lab.runs.folder import PARAMETERS, RunFolder, log_lines
@@ -208,6 +209,10 @@ def evaluate(options, found, device, recalibrates=False):
         for inputs, targets in batches:
             test.add(*forward(module, inputs, targets, dtype, autocast_dtype), targets)
     stats = test.finish()
+    if not math.isfinite(stats['test_loss']):
+        raise UserError(
+            f'{found.path} has a test loss of {stats["test_loss"]}: its weights overflow'
+        )
     broken.report(batches)
     broken.check(batches)
     stats = {

@@ -319,3 +319,26 @@ def test_a_pipe_gives_way_to_the_previous_checkpoint(tmp_path, call, deadline):
 def test_a_link_to_a_checkpoint_is_read(tmp_path, call):
     (tmp_path / 'link.pt7').symlink_to(FIXTURES / 'resnet-8' / 'model.pt7')
     assert call(train.main, '--evaluate', tmp_path / 'link.pt7').status == 0
+
+
+# --- sound files whose numbers overflow later ------------------------------------------------
+
+
+def test_a_fold_that_overflows_its_type(tmp_path, refused):
+    params = {key: tensor.half() for key, tensor in bare().items()}
+    params['bn.weight'] = torch.full_like(params['bn.weight'], 60_000)
+    params['bn.running_var'] = torch.zeros_like(params['bn.running_var'])  # which is allowed
+    path = tmp_path / 'half.pth'
+    torch.save(params, path)
+    for main, *arguments in programs(path, tmp_path):
+        if main is not train.main:
+            refused(1, [path, 'features.conv.weight', 'float16'], main, *arguments)
+
+
+def test_logits_that_overflow(tmp_path, refused):
+    path = tmp_path / 'large.pth'
+    torch.save({**bare(), 'fc.weight': torch.full((10, 16), 3e38)}, path)
+    for main in (export.main, quantize.main):
+        out = [tmp_path / 'out.pth'] if main is export.main else []
+        refused(1, 'finite', main, path, *out, '--dataset', 'digits')
+    assert not (tmp_path / 'out.pth').exists()
