@@ -65,11 +65,7 @@ def chain(architecture, inputs, params, mode, norm=F.batch_norm):
         logits, (N, num_classes).
     """
     weights = block_weights(architecture, params)
-    large = architecture.form == 'imagenet'
-    x = F.conv2d(inputs, params['conv'], stride=2 if large else 1, padding=3 if large else 1)
-    x = batch_norm(x, params, 'bn', mode, norm)  # (N, w0, H, W), or H / 2 and W / 2 if large
-    if large:
-        x = F.max_pool2d(x, 3, 2, 1)  # (N, w0, H / 4, W / 4)
+    x = stem(architecture, inputs, params, mode, norm)
     for g, group in enumerate(architecture.groups):
         if g > 0:
             x = F.max_pool2d(x, 2)  # H and W halve
@@ -77,7 +73,21 @@ def chain(architecture, inputs, params, mode, norm=F.batch_norm):
             x = relu(x)
             x = F.conv2d(x, weights[name], padding=1)
             x = batch_norm(x, params, f'{name}.bn', mode, norm)
-    x = F.adaptive_avg_pool2d(relu(x), 1).flatten(1)  # (N, w_last)
+    return classify(x, params)
+
+
+def stem(architecture, inputs, params, mode, norm=F.batch_norm):
+    """What every chain begins with: (N, in_channels, H, W) to (N, w0, H, W), or to
+    (N, w0, H / 4, W / 4) in the ImageNet form."""
+    if architecture.form == 'cifar':
+        return batch_norm(F.conv2d(inputs, params['conv'], padding=1), params, 'bn', mode, norm)
+    x = F.conv2d(inputs, params['conv'], stride=2, padding=3)
+    return F.max_pool2d(batch_norm(x, params, 'bn', mode, norm), 3, 2, 1)
+
+
+def classify(x, params):
+    """What every chain ends with: (N, C, H, W) to logits, (N, num_classes)."""
+    x = F.adaptive_avg_pool2d(relu(x), 1).flatten(1)
     return F.linear(x, params['fc.weight'], params['fc.bias'])
 
 

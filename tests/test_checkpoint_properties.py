@@ -3,7 +3,7 @@
 HYPOTHESIS_PROFILE=full tries 2,000 examples.
 """
 
-import hypothesis_profiles  # noqa: F401, I001
+from hypothesis_profiles import places  # noqa: I001
 import copy
 import warnings
 from functools import cache, partial
@@ -143,16 +143,6 @@ NUMBERS_IN = {
     name: lambda t, value=value: t.masked_fill(torch.arange(t.numel()).view(t.shape) == 0, value)
     for name, value in {'nan': torch.nan, 'inf': torch.inf, '-inf': -torch.inf}.items()
 }
-
-
-def places(value, path=()):
-    """The paths to all values within nested dicts and lists."""
-    yield path
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from places(inner, (*path, key))
 
 
 def at(content, path):

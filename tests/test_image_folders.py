@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from data_helpers import epoch_of, folder_batches, jpeg, run_folder
+from data_helpers import epoch_of, folder_batches, jpeg, own_memory, run_folder
 from PIL import Image
 
 import train
@@ -380,16 +380,6 @@ def test_permissions(many_files, tmp_path, unprivileged, call, refused):
 
 
 # --- worker processes -------------------------------------------------------------------------
-
-
-def own_memory(pid):
-    """Memory of a process in MB; a page that n processes share counts 1/n.
-
-    Mapped files are left out: how much of a library counts depends on other programs that run.
-    """
-    with open(f'/proc/{pid}/smaps_rollup') as file:
-        lines = [line for line in file if line.startswith(('Pss_Anon:', 'Pss_Shmem:'))]
-    return sum(int(line.split()[1]) for line in lines) / 1024
 
 
 def test_memory_does_not_grow(many_files):

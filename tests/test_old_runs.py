@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import train
-from conftest import read_log, same, train_digits, without_times
+from conftest import ROOT, read_log, same, train_digits, without_times
 from lab.data import datasets
 from lab.runs import checkpoint
 
@@ -87,6 +87,17 @@ def test_interrupted_run_resumes(old_run, tmp_path, one_thread):
     if log[0] == first:  # the same arithmetic as where the fixture was computed
         assert same(tmp_path / 'whole', folder)
         assert log[1:] == expected[1:]
+
+
+def test_run_without_its_optimizer(tmp_path, call):
+    """The notebook's checkpoints have none: they evaluate, and a new training can start there."""
+    folder = shutil.copytree(ROOT / 'logs' / 'reference' / 'notebook-diracnet', tmp_path / 'run')
+    assert evaluate(folder, call)['test_acc'] > 90
+    result = call(
+        *(train.main, '--resume', folder, '--save', tmp_path / 'new', '--device', 'cpu'),
+        *('--depth', '22', '--dataset', 'digits', '--epochs', '31', '--lr', '0.01'),
+    )
+    assert result.status == 0 and read_log(tmp_path / 'new')[-1]['epoch'] == 31
 
 
 def test_interrupted_run_folds(old_run):

@@ -3,7 +3,7 @@
 HYPOTHESIS_PROFILE=full tries 2,000 examples of each.
 """
 
-import hypothesis_profiles  # noqa: F401, I001
+from hypothesis_profiles import places  # noqa: I001
 import copy
 import json
 import math
@@ -112,16 +112,6 @@ KEYS = st.one_of(
     st.sampled_from([*OPTIONS, *yaml.safe_load(TINY), 'x', 'lines', 'y', 'panels', 'signal']),
     st.text(max_size=8),
 )
-
-
-def places(value, path=()):
-    """The paths to all values within nested dicts and lists."""
-    yield path
-    if isinstance(value, list):
-        value = dict(enumerate(value))
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from places(inner, (*path, key))
 
 
 @st.composite

@@ -20,12 +20,14 @@ from diracnet import (
     DiracNet,
     batch_norm,
     chain_params,
+    classify,
     conv_params,
     fitting_architecture,
     fold_batch_norm,
     initialize_scales,
     is_dirac,
     make_architecture,
+    stem,
 )
 
 ALPHA, BETA, STD = 5.0, 1e-3, 0.1  # initial scales; initial standard deviation of the weights
@@ -39,11 +41,7 @@ def chain_v1(architecture, inputs, params, mode, norm=F.batch_norm):
 
     Arguments and returns are those of `diracnet.chain`.
     """
-    large = architecture.form == 'imagenet'
-    x = F.conv2d(inputs, params['conv'], stride=2 if large else 1, padding=3 if large else 1)
-    x = batch_norm(x, params, 'bn', mode, norm)  # (N, w0, H, W), or H / 2 and W / 2 if large
-    if large:
-        x = F.max_pool2d(x, 3, 2, 1)  # (N, w0, H / 4, W / 4)
+    x = stem(architecture, inputs, params, mode, norm)
     for g, group in enumerate(architecture.groups):
         if g > 0:
             x = F.max_pool2d(x, 2)  # H and W halve
@@ -51,8 +49,7 @@ def chain_v1(architecture, inputs, params, mode, norm=F.batch_norm):
             x = ncrelu(x)  # C doubles
             x = F.conv2d(x, block_weight(params, f'{name}.'), padding=1)
             x = batch_norm(x, params, f'{name}.bn', mode, norm)
-    x = F.adaptive_avg_pool2d(F.relu(x), 1).flatten(1)  # (N, w_last)
-    return F.linear(x, params['fc.weight'], params['fc.bias'])
+    return classify(x, params)
 
 
 def ncrelu(x):

@@ -119,8 +119,6 @@ def fold(model, params):
         raise ValueError(f'--model {model} does not fold; only {", ".join(FOLDABLE)} do')
     if model == 'repvgg':
         return fold_repvgg(params)
-    if is_repvgg(params):
-        raise ValueError(f'not the parameters of --model {model}, but of a RepVGG')
     return fold_v1(params) if model in VERSION_1 else diracnet.fold(params)
 
 

@@ -23,28 +23,25 @@ from diracnet import (
     batch_norm,
     bn_params,
     chain_params,
+    classify,
     conv_params,
     fitting_architecture,
     fold_batch_norm,
     make_architecture,
     relu,
+    stem,
 )
 
 
 def repvgg_chain(architecture, inputs, params, mode, norm=F.batch_norm):
     """A RepVGG as a function; arguments and returns are those of `diracnet.chain`."""
-    large = architecture.form == 'imagenet'
-    x = F.conv2d(inputs, params['conv'], stride=2 if large else 1, padding=3 if large else 1)
-    x = batch_norm(x, params, 'bn', mode, norm)  # (N, w0, H, W), or H / 2 and W / 2 if large
-    if large:
-        x = F.max_pool2d(x, 3, 2, 1)  # (N, w0, H / 4, W / 4)
+    x = stem(architecture, inputs, params, mode, norm)
     for g, group in enumerate(architecture.groups):
         if g > 0:
             x = F.max_pool2d(x, 2)  # H and W halve
         for name, _, _ in group:
             x = sum_of_branches(relu(x), params, name, mode, norm)
-    x = F.adaptive_avg_pool2d(relu(x), 1).flatten(1)  # (N, w_last)
-    return F.linear(x, params['fc.weight'], params['fc.bias'])
+    return classify(x, params)
 
 
 def sum_of_branches(x, params, name, mode, norm=F.batch_norm):

@@ -66,7 +66,7 @@ class Checkpoint:
     @property
     def is_run(self):
         """Whether train.py wrote it, so that its run can be resumed exactly."""
-        return bool(self.options)
+        return bool(self.optimizer and self.options)
 
     def module(self):
         """The network as a module in evaluation mode; a folded one as DiracNet.

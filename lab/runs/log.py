@@ -1,10 +1,10 @@
 """A run's log.txt: one self-contained line of JSON for each epoch."""
 
 import json
-import sys
 from pathlib import Path
 
 from lab.errors import UserError
+from lab.runs.valid_values import is_count, is_number
 
 LOG = 'log.txt'
 PREFIX = 'json_stats: '
@@ -17,14 +17,6 @@ def format_line(stats):
 # --- the form of a line ----------------------------------------------------------------------
 
 
-def is_count(value):
-    return type(value) is int and value >= 0
-
-
-def is_number(value):
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
 def is_loss(value):
     """Also NaN and infinity: in a test, the running statistics of an untrained network may overflow
     although its training loss is finite."""
@@ -32,7 +24,7 @@ def is_loss(value):
 
 
 def is_percentage(value):
-    return is_number(value) and 0 <= value <= 100
+    return is_number(value, 0, 100)
 
 
 REQUIRED = {

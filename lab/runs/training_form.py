@@ -11,7 +11,7 @@ from lab.errors import OptionError
 from lab.models import registry
 from lab.runs.log import PREFIX
 from lab.runs.valid_values import check_tensor, is_count, is_number, short
-from lab.training.optimizers import is_decayed
+from lab.training.optimizers import STATES, is_decayed
 from lab.training.option_table import OPTIONS, UNSET
 from lab.training.option_types import path
 from lab.training.options import check_combination, defaults_for
@@ -21,15 +21,6 @@ ADDED_LATER = (
     *('optim', 'init', 'warmup', 'bn_momentum', 'recompute', 'compile', 'sync_bn', 'tensorboard'),
     *('checkpoint_minutes', 'bn_init', 'alpha', 'beta', 'recalibrate_bn'),
 )
-# What each optimizer keeps for each parameter.
-STATE = {
-    'sgd': {'momentum_buffer'},
-    'nesterov': {'momentum_buffer'},
-    'rmsprop': {'step', 'square_avg'},
-    'adadelta': {'step', 'square_avg', 'acc_delta'},
-    'adagrad': {'step', 'sum'},
-    'adamw': {'step', 'exp_avg', 'exp_avg_sq'},
-}
 SIGNED = ('momentum_buffer', 'exp_avg')  # the others are sums of squares, and a count
 SCALER = {'scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'}
 LOSS = {'n', 'sum', 'var', 'val', 'mean', 'mean_old', 'm_s', 'std'}  # of torchnet's meter
@@ -119,13 +110,16 @@ def check_optimizer(state_dict, options, network):
     states = state_dict.get('state') if isinstance(state_dict, dict) else None
     module = Network(None, registry.shapes(**network))
     parameters = dict(enumerate(in_order(module, network['model'])))
+    kept = set(STATES[options['optim']])
+    if 'momentum_buffer' not in kept:
+        kept.add('step')
     if not isinstance(states, dict) or states.keys() != parameters.keys():
         raise ValueError(
             f'its optimizer must have a state for each of {len(parameters)} parameters'
         )
     for number, parameter in parameters.items():
         state = states[number]
-        if not isinstance(state, dict) or state.keys() != STATE[options['optim']]:
+        if not isinstance(state, dict) or state.keys() != kept:
             raise ValueError(f'its optimizer has no state of {options["optim"]} for {number}')
         for name, tensor in state.items():
             what = f'{name} {number} of its optimizer'

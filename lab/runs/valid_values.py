@@ -3,10 +3,6 @@
 import reprlib
 import sys
 
-import torch
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
 
 def is_count(value, least=0, most=2**63 - 1):
     """Whether this is a whole number in this range."""
@@ -28,13 +24,16 @@ def short(value):
 
 def check_tensor(name, tensor, shape=None):
     """Raise ValueError unless this is a dense tensor of finite real numbers, with this shape."""
+    import torch  # slow to import, and the checks above do not need it
+
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f'{name} is a {type(tensor).__name__}, not a tensor')
     is_dense = tensor.layout is torch.strided and not tensor.is_nested
-    if not is_dense or tensor.device.type != 'cpu' or tensor.dtype not in FLOATS:
+    if not is_dense or tensor.device.type != 'cpu' or tensor.dtype not in floats:
         raise ValueError(
             f'{name} ({tensor.dtype}, {tensor.layout}, {tensor.device}) must be a dense tensor of '
-            f'{", ".join(map(str, FLOATS))}'
+            f'{", ".join(map(str, floats))}'
         )
     if shape is not None and tensor.shape != shape:
         raise ValueError(f'{name} is {tuple(tensor.shape)} instead of {tuple(shape)}')

@@ -16,7 +16,7 @@ OPTIMIZERS = {
     'adagrad': torch.optim.Adagrad,
     'adamw': torch.optim.AdamW,
 }
-# What each of them keeps for each parameter, with its shape.
+# What each of them keeps for each parameter, with its shape. All but SGD also count steps.
 STATES = {
     'sgd': ('momentum_buffer',),
     'nesterov': ('momentum_buffer',),
