@@ -114,7 +114,7 @@ def block_weights(architecture, params):
     the groups of one large weight.
     """
     names = [name for group in architecture.groups for name, _, _ in group]
-    if f'{names[0]}.alpha' not in params:
+    if not any(f'{name}.alpha' in params for name in names):
         return {name: params[f'{name}.conv'] for name in names}
     names_by_shape = {}
     for name in names:

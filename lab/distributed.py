@@ -18,6 +18,7 @@ from lab.errors import OptionError, UserError
 
 UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID'  # set in each process by torchrun (and by `launch`)
 UNDER_LAUNCH = 'DIRACNETS_NGPU'
+NO_MEMORY = "can't allocate memory"  # in the RuntimeError of PyTorch's allocator for the CPU
 
 
 # --- this process and the others -------------------------------------------------------------
@@ -103,10 +104,16 @@ def launch(n, command):
 
 @contextmanager
 def one_line_errors():
-    """Raise a UserError if another process died: one that trains, or one that decodes images."""
+    """Raise a UserError if memory runs out, or if another process died: one that trains, or one
+    that decodes images."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error):
+            raise UserError(
+                'there is not enough memory: try a smaller --batch_size, --width or --image_size, '
+                'or --recompute'
+            ) from None
         if str(error).startswith('DataLoader worker'):
             raise UserError(
                 'a process that decodes images died (out of memory?); '

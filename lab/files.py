@@ -1,9 +1,25 @@
-"""Writing files atomically, and where to cache what was computed from data."""
+"""Reading regular files only, writing files atomically, and where to cache what was computed."""
 
 import contextlib
+import errno
 import os
+import stat
 from hashlib import sha256
 from pathlib import Path
+
+
+def size_of(path):
+    """The size of a regular file in bytes.
+
+    Ask for it before opening a file that a user names: opening a pipe would wait for its writer.
+
+    Raises:
+        OSError: the file is missing, or it is a folder, a pipe or a device.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, 'not a regular file', str(path))
+    return status.st_size
 
 
 def write_atomically(path, content, keep_previous_as=None):

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 
 from lab.errors import UserError
+from lab.files import size_of
+from lab.runs.checkpoint_form import check_classes, check_preprocessing
 
 PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 
@@ -73,7 +76,7 @@ class OnnxNetwork:
         if isinstance(model, bytes):
             self.path, content = None, model
         else:
-            self.path = Path(model).expanduser()
+            self.path = Path(os.path.expanduser(model))
             content = _read(self.path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are reported below
@@ -82,24 +85,39 @@ class OnnxNetwork:
                 content, options, providers=['CPUExecutionProvider']
             )
             [self.input], [self.output] = self.session.get_inputs(), self.session.get_outputs()
-            _, self.in_channels, _, _ = self.input.shape
+            _, self.in_channels, height, _ = self.input.shape
+            _, num_classes = self.output.shape
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.classes = json.loads(metadata.get('classes', 'null'))
             self.preprocessing = json.loads(metadata.get('preprocessing', 'null'))
+            if self.classes is not None:
+                check_classes(self.classes, num_classes)
+            if self.preprocessing is not None:
+                check_preprocessing(self.preprocessing, self.in_channels)
+                if isinstance(height, int) and height != self.preprocessing['image_size']:
+                    raise ValueError(f'its images are {height} pixels high')
         except Exception as error:  # ONNX Runtime's errors have no common class
+            reason = error if isinstance(error, ValueError) else type(error).__name__
             raise UserError(
                 f'{self.path or "the ONNX model"} is broken or not an ONNX image classifier '
-                f'({type(error).__name__}): export it again'
+                f'({reason}): export it again'
             ) from None
 
     def __call__(self, inputs):
         array = np.ascontiguousarray(inputs.float().numpy())
-        [logits] = self.session.run([self.output.name], {self.input.name: array})
+        try:
+            [logits] = self.session.run([self.output.name], {self.input.name: array})
+        except Exception as error:
+            raise UserError(
+                f'{self.path or "the ONNX model"} cannot classify images of the shape '
+                f'{array.shape} ({type(error).__name__}): export it again'
+            ) from None
         return torch.from_numpy(logits)
 
 
 def _read(path):
     try:
+        size_of(path)
         return path.read_bytes()
     except OSError as error:
         raise UserError(

@@ -8,10 +8,11 @@ import sys
 import time
 
 import pytest
+import torch
 
 import train
 from conftest import ROOT, SHORT_RUN, read_log, same, start, without_times
-from lab.runs import checkpoint
+from lab.runs import checkpoint, provenance
 from lab.runs.folder import RunFolder
 from lab.runs.recorder import Recorder
 
@@ -186,3 +187,30 @@ def test_checkpoint_that_is_too_large(tmp_path):
     assert result.returncode == 1 and 'Traceback' not in result.stderr
     assert str(folder / 'model.pt7') in result.stderr and 'File too large' in result.stderr
     assert {file.name for file in folder.iterdir()} - {'parameters.txt'} == {'log.txt', 'run.json'}
+
+
+# --- what run.json says of the code ----------------------------------------------------------
+
+
+def test_commit(tmp_path, monkeypatch):
+    """It is dirty if the code differs, and not if a log does."""
+    monkeypatch.setattr(provenance, 'CHECKOUT', tmp_path)
+    assert provenance.describe_start([], torch.device('cpu'))['commit'] is None
+
+    def git(*arguments):
+        identity = ('-c', 'user.name=me', '-c', 'user.email=me@localhost')
+        command = ['git', *identity, *arguments]
+        return subprocess.check_output(command, cwd=tmp_path, text=True).strip()
+
+    git('init', '-q')
+    for name in ('train.py', 'logs/table.md'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('old')
+    git('add', '.')
+    git('commit', '-qm', 'Begin')
+    commit = git('rev-parse', 'HEAD')
+    (tmp_path / 'logs/table.md').write_text('new')
+    (tmp_path / 'notes.txt').write_text('not tracked')
+    assert provenance.describe_start([], torch.device('cpu'))['commit'] == commit
+    (tmp_path / 'train.py').write_text('new')
+    assert provenance.describe_start([], torch.device('cpu'))['commit'] == f'{commit}-dirty'

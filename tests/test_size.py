@@ -1,11 +1,15 @@
 """lab/training/size.py: sizes by arithmetic are those of the networks themselves."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from conftest import ROOT
 from diracnet import DATASETS
 from lab.errors import OptionError
 from lab.models import registry
@@ -101,3 +105,28 @@ def test_limit(monkeypatch):
         else:
             with pytest.raises(OptionError, match=f'{n:,} parameters'):
                 check()
+
+
+def test_memory_that_runs_out(tmp_path):
+    """A limit on the process, which the check does not know: 500 MB more than after the imports."""
+    pytest.importorskip('resource')
+    script = """
+import resource, sys
+import train
+from lab.errors import run
+pages = int(open('/proc/self/statm').read().split()[0])
+limit = pages * resource.getpagesize() + 500_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+run(lambda: train.main(sys.argv[1:]), 'train.py')
+"""
+    options = '--dataset digits --device cpu --depth 10 --width 8 --batch_size 1400 --save'
+    result = subprocess.run(
+        [sys.executable, '-c', script, *options.split(), tmp_path / 'run'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stderr.count('\n') == 1 and '--batch_size' in result.stderr

@@ -5,6 +5,7 @@ floats (N, C, H, W) in channels_last, augmented and normalized, on the training 
 Each reader imports the libraries that only it needs.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,7 +124,7 @@ class Data:
             raise OptionError(
                 f'--preprocess zca needs images in memory, but {self.name} has image files'
             )
-        whitening = cached_whitening(self.train[0], Path(root).expanduser(), self.name)
+        whitening = cached_whitening(self.train[0], _expanded(root), self.name)
         return replace(self, preprocessing=replace(self.preprocessing, whitening=whitening))
 
 
@@ -145,11 +146,17 @@ def load(name, root, *, download=True, image_size=224):
     if name not in SOURCES:
         raise OptionError(f'unknown data set {name}: choose from {", ".join(SOURCES)}')
     source = SOURCES[name]
-    root = Path(root).expanduser()
+    root = _expanded(root)
     if source.read is None:
         return _load_folder(name, root, source.preprocessing, image_size)
     train, test, classes = source.read(name, root, download)
     return Data(name, train, test, tuple(classes), source.preprocessing)
+
+
+def _expanded(root):
+    """A path with ~ replaced by the home folder. Path.expanduser raises an error for other users
+    that do not exist."""
+    return Path(os.path.expanduser(root))
 
 
 def _load_folder(name, root, preprocessing, image_size):

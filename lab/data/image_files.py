@@ -10,13 +10,13 @@ import contextlib
 import io
 import os
 import re
-import stat
 import warnings
 from pathlib import Path
 
 import numpy as np
 
 from lab.errors import UserError, printable
+from lab.files import size_of
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 LARGE_FILE = 150_000  # bytes; smaller JPEGs rarely have crops of twice the usual 224 pixels
@@ -124,10 +124,9 @@ def read_image(path):
 def _read(path):
     """The bytes of a file, uint8 (N,)."""
     try:
-        status = os.stat(path)  # opening a pipe would wait for a writer
-        if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_BYTES:
+        if size_of(path) <= MAX_BYTES:
             return np.fromfile(path, np.uint8)
-        problem = 'is not a regular file of less than 2 GiB'
+        problem = 'has 2 GiB or more'
     except OSError as error:
         problem = f'cannot be read ({error.strerror})'
     raise UserError(f'{printable(str(path))} {problem}: replace it or remove it')

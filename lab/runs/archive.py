@@ -3,7 +3,6 @@
 import os
 import pickle
 import re
-import stat
 import warnings
 from pathlib import Path
 from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
@@ -11,6 +10,7 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 import torch
 
 from lab.errors import UserError
+from lab.files import size_of
 
 # Other archives that PyTorch writes, by the end of a name in them.
 PROGRAMS = {
@@ -33,8 +33,7 @@ def read_archive(path):
     """
     path = Path(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its writer
-            raise BrokenFile(f'{path} is not a regular file, so it is not read')
+        size_of(path)
         with open(path, 'rb') as file, warnings.catch_warnings():
             warnings.simplefilter('ignore')  # about tensors that are refused later
             if is_zipfile(file):

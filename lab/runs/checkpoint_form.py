@@ -144,24 +144,30 @@ def _shown_by_tensors(network, folded):
 
 def _check_facts(fields, network):
     """Whether classes, preprocessing and epoch are valid and fit the network."""
-    classes, n = fields.get('classes'), network['num_classes']
-    if classes is not None:
-        if not isinstance(classes, (list, tuple)) or not all(type(c) is str for c in classes):
-            raise ValueError('its classes are not a list of names')
-        if len(classes) != n:
-            raise ValueError(f'its classes are {len(classes)} names, but its network has {n}')
+    if 'classes' in fields:
+        check_classes(fields['classes'], network['num_classes'])
     if 'preprocessing' in fields:
-        _check_preprocessing(fields['preprocessing'], network)
+        smallest = SMALLEST_IMAGE[DATASETS[network['dataset']][0]]
+        check_preprocessing(fields['preprocessing'], network['in_channels'], smallest)
     if not is_count(fields.get('epoch', 0)):
         raise ValueError(f'its epoch is {short(fields["epoch"])}')
 
 
-def _check_preprocessing(facts, network):
+def check_classes(classes, n):
+    """Raise ValueError unless these are the names of n classes."""
+    if not isinstance(classes, (list, tuple)) or not all(type(c) is str for c in classes):
+        raise ValueError('its classes are not a list of names')
+    if len(classes) != n:
+        raise ValueError(f'its classes are {len(classes)} names, but its network has {n}')
+
+
+def check_preprocessing(facts, channels, smallest=1):
+    """Raise ValueError unless this is a Preprocessing as a dict, for images with this number of
+    channels and at least `smallest` pixels wide."""
     try:
         found = Preprocessing.from_dict(facts)
     except (TypeError, KeyError, ValueError):
         raise ValueError('its preprocessing has other names or values than ours') from None
-    channels, smallest = network['in_channels'], SMALLEST_IMAGE[DATASETS[network['dataset']][0]]
     valid = {
         'channels': type(found.channels) is int and found.channels == channels,
         'image_size': is_count(found.image_size, smallest, LARGEST_IMAGE),

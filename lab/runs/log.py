@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from lab.errors import UserError
+from lab.files import size_of
 from lab.runs.valid_values import is_count, is_number
 
 LOG = 'log.txt'
@@ -80,8 +81,7 @@ def read_lines(path):
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f'{path} cannot be read: it is not a regular file')
+        size_of(path)
         lines = path.read_text('utf-8').splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or 'not a text file'

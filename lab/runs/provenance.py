@@ -33,12 +33,20 @@ def describe_start(arguments, device):
 
 
 def _commit():
-    """The commit of this checkout; None without git."""
-    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40']
+    """The commit of this checkout, with -dirty if tracked files outside logs/ differ from it; None
+    without git."""
     try:
-        found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
+        commit = _git('rev-parse', 'HEAD')
+        changed = _git('status', '--porcelain', '--untracked-files=no', '--', '.', ':!logs')
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f'{commit}-dirty' if changed else commit
+
+
+def _git(*arguments):
+    """What a git command prints."""
+    command = ['git', *arguments]
+    found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
     return found.stdout.strip()
 
 

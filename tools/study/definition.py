@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diracnet import DATASETS
 from lab.errors import OptionError, UserError
+from lab.files import size_of
 from lab.training.option_table import OPTIONS
 
 LARGEST = 2**17  # bytes of a file, and characters of its values with what aliases repeat
@@ -216,8 +217,7 @@ def read_yaml(path):
     import yaml
 
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            raise UserError(f'{path} is not a study: it is not a regular file')
+        size_of(path)
         with open(path, 'rb') as file:
             text = file.read(LARGEST + 1)
         # Aliases may repeat others many times, and are expanded when the values are made.
