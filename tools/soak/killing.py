@@ -1,63 +1,29 @@
-"""Kill trainings at random moments, resume them, and check that their results equal those of an
-undisturbed training to the bit.
+"""Kill runs, damage their checkpoints, and compare them with an undisturbed run."""
 
-    python -m tools.soak --kills 200 --jobs 2 --out logs/reference/soak.md    # about 15 minutes
-
-Each run trains DiracNet-10-1 on digits with --resume auto. It is killed at a random moment, mostly
-with SIGKILL, sometimes with SIGTERM or SIGINT, and started again, until it finishes. After some
-kills the newest checkpoint is cut off, or one of its bits is flipped. Exit status 1 means that the
-results differ or that something else went wrong.
-"""
-
+import contextlib
 import os
 import random
 import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
-from lab.errors import OneLineParser, UserError, run
+from lab.errors import UserError
 from lab.runs import checkpoint
 from lab.runs.checkpoint import FILE_NAME, PREVIOUS
 from lab.runs.log import LOG, read_log
+from tools.soak.cases import family, small_disk
 
-ROOT = Path(__file__).resolve().parent.parent
-TRAINING = (
-    'train.py --dataset digits --depth 10 --epochs 60 --epoch_step [30,50] --randomcrop_pad 1 '
-    '--device cpu'
-)
 MINUTES = ('0', '0.005', '10')  # checkpoints at every step; every 0.3 s; after epochs only
 SIGNALS = [signal.SIGKILL] * 8 + [signal.SIGTERM, signal.SIGINT]
 DAMAGE_PROBABILITY = 0.15
+PATIENCE = 90  # seconds in which all processes of a killed run must have ended
 
 
-def start(folder, minutes):
-    """A process that starts or resumes the run in a folder."""
-    flags = ['--save', str(folder), '--resume', 'auto', '--checkpoint_minutes', minutes]
-    return subprocess.Popen(
-        [sys.executable, *TRAINING.split(), *flags],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def train_undisturbed(folder):
-    """Train to the end. Returns the seconds that it took. Raises UserError if it fails."""
-    began = time.monotonic()
-    process = start(folder, '10')
-    _, err = process.communicate()
-    if process.returncode != 0:
-        raise UserError(f'{TRAINING} ended with status {process.returncode}: {err[-300:]}')
-    return time.monotonic() - began
+# --- comparing -------------------------------------------------------------------------------
 
 
 def comparable_log(folder):
@@ -114,6 +80,9 @@ def damage(path, chance):
     return kind
 
 
+# --- killing ---------------------------------------------------------------------------------
+
+
 def position_of(found):
     """Where in its training a checkpoint was saved: (finished epochs, steps of the next)."""
     return found.epoch, found.progress['step'] if found.progress else 0
@@ -123,6 +92,7 @@ class Soak:
     """A worker that kills trainings.
 
     Args:
+        case: Case.
         seed: for the random moments, signals and damage.
         work: folder for its runs.
         reference: folder of the undisturbed run.
@@ -134,22 +104,23 @@ class Soak:
         starts, differences: how often each run was started, and how its result differs.
     """
 
-    def __init__(self, seed, work, reference, duration):
-        self.seed, self.work, self.reference, self.duration = seed, work, reference, duration
+    def __init__(self, case, seed, work, reference, duration):
+        self.case, self.seed, self.work = case, seed, work
+        self.reference, self.duration = reference, duration
         self.chance = random.Random(seed)
         self.expected_log = comparable_log(reference)
         self.counts, self.faults = Counter(), []
         self.starts, self.differences = [], []
-        work.mkdir()
 
     def kill_runs(self, kills):
         """Train runs to their end, until there have been at least this many kills."""
-        while self.counts['kills'] < kills:
-            folder = self.work / f'run{len(self.starts)}'
-            self.starts.append(0)
-            self.finish_run(folder)
-            self.compare(folder)
-            shutil.rmtree(folder)
+        with small_disk(self.work) if self.case.fills_disk else contextlib.nullcontext():
+            while self.counts['kills'] < kills:
+                folder = self.work / f'run{len(self.starts)}'
+                self.starts.append(0)
+                self.finish_run(folder)
+                self.compare(folder)
+                shutil.rmtree(folder)
         return self
 
     def finish_run(self, folder):
@@ -159,6 +130,7 @@ class Soak:
             self.starts[-1] += 1
             began = time.monotonic()
             killed = self.start_and_kill(folder)
+            (self.work / 'other').unlink(missing_ok=True)
             if killed:
                 self.check_log(folder)
                 position = self.check_position(folder, position)
@@ -166,27 +138,71 @@ class Soak:
             self.duration = time.monotonic() - began
 
     def start_and_kill(self, folder):
-        """Start a run and kill it at a random moment. Returns whether it was still running."""
-        process = start(folder, self.chance.choice(MINUTES))
-        try:
-            _, err = process.communicate(timeout=self.chance.uniform(0, 0.7 * self.duration))
-        except subprocess.TimeoutExpired:
-            number = self.chance.choice(SIGNALS)
-        else:
-            if process.returncode != 0:
-                self.add_fault(f'exit status {process.returncode}: {err[-300:]}')
-            return False
-        process.send_signal(number)
-        _, err = process.communicate()
+        """Start a run and kill it at a random moment. Returns whether to start it again."""
+        process = self.case.start(folder, self.chance.choice(MINUTES))
+        ended = self.has_ended(process)
+        if self.case.fills_disk and not ended:
+            self.fill_disk()
+            ended = self.has_ended(process)
+        if ended:
+            return self.judge_end(process.returncode, self.err)
+        members = family(process.pid)
+        victim = self.chance.choice(members if self.case.kills_any else members[:1])
+        is_first = victim == process.pid
+        number = self.chance.choice(SIGNALS) if is_first else signal.SIGKILL
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, number)
+        err = self.wait_for_all(process, members)
+        if process.returncode == 0:  # it was too late
+            return self.judge_end(0, err)
         name = signal.Signals(number).name
         self.counts['kills'] += 1
-        self.counts[name] += 1
-        # Before training starts, a process still has Python's own handlers.
-        if process.returncode not in (-number, 128 + number):
+        self.counts[name if is_first else f'{name} to one that it started'] += 1
+        # Before training starts, a process still has Python's own handlers. With several processes,
+        # the others end with a message.
+        expected = (-number, 128 + number, *((1,) if self.case.kills_any else ()))
+        if process.returncode not in expected:
             self.add_fault(f'exit status {process.returncode} after {name}: {err[-300:]}')
         if PREVIOUS in err:
             self.counts[f'{FILE_NAME} was broken, {PREVIOUS} used'] += 1
         return True
+
+    def has_ended(self, process):
+        """Whether a process ends before a random moment."""
+        try:
+            _, self.err = process.communicate(timeout=self.chance.uniform(0, 0.7 * self.duration))
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
+    def judge_end(self, status, err):
+        """Whether a run that ended by itself has to be started again."""
+        if status == 1 and self.case.fills_disk and 'No space left' in err:
+            self.counts['ended with status 1 because the disk was full'] += 1
+            return True
+        if status != 0:
+            self.add_fault(f'exit status {status}: {err[-300:]}')
+        return False
+
+    def wait_for_all(self, process, members):
+        """Wait for all processes of a run, which have its stderr; returns what they wrote there."""
+        try:
+            return process.communicate(timeout=PATIENCE)[1]
+        except subprocess.TimeoutExpired:
+            self.add_fault(f'processes were still running {PATIENCE} seconds after the kill')
+            for member in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
+            return process.communicate()[1]
+
+    def fill_disk(self):
+        """Leave a random number of bytes free on the disk of the runs."""
+        left = self.chance.randrange(1_000_000)
+        self.counts['disk filled'] += 1
+        with contextlib.suppress(OSError), open(self.work / 'other', 'wb') as file:
+            while (free := shutil.disk_usage(self.work).free) > left:
+                file.write(bytes(min(free - left, 4096)))
+                file.flush()
 
     def check_log(self, folder):
         log = comparable_log(folder)
@@ -218,7 +234,7 @@ class Soak:
             self.counts['killed with progress since the previous kill'] += 1
         if position < last:
             self.add_fault(f'at {position} after {last}')
-        may_damage = self.chance.random() < DAMAGE_PROBABILITY
+        may_damage = not self.case.fills_disk and self.chance.random() < DAMAGE_PROBABILITY
         # Never damage both: if previous.pt7 was loaded, model.pt7 is damaged already.
         is_intact = found.path.name == FILE_NAME and all((folder / name).exists() for name in names)
         if may_damage and is_intact:
@@ -241,76 +257,3 @@ class Soak:
 
     def add_fault(self, text):
         self.faults.append(f'run {len(self.starts)}, start {self.starts[-1]}: {text}')
-
-
-def summary(parts, arguments, minutes):
-    """The results of all workers as a Markdown page."""
-    counts = sum((part.counts for part in parts), Counter())
-    starts = [n for part in parts for n in part.starts]
-    faults = [fault for part in parts for fault in part.faults]
-    all_differences = [found for part in parts for found in part.differences]
-    rows = [
-        *counts.most_common(),
-        ('finished runs', len(starts)),
-        (
-            'of these, identical to the undisturbed run to the bit (parameters, running '
-            'statistics, momentum, log without times)',
-            all_differences.count([]),
-        ),
-        ('largest number of starts of one run', max(starts)),
-        ('faults', len(faults)),
-    ]
-    lines = [
-        '# Trainings killed at random moments',
-        '',
-        f'`python -m tools.soak {arguments}`, torch {torch.__version__}, '
-        f'{os.environ["OMP_NUM_THREADS"]} thread per process, {minutes:.0f} minutes.',
-        '',
-        f'Each run is `python {TRAINING} --resume auto`, with a random choice of',
-        f'`--checkpoint_minutes` {", ".join(MINUTES)} at each start.',
-        '',
-        '| event | count |',
-        '| --- | --- |',
-        *(f'| {event} | {count} |' for event, count in rows),
-        '',
-        *(f'- {fault}' for fault in faults),
-    ]
-    return '\n'.join(lines).rstrip() + '\n'
-
-
-def main(arguments=None):
-    parser = OneLineParser(prog='-m tools.soak', description=__doc__)
-    parser.add_argument('--kills', type=int, default=200, help='number of kills (default 200)')
-    parser.add_argument(
-        '--seed', type=int, default=0, help='for the moments, signals and damage (default 0)'
-    )
-    parser.add_argument(
-        '--jobs',
-        type=int,
-        default=1,
-        help='workers that share the kills, each with its own seed (default 1)',
-    )
-    parser.add_argument('--out', type=Path, help='Markdown file for the summary')
-    args = parser.parse_args(arguments)
-    os.environ.setdefault('OMP_NUM_THREADS', '1')
-    began = time.monotonic()
-    kills_each = -(-args.kills // args.jobs)
-    with tempfile.TemporaryDirectory() as work, ThreadPoolExecutor(args.jobs) as pool:
-        reference = Path(work) / 'reference'
-        duration = train_undisturbed(reference)
-        workers = [
-            Soak(args.seed + job, Path(work) / str(job), reference, duration)
-            for job in range(args.jobs)
-        ]
-        parts = list(pool.map(lambda worker: worker.kill_runs(kills_each), workers))
-    minutes = (time.monotonic() - began) / 60
-    given = f'--kills {args.kills} --seed {args.seed} --jobs {args.jobs}'
-    text = summary(parts, given, minutes)
-    print(text)
-    if args.out:
-        args.out.write_text(text)
-    return 1 if any(part.faults for part in parts) else 0
-
-
-if __name__ == '__main__':
-    run(main, 'tools.soak')
