@@ -7,9 +7,9 @@ import torch
 
 from diracnet import Network
 from lab.device import DTYPES
-from lab.errors import OptionError
+from lab.errors import OptionError, UserError
 from lab.models import registry
-from lab.runs.log import PREFIX
+from lab.runs.log import parse_line
 from lab.runs.valid_values import check_tensor, is_count, is_number, short
 from lab.training.optimizers import STATES, is_decayed
 from lab.training.option_table import OPTIONS, UNSET
@@ -180,19 +180,13 @@ def check_log(lines, epoch):
     """Whether these are lines of a log, one for each epoch up to this one."""
     if not isinstance(lines, (list, tuple)):
         raise ValueError(f'its log is a {type(lines).__name__}')
-    epochs = [epoch_of(line) for line in lines]
-    first = epoch - len(epochs) + 1
-    if any(found != first + i for i, found in enumerate(epochs)):
-        raise ValueError(f'its log does not have one line for each epoch up to {epoch}')
-
-
-def epoch_of(line):
-    """The epoch in a line of a log, or None."""
-    if type(line) is not str or not line.startswith(PREFIX) or not line.isprintable():
-        return None
-    try:
-        stats = json.loads(line.removeprefix(PREFIX))
-    except (ValueError, RecursionError):
-        return None
-    epoch = stats.get('epoch') if isinstance(stats, dict) else None
-    return epoch if is_count(epoch, 1) else None
+    first = epoch - len(lines) + 1
+    for i, line in enumerate(lines):
+        if type(line) is not str or not line.isprintable():
+            raise ValueError(f'line {i + 1} of its log is {short(line)}')
+        try:
+            stats = parse_line(line, f'line {i + 1} of its log')
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if first < 1 or not stats or stats['epoch'] != first + i:
+            raise ValueError(f'its log does not have one line for each epoch up to {epoch}')
