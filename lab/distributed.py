@@ -10,12 +10,14 @@ import sys
 import uuid
 import warnings
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from lab.errors import OptionError, UserError
 
+PARENT = os.getppid()
 UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID'  # set in each process by torchrun (and by `launch`)
 UNDER_LAUNCH = 'DIRACNETS_NGPU'
 NO_MEMORY = "can't allocate memory"  # in the RuntimeError of PyTorch's allocator for the CPU
@@ -64,7 +66,11 @@ def start(device):
         return
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-    store, number, count = next(dist.rendezvous('env://'))
+    # torchrun's store is there already, unless torchrun has died: waiting would not help.
+    has_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    patience = timedelta(seconds=15) if has_store else dist.default_pg_timeout
+    store, number, count = next(dist.rendezvous('env://', timeout=patience))
+    store.set_timeout(dist.default_pg_timeout)
     if os.environ.get('GROUP_WORLD_SIZE') == '1':
         # torchrun's store outlives a restart (torch 2.14), and with it the addresses of dead
         # processes. A prefix for each restart hides them. On several machines the restart counts
@@ -72,6 +78,15 @@ def start(device):
         store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
+
+
+def check_parent():
+    """Raise UserError if torchrun, which started this process, has ended.
+
+    Another run may then start in the same folder at any time.
+    """
+    if under_torchrun() and os.getppid() != PARENT:
+        raise UserError('torchrun has ended: the run stops')
 
 
 def launch(n, command):

@@ -5,8 +5,7 @@ import os
 import signal
 import time
 
-from lab.distributed import say, under_torchrun
-from lab.errors import UserError
+from lab.distributed import say
 
 
 class Stop:
@@ -24,7 +23,6 @@ class Stop:
     def __enter__(self):
         self.signal, self.handlers, self.received_at = 0, {}, None
         self.last_words = ''
-        self.parent = os.getppid()
         return self
 
     def listen(self):
@@ -67,14 +65,6 @@ class Stop:
             self.signal = self.signal or signal.SIGPIPE
         except OSError:
             pass
-
-    def check_parent(self):
-        """Raise UserError if torchrun, which started this process, has ended.
-
-        Another run may then start in the same folder at any time.
-        """
-        if under_torchrun() and os.getppid() != self.parent:
-            raise UserError('torchrun has ended: the run stops')
 
 
 def try_to_print(text, file):
