@@ -44,7 +44,12 @@ from lab.runs.signals import Stop
 from lab.training.broken_images import BrokenImages
 from lab.training.inputs import check_classes, load_data, make_batches
 from lab.training.meters import Meters
-from lab.training.network import build_network, network_arguments, prepare_step
+from lab.training.network import (
+    build_network,
+    make_averages,
+    network_arguments,
+    prepare_step,
+)
 from lab.training.optimizers import (
     learning_rate,
     make_optimizer,
@@ -81,6 +86,8 @@ def main(arguments=None):
             return distributed.launch(options['ngpu'], [__file__, *arguments])
         options['ngpu'] = world()
         if to_evaluate:
+            if 'ema' in given:
+                found = found.averaged()
             return evaluate(options, found, device, recalibrates='recalibrate_bn' in given)
         return train(options, found, device, folder, arguments)
 
@@ -108,8 +115,9 @@ def train(options, resumed, device, folder, arguments):
         dtype, autocast_dtype = DTYPES[options['dtype']]
         optimizer = make_optimizer(module, options)
         scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype is torch.float16)
+        averages = make_averages(module, options)
         if resumed:
-            restore(resumed, optimizer, scaler, meters)
+            restore(resumed, optimizer, scaler, averages, meters)
         model = distributed.share_gradients(module, device)
 
         # The folder.
@@ -126,7 +134,7 @@ def train(options, resumed, device, folder, arguments):
         folder.record_command(arguments, device)
         folder.write(PARAMETERS, '\n'.join(table) + '\n')
         folder.write_log(log)
-        recorder = Recorder(folder, stop, facts, module, optimizer, scaler, meters, log)
+        recorder = Recorder(folder, stop, facts, module, optimizer, scaler, averages, meters, log)
         stop.say(describe_run(options, train_batches, test_batches, device, folder))
 
         first_epoch = resumed.epoch + 1 if resumed else 1
@@ -140,36 +148,47 @@ def train(options, resumed, device, folder, arguments):
                 for inputs, targets in train_batches:
                     step = training.step
                     total_step = finished * len(train_batches) + step
-                    set_learning_rate(optimizer, learning_rate(options, epoch, total_step))
+                    rate = learning_rate(options, total_step, len(train_batches))
+                    set_learning_rate(optimizer, rate)
                     prepare_step(options, norm, finished, step)
                     optimizer.zero_grad()
-                    loss, logits = forward(model, inputs, targets, dtype, autocast_dtype)
+                    loss, logits = forward(model, inputs, targets, options)
                     weight = loss_weight(targets, train_batches.size(step))
                     scaler.scale(loss * weight).backward()
+                    if options['clip']:
+                        scaler.unscale_(optimizer)
+                        torch.nn.utils.clip_grad_norm_(module.parameters(), options['clip'])
                     scaler.step(optimizer)
                     scaler.update()
+                    if averages:
+                        averages.update_parameters(module)
                     training.add(loss, logits, targets)
-                    stop.check_parent()
+                    distributed.check_parent()
                     recorder.check_loss(epoch)
                     recorder.save_if_due(finished, training.progress)
             progress = None  # only the first epoch can start in the middle
             train_stats = training.finish()
             recorder.check_loss(epoch)
 
-            test = Pass('test', 'test', test_batches, meters, epoch)  # resets the meters
-            if options['recalibrate_bn']:  # in test_time
-                for _ in recalibrate(module, train_batches, epoch, options):
-                    recorder.save_if_due(finished, training.progress)
-            distributed.share_statistics(module)
-            module.eval()
-            with test, torch.inference_mode():
-                for inputs, targets in test_batches:
-                    test.add(*forward(module, inputs, targets, dtype, autocast_dtype), targets)
-                    recorder.save_if_due(finished, training.progress)
+            test_stats = {}
+            for name, tested in (('test', module), ('ema_test', averages and averages.module)):
+                if tested is None:
+                    continue
+                test = Pass(name, 'test', test_batches, meters, epoch)  # resets the meters
+                if options['recalibrate_bn']:  # in test_time
+                    for _ in recalibrate(tested, train_batches, epoch, options):
+                        recorder.save_if_due(finished, training.progress)
+                distributed.share_statistics(tested)
+                tested.eval()
+                with test, torch.inference_mode():
+                    for inputs, targets in test_batches:
+                        test.add(*forward(tested, inputs, targets, options), targets)
+                        recorder.save_if_due(finished, training.progress)
+                test_stats.update(test.finish())
             stats = {
                 **options,
                 **train_stats,
-                **test.finish(),
+                **test_stats,
                 'epoch': epoch,
                 'num_classes': len(data.classes),
                 'n_parameters': size.parameters,
@@ -189,7 +208,7 @@ def evaluate(options, found, device, recalibrates=False):
     the running statistics of batch norm anew, without changing the file."""
     if recalibrates and found.folded:
         raise OptionError(f'--recalibrate_bn: {found.path} is folded, so it has no batch norm')
-    dtype, autocast_dtype = DTYPES[options['dtype']]
+    dtype, _ = DTYPES[options['dtype']]
     module = found.module().to(device, dtype, memory_format=torch.channels_last)
     data = load_data(options)
     check_classes(data, found, options)
@@ -207,7 +226,7 @@ def evaluate(options, found, device, recalibrates=False):
         broken.report(train_batches)
     with test, torch.inference_mode():
         for inputs, targets in batches:
-            test.add(*forward(module, inputs, targets, dtype, autocast_dtype), targets)
+            test.add(*forward(module, inputs, targets, options), targets)
     stats = test.finish()
     if not math.isfinite(stats['test_loss']):
         raise UserError(
@@ -219,18 +238,24 @@ def evaluate(options, found, device, recalibrates=False):
         'checkpoint': str(found.path),
         'dataset': options['dataset'],
         **{name: stats[name] for name in ('test_loss', 'test_acc', 'test_top5')},
+        'weights': found.weights,
         'recalibrate_bn': recalibrates,
+        'tta': options['tta'],
         'holdout': options['holdout'],
         'n': batches.n,
     }
     say(format_line(stats))
 
 
-def forward(model, inputs, targets, dtype, autocast_dtype):
+def forward(model, inputs, targets, options):
     """Mean loss and logits, (N, classes), of a batch."""
+    dtype, autocast_dtype = DTYPES[options['dtype']]
+    smoothing = options['label_smoothing'] if model.training else 0
     with autocast(inputs.device, autocast_dtype):
         logits = model(inputs.to(dtype))
-    return F.cross_entropy(logits.to(dtype), targets), logits
+        if options['tta'] == 'flip' and not model.training:
+            logits = (logits + model(inputs.to(dtype).flip(3))) / 2
+    return F.cross_entropy(logits.to(dtype), targets, label_smoothing=smoothing), logits
 
 
 def loss_weight(targets, batch_size):
@@ -249,10 +274,11 @@ def finished_already(found, options):
 
 
 def describe_epoch(stats, k):
+    averages = f', of the averages {stats["ema_test_acc"]:.2f} %' if 'ema_test_acc' in stats else ''
     return (
         f'epoch {stats["epoch"]}/{stats["epochs"]}: train loss {stats["train_loss"]:.4f}, '
         f'accuracy {stats["train_acc"]:.2f} %; test loss {stats["test_loss"]:.4f}, '
-        f'accuracy {stats["test_acc"]:.2f} %, top-{k} {stats["test_top5"]:.2f} %; '
+        f'accuracy {stats["test_acc"]:.2f} %, top-{k} {stats["test_top5"]:.2f} %{averages}; '
         f'{stats["train_time"] + stats["test_time"]:.1f} s'
     )
 
@@ -263,8 +289,16 @@ def describe_run(options, train_batches, test_batches, device, folder):
     processes = f', {world()} processes' if world() > 1 else ''
     return (
         f'{name} on {options["dataset"]}, {train_batches.n} training and {test_batches.n} '
-        f'{test_images} images, {device}{processes}, in {folder.path}'
+        f'{test_images} images, {device}{processes}, in {folder.path}\n{describe_rate(options)}'
     )
+
+
+def describe_rate(options):
+    if options['schedule'] != 'step':
+        return f'learning rate {options["lr"]:g}, schedule {options["schedule"]}'
+    falls = ', '.join(map(str, options['epoch_step'])) or 'none'
+    factor = f'times {options["lr_decay_ratio"]:g}'
+    return f'learning rate {options["lr"]:g}, {factor} at the beginning of the epochs {falls}'
 
 
 if __name__ == '__main__':

@@ -312,7 +312,8 @@ def check_resumes(content, found):
     module = Network(*registry.define(**found.network)).to(found.dtype)
     optimizer = make_optimizer(module, options)
     settings = optimizer.state_dict()['param_groups']
-    restore(found, optimizer, torch.amp.GradScaler('cpu', enabled=False), Meters(10))
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
+    restore(found, optimizer, scaler, None, Meters(10))
     state = optimizer.state_dict()
     assert state['param_groups'] == settings
     for number, stored in content['optimizer']['state'].items():

@@ -98,7 +98,7 @@ def test_weight_decay_is_for_tensors_with_more_than_one_dimension():
 
 def test_learning_rate_falls_at_the_beginning_of_the_epochs():
     options = complete({'dataset': 'CIFAR10'})
-    rates = [learning_rate(options, epoch) for epoch in range(1, 201)]
+    rates = [learning_rate(options, epoch, 1) for epoch in range(200)]
     assert rates[0] == rates[58] == 0.1
     falls = {60: 0.02, 119: 0.02, 120: 0.004, 159: 0.004, 160: 0.0008, 200: 0.0008}
     for epoch, rate in falls.items():

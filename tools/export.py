@@ -166,6 +166,9 @@ def parse_arguments(arguments):
     parser.add_argument(
         '--dataroot', help='folder of the data set, if it is not where the training had it'
     )
+    parser.add_argument(
+        '--ema', action='store_true', help="take the moving averages of train.py's --ema"
+    )
     args = parser.parse_args(arguments)
     for out in args.outs:
         if not out.name.endswith(SUFFIXES):
@@ -196,7 +199,10 @@ def main(arguments=None):
     args = parse_arguments(arguments)
     if any(out.name.endswith('.onnx') for out in args.outs):
         require_onnx()
-    network = load_folded(checkpoint.load(args.checkpoint), args.dataset, args.dataroot)
+    found = checkpoint.load(args.checkpoint)
+    if args.ema:
+        found = found.averaged()
+    network = load_folded(found, args.dataset, args.dataroot)
     for out in args.outs:
         check_format(network, out)
     inputs, targets, what = comparison_images(network)
@@ -204,7 +210,8 @@ def main(arguments=None):
     reference = Reference(inputs, targets, logits)
     before = accuracy(logits, reference)
     n_parameters = sum(parameter.numel() for parameter in network.folded.parameters())
-    print(f'{args.outs[0]}: {n_parameters:,} parameters; compared on {what}\n')
+    which = f', {found.weights} weights' if found.ema else ''
+    print(f'{args.outs[0]}: {n_parameters:,} parameters{which}; compared on {what}\n')
     print_header()
     print_row('(unfolded)', '', before, before, os.path.getsize(network.checkpoint.path), times)
     failures = []

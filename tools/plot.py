@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from lab.errors import OneLineParser, OptionError, run
-from lab.runs.log import log_file, read_log
+from lab.runs.log import log_file, read_log, test_error
 from tools import figures
 from tools.network_graph import draw_graph
 
@@ -28,10 +28,6 @@ class Panel:
     label: str
     test: Callable
     train: Callable | None = None
-
-
-def test_error(line):
-    return 100 - line['test_acc']
 
 
 def train_error(line):

@@ -36,22 +36,29 @@ class Classifier:
     classes: list  # names, or None
 
 
-def load(path, dataset=None):
+def load(path, dataset=None, ema=False):
     """The Classifier in a checkpoint or in a file that ends in .onnx.
 
     Args:
         dataset: name of the data set, for a file that does not store its preprocessing.
+        ema: take the moving averages of train.py's --ema.
 
     Raises:
         UserError: the file cannot be loaded, its network does not fold, or its preprocessing is
             unknown or does not fit the network.
     """
     if str(path).endswith('.onnx'):
+        if ema:
+            raise OptionError(f'--ema: {path} has one network; pass the run')
         net = found = OnnxNetwork(path)
         in_channels, dtype = net.in_channels, torch.float32
         preprocessing = preprocessing_of(found, dataset)
     else:
         found = checkpoint.load(path)
+        if ema:
+            found = found.averaged()
+        elif found.ema:
+            print(f'{found.path}: the raw weights; --ema takes their averages', file=sys.stderr)
         net = found.fold()
         in_channels, dtype = net.architecture.in_channels, net.fc.weight.dtype
         preprocessing = preprocessing_of(found, dataset, net.architecture)
@@ -122,6 +129,9 @@ def parse_arguments(arguments):
         choices=PREPROCESSING,
         help='the data set, if CHECKPOINT does not record how its images were prepared',
     )
+    parser.add_argument(
+        '--ema', action='store_true', help="take the moving averages of train.py's --ema"
+    )
     args = parser.parse_args(arguments)
     if args.top < 1:
         raise OptionError(f'--top {args.top} must be at least 1')
@@ -130,7 +140,7 @@ def parse_arguments(arguments):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    classifier = load(args.checkpoint, args.dataset)
+    classifier = load(args.checkpoint, args.dataset, args.ema)
     status = 0
     for file, result in classify(classifier, args.images):
         if isinstance(result, UserError):

@@ -1,5 +1,6 @@
 """The figure of tools.propagation."""
 
+from lab.runs.log import test_error
 from tools import figures
 
 NEIGHBOUR = 'images whose nearest neighbour has their class'
@@ -61,7 +62,7 @@ def draw_errors(ax, styles, logs):
     """Draw the test error of the trained chains over the epochs."""
     for label, log in logs.items():
         if log:
-            errors = [100 - line['test_acc'] for line in log]
+            errors = [test_error(line) for line in log]
             draw_line(ax, styles, label, [line['epoch'] for line in log], errors)
     figures.use_log_scale(ax)
     ax.set_title('test error, %', fontsize=12)

@@ -59,6 +59,7 @@ class MemoryBatches(Batches):
         shuffle: whether each epoch has a new order.
         pad: pad the image by this many reflected pixels, then crop it at random.
         flip: whether to mirror half of the images, at random.
+        cutout: side of the square that is set to the mean, 0, around a random pixel.
         shard: (rank, number of processes); each process gets its share of every batch.
 
     Raises:
@@ -77,6 +78,7 @@ class MemoryBatches(Batches):
         shuffle=False,
         pad=0,
         flip=False,
+        cutout=0,
         shard=(0, 1),
     ):
         super().__init__(len(images), batch_size, seed, shuffle, shard)
@@ -88,16 +90,20 @@ class MemoryBatches(Batches):
         self.images, self.targets = images.to(device), targets.to(device)
         if preprocessing.whitening:  # whitening takes whole images, so it comes before the crop
             self.images = whiten(self.images, preprocessing.whitening)
-        self.preprocessing, self.pad, self.flip = preprocessing, pad, flip
+        self.preprocessing, self.pad, self.flip, self.cutout = preprocessing, pad, flip, cutout
         self.scratch = None
 
     def __iter__(self):
         augmented = self.pad or self.flip
         windows = self._windows() if augmented else None
+        squares = self._squares() if self.cutout else None
         for indices in self.order():
             indices = torch.from_numpy(indices).to(self.images.device)
             images = self._crop(indices, *windows) if augmented else self.images[indices]
-            yield normalize(images, self.preprocessing), self.targets[indices]
+            inputs = normalize(images, self.preprocessing)
+            if self.cutout:
+                inputs.masked_fill_(self._mask(squares[indices]), 0)
+            yield inputs, self.targets[indices]
 
     def _windows(self):
         """For each sample of this epoch: crop offsets (N, 2) in 0 .. 2 pad; 1 if mirrored (N,)."""
@@ -123,6 +129,22 @@ class MemoryBatches(Batches):
         torch.index_select(all_pixels, 0, pixels.view(-1), out=cropped.view(-1, channels))
         # normalize copies bytes, but may return floats uncopied; the buffer will be overwritten.
         return cropped.clone() if cropped.is_floating_point() else cropped
+
+    def _squares(self):
+        """The first row and column of each sample's square of --cutout in this epoch, (N, 2). Its
+        center is in the image, but a part of it may be outside."""
+        random = np.random.default_rng((self.seed, self.epoch, 2))
+        centers = random.integers(0, self.images.shape[1:3], (self.n, 2))
+        return torch.from_numpy(centers - self.cutout // 2).to(self.images.device)
+
+    def _mask(self, squares):
+        """Which pixels are in the squares: (B, 1, H, W)."""
+        rows, columns = (
+            torch.arange(size, device=squares.device) - first[:, None]
+            for size, first in zip(self.images.shape[1:3], squares.T)
+        )
+        rows, columns = ((place >= 0) & (place < self.cutout) for place in (rows, columns))
+        return (rows[:, :, None] & columns[:, None, :])[:, None]
 
     def _buffers(self, size):
         """Memory for the indices of the pixels (B, H, W) and the cropped images (B, H, W, C).

@@ -70,20 +70,30 @@ class Data:
     classes: tuple
     preprocessing: Preprocessing
 
-    def batches(self, train, *, batch_size, device='cpu', seed=0, pad=0, workers=0, shard=(0, 1)):
+    def batches(
+        self, train, *, batch_size, device='cpu', seed=0, pad=0, cutout=0, workers=0, shard=(0, 1)
+    ):
         """Batches of the training set, shuffled and augmented, or of the unchanged test set.
 
         Args:
             batch_size: of all processes together.
-            pad: pixels of reflection around a random crop, for images in memory.
+            pad, cutout: pixels of reflection around a random crop, and the side of the square that
+                is cut out, for images in memory.
             workers: processes that decode image files.
             shard: (rank, number of processes).
 
         Returns:
             MemoryBatches or FolderBatches.
+
+        Raises:
+            OptionError: cutout for image files, or an impossible crop.
         """
         source = self.train if train else self.test
         if isinstance(source, ImageFolder):
+            if cutout:
+                raise OptionError(
+                    f'--cutout needs images in memory, but {self.name} has image files'
+                )
             return FolderBatches(
                 source, batch_size, device=device, seed=seed, workers=workers, shard=shard
             )
@@ -95,6 +105,7 @@ class Data:
             seed=seed,
             shuffle=train,
             pad=pad if train else 0,
+            cutout=cutout if train else 0,
             flip=train and SOURCES[self.name].mirrored,
             shard=shard,
         )

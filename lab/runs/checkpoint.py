@@ -10,6 +10,7 @@ A run's `model.pt7` is a dict with
                    num_classes, in_channels, and the options that only this model has
     classes        names of the classes
     preprocessing  how an image becomes an input (lab.data.preprocessing.Preprocessing)
+    ema            the moving averages of params, with --ema
     progress       position in the unfinished epoch, and what was measured in it, if there is one
     log            the lines of log.txt so far
 
@@ -20,7 +21,7 @@ checkpoint_form.py checks the whole of a file when it is read.
 import io
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -55,6 +56,7 @@ class Checkpoint:
     epoch: int = 0
     optimizer: dict = None
     scaler: dict = field(default_factory=dict)
+    ema: dict = None
     progress: dict = None
     log: list = None
 
@@ -67,6 +69,17 @@ class Checkpoint:
     def is_run(self):
         """Whether train.py wrote it, so that its run can be resumed exactly."""
         return bool(self.optimizer and self.options)
+
+    def averaged(self):
+        """The checkpoint with the moving averages of --ema as its params. Raises UserError."""
+        if not self.ema:
+            raise UserError(f'{self.path} has no moving averages: it was trained without --ema')
+        return replace(self, params=self.ema)
+
+    @property
+    def weights(self):
+        """Which of its params these are, in a word."""
+        return 'averaged' if self.ema and self.params is self.ema else 'raw'
 
     def module(self):
         """The network as a module in evaluation mode; a folded one as DiracNet.

@@ -15,13 +15,13 @@ from diracnet import BASE_WIDTHS, DATASETS
 from lab.data.preprocessing import Preprocessing
 from lab.models import registry
 from lab.runs.training_form import check_training, is_valid_option
-from lab.runs.valid_values import check_tensor, is_count, is_number, short
+from lab.runs.valid_values import check_param, check_tensor, is_count, is_number, short
 
 TENSORS = ('params', 'state_dict')  # a file has one of these, or is itself the dict of tensors
 ALWAYS_READ = ('network', 'classes', 'preprocessing', 'epoch')
 REQUIRED_IN_EXPORT = ('network', 'preprocessing')
 REQUIRED_IN_RUN = (*ALWAYS_READ, 'options')  # without an optimizer, it can be tested
-FIELDS = (*REQUIRED_IN_RUN, 'optimizer', 'scaler', 'progress', 'log')
+FIELDS = (*REQUIRED_IN_RUN, 'optimizer', 'scaler', 'ema', 'progress', 'log')
 NETWORK = ('model', 'depth', 'width', 'dataset', 'num_classes', 'in_channels')
 SMALLEST_IMAGE = {'cifar': 4, 'imagenet': 32}  # a smaller one vanishes in the pools of a chain
 LARGEST_IMAGE = 2**14
@@ -88,9 +88,7 @@ def _find_params(content):
     if not params:
         raise ValueError('it has no state dict of tensors')
     for key, tensor in params.items():
-        check_tensor(key, tensor)
-        if key.endswith('running_var') and (tensor < 0).any():
-            raise ValueError(f'{key} has negative values')
+        check_param(key, tensor)
     types = sorted({str(tensor.dtype) for tensor in params.values()})
     if len(types) > 1:
         raise ValueError(f'its tensors have different types: {", ".join(types)}')

@@ -35,7 +35,13 @@ REQUIRED = {
     'test_loss': is_loss,
     'test_acc': is_percentage,
 }
-OTHERS = {'n_parameters': is_count, 'train_time': is_number, 'test_time': is_number}
+OTHERS = {
+    'n_parameters': is_count,
+    'train_time': is_number,
+    'test_time': is_number,
+    'ema_test_loss': is_loss,
+    'ema_test_acc': is_percentage,
+}
 
 
 def parse_line(line, place):
@@ -62,6 +68,11 @@ def parse_line(line, place):
         if name in stats and not is_valid(stats[name]):
             raise UserError(f'{place} is not a line of a log: {name} is {stats[name]!r}')
     return stats
+
+
+def test_error(stats):
+    """The test error of an epoch in percent: that of the moving averages, if there are any."""
+    return 100 - stats.get('ema_test_acc', stats['test_acc'])
 
 
 # --- a log -----------------------------------------------------------------------------------

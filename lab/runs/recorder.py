@@ -10,20 +10,26 @@ from lab.runs.log import format_line
 from lab.runs.resume import resume_command
 
 
+def stored_params(module):
+    """The params of a diracnet.Network as a checkpoint has them."""
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in module.params().items()}
+
+
 class Recorder:
     """Writes the checkpoints and the log of a training to its folder.
 
     Args:
         folder: RunFolder; stop: Stop.
         facts: options, network, classes and preprocessing, as in a checkpoint.
-        module, optimizer, scaler: what is trained.
+        module, optimizer, scaler, averages: what is trained; averages is an AveragedModel or None.
         meters: Meters of the current pass.
         log: lines of the log so far.
     """
 
-    def __init__(self, folder, stop, facts, module, optimizer, scaler, meters, log):
+    def __init__(self, folder, stop, facts, module, optimizer, scaler, averages, meters, log):
         self.folder, self.stop, self.facts, self.meters = folder, stop, facts, meters
         self.module, self.optimizer, self.scaler, self.log = module, optimizer, scaler, log
+        self.averages = averages
         self._schedule_save()
 
     def _schedule_save(self):
@@ -37,8 +43,7 @@ class Recorder:
         """
         if progress:
             self.check_loss(epoch + 1)
-        params = self.module.params()
-        params = {key: tensor.detach().cpu().contiguous() for key, tensor in params.items()}
+        params = stored_params(self.module)
         position = describe_position(epoch, progress)
         if not all(tensor.isfinite().all() for tensor in params.values()):
             raise self._diverged(f'the loss is finite but the parameters are not, after {position}')
@@ -50,6 +55,8 @@ class Recorder:
             **self.facts,
             'log': self.log,
         }
+        if self.averages:
+            content['ema'] = stored_params(self.averages.module)
         if progress:
             content['progress'] = progress
         self.folder.save(content, position)

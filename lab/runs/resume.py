@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from diracnet import copy_tensors
 from lab.distributed import launched_here, local_world, say, world
 from lab.errors import OptionError, UserError
 from lab.runs import checkpoint
@@ -76,10 +77,13 @@ def options_to_evaluate(found, given):
     return complete(given, {**defaults_for(found.network), **found.network, **stored, **given})
 
 
-def restore(resumed, optimizer, scaler, meters):
+def restore(resumed, optimizer, scaler, averages, meters):
     """Load the state of a run that was stopped. The optimizer keeps its own settings."""
     if not resumed.is_run:
         return
+    if averages:
+        copy_tensors(resumed.ema, averages.module)
+        averages.n_averaged.fill_(1)  # more than 0: there have been some
     optimizer.load_state_dict({**optimizer.state_dict(), 'state': resumed.optimizer['state']})
     scaler.load_state_dict(resumed.scaler)
     if resumed.progress:

@@ -10,7 +10,7 @@ from lab.device import DTYPES
 from lab.errors import OptionError, UserError
 from lab.models import registry
 from lab.runs.log import parse_line
-from lab.runs.valid_values import check_tensor, is_count, is_number, short
+from lab.runs.valid_values import check_param, check_tensor, is_count, is_number, short
 from lab.training.optimizers import STATES, is_decayed
 from lab.training.option_table import OPTIONS, UNSET
 from lab.training.option_types import path
@@ -20,6 +20,7 @@ from lab.training.options import check_combination, defaults_for
 ADDED_LATER = (
     *('optim', 'init', 'warmup', 'bn_momentum', 'recompute', 'compile', 'sync_bn', 'tensorboard'),
     *('checkpoint_minutes', 'bn_init', 'alpha', 'beta', 'recalibrate_bn'),
+    *('schedule', 'label_smoothing', 'clip', 'ema', 'tta', 'cutout'),
 )
 SIGNED = ('momentum_buffer', 'exp_avg')  # the others are sums of squares, and a count
 SCALER = {'scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'}
@@ -42,6 +43,7 @@ def check_training(fields, params):
         raise ValueError('its preprocessing contradicts its option preprocess')
     if 'optimizer' in fields:
         check_optimizer(fields['optimizer'], options, network)
+    check_averages(fields.get('ema'), params, needed=bool(options.get('ema')))
     check_scaler(fields.get('scaler', {}), needed=short_dtype is torch.float16)
     if epoch + ('progress' in fields) > options['epochs']:
         raise ValueError(f'its epoch is {epoch}, but its option epochs is {options["epochs"]}')
@@ -131,6 +133,19 @@ def check_optimizer(state_dict, options, network):
 def in_order(module, model):
     """The parameters of a module in the order of `lab.training.optimizers.make_optimizer`."""
     return sorted(module.parameters(), key=lambda parameter: not is_decayed(parameter, model))
+
+
+def check_averages(averages, params, needed):
+    """Whether the moving averages, None if there are none, are of exactly these params."""
+    if needed != (averages is not None):
+        raise ValueError('its moving averages contradict its option ema')
+    if needed:
+        if not isinstance(averages, dict) or averages.keys() != params.keys():
+            raise ValueError('its ema must have the same tensors as its params')
+        for key, tensor in params.items():
+            check_param(f'ema {key}', averages[key], tensor.shape)
+            if averages[key].dtype != tensor.dtype:
+                raise ValueError(f'ema {key} has the type {averages[key].dtype}')
 
 
 def check_scaler(scaler, needed):

@@ -41,3 +41,10 @@ def check_tensor(name, tensor, shape=None):
         raise ValueError(f'{name} repeats its numbers; save a contiguous copy of it')
     if not tensor.isfinite().all():
         raise ValueError(f'{name} is not finite')
+
+
+def check_param(key, tensor, shape=None):
+    """`check_tensor` for a tensor of a network; variances may not be negative."""
+    check_tensor(key, tensor, shape)
+    if key.endswith('running_var') and (tensor < 0).any():
+        raise ValueError(f'{key} has negative values')

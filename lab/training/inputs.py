@@ -22,6 +22,7 @@ def make_batches(source, training, options, device):
         device=device,
         seed=options['seed'],
         pad=options['randomcrop_pad'],
+        cutout=options['cutout'],
         workers=options['nthread'],
         shard=(distributed.rank(), world()),
     )

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diracnet import BN_MOMENTUM, Network
 from lab import distributed
@@ -65,6 +66,14 @@ def build_network(options, arguments, device):
     module = Network(partial(f, norm=norm), params)
     dtype, _ = DTYPES[options['dtype']]
     return module.to(device, dtype, memory_format=torch.channels_last), norm
+
+
+def make_averages(module, options):
+    """The moving averages of --ema as an AveragedModel, or None without the option."""
+    if not options['ema']:
+        return None
+    average = get_ema_multi_avg_fn(options['ema'])
+    return AveragedModel(module, multi_avg_fn=average, use_buffers=True).eval()
 
 
 def prepare_step(options, norm, epoch, step):

@@ -1,5 +1,6 @@
 """Optimizers, weight decay, and the learning rate as a function of the position in the run."""
 
+import math
 import re
 from functools import partial
 
@@ -47,16 +48,26 @@ def make_optimizer(module, options):
     return OPTIMIZERS[options.get('optim', 'sgd')](groups, lr=options['lr'])
 
 
-def learning_rate(options, epoch, step=0):
-    """The learning rate at an epoch, counted from 1, and a step of the run, counted from 0.
+def learning_rate(options, step, epoch_steps):
+    """The learning rate at a step of the run, counted from 0, if an epoch has `epoch_steps`.
 
-    When it falls, the optimizer keeps its momentum. (The original made a new optimizer, which reset
-    the momentum.)
+    It is a function of the position alone, so that runs resume exactly; torch's schedulers have
+    state. When it falls, the optimizer keeps its momentum. (The original made a new optimizer,
+    which reset the momentum.)
     """
-    if step < options.get('warmup', 0):
-        return options['lr'] / 100
-    falls = sum(epoch >= fall for fall in options['epoch_step'])
-    return options['lr'] * options['lr_decay_ratio'] ** falls
+    lr, warmup = options['lr'], options.get('warmup', 0)
+    is_ramp = isinstance(warmup, str)
+    n_warmup = int(warmup.removeprefix('ramp:')) if is_ramp else warmup
+    if step < n_warmup:
+        return lr * (step + 1) / n_warmup if is_ramp else lr / 100
+    if options.get('schedule', 'step') == 'step':
+        epoch = 1 + step // epoch_steps
+        falls = sum(epoch >= fall for fall in options['epoch_step'])
+        return lr * options['lr_decay_ratio'] ** falls
+    done = (step - n_warmup) / (options['epochs'] * epoch_steps - n_warmup)
+    if options['schedule'] == 'linear':
+        return lr * (1 - done)
+    return lr * (1 + math.cos(math.pi * done)) / 2
 
 
 def set_learning_rate(optimizer, rate):

@@ -12,11 +12,13 @@ from lab.models.resnet import BLOCKS
 from lab.training.optimizers import OPTIMIZERS
 from lab.training.option_types import (
     bn_scales,
+    decay,
     dirac_scale,
     epoch_list,
     momentum,
     number,
     path,
+    warmup,
 )
 
 MOST_PROCESSES = 1024
@@ -37,6 +39,7 @@ class Option:
     default: object = UNSET
     defaults: dict = field(default_factory=dict)
     type: object = None  # converts the text; bool: a flag without a value
+    alone: object = None  # the value of the flag without one
     choices: tuple = None
     metavar: str = None
     aliases: tuple = ()
@@ -213,6 +216,14 @@ DATA = (
         number(int, 0),
     ),
     Option(
+        'cutout',
+        'small images: set a random square of this many pixels to the mean in training '
+        '(DeVries and Taylor 2017)',
+        0,
+        type=number(int, 0),
+        metavar='PIXELS',
+    ),
+    Option(
         'holdout',
         'test on the last N training samples instead of the test set, and train on the others; '
         'for choosing options',
@@ -232,7 +243,8 @@ TRAINING = (
     ),
     Option(
         'epoch_step',
-        'epochs, counted from 1, that begin with a lower learning rate',
+        'epochs, counted from 1, that begin with a lower learning rate; the defaults scale with '
+        '--epochs',
         [60, 120, 160],
         {'FashionMNIST': [20, 40, 50], 'digits': [30, 45, 55], 'imagenet': [30, 60, 90]},
         epoch_list,
@@ -247,10 +259,18 @@ TRAINING = (
         number(float, 0),
     ),
     Option(
+        'schedule',
+        'how the learning rate falls: step, at each epoch of --epoch_step; or after each step, as '
+        'half a cosine or a line that ends at 0 with the last one',
+        'step',
+        choices=('step', 'cosine', 'linear'),
+    ),
+    Option(
         'warmup',
-        'number of initial steps with a hundredth of --lr',
+        'ramp:STEPS: steps in which the learning rate rises to --lr in equal parts; without '
+        'ramp: steps with a hundredth of --lr',
         0,
-        type=number(int, 0),
+        type=warmup,
         metavar='STEPS',
     ),
     Option(
@@ -276,6 +296,35 @@ TRAINING = (
         {'digits': 5e-3, 'imagenet': 1e-4},
         number(float, 0),
         aliases=('--weightDecay',),
+    ),
+    Option(
+        'label_smoothing',
+        'in training, share of the target probability that all classes get in equal parts',
+        0,
+        type=number(float, 0, most=1),
+        metavar='E',
+    ),
+    Option(
+        'clip',
+        'largest norm of all gradients together; longer ones are scaled to it',
+        None,
+        type=number(float, 0, True),
+        metavar='NORM',
+    ),
+    Option(
+        'ema',
+        'also keep exponential moving averages of the parameters and running statistics, with this '
+        'decay per step, and test them; with --evaluate: test these',
+        None,
+        type=decay,
+        alone=0.998,
+        metavar='DECAY',
+    ),
+    Option(
+        'tta',
+        'test-time augmentation. flip: average the logits of an image and its mirror image',
+        'none',
+        choices=('none', 'flip'),
     ),
     Option(
         'seed',

@@ -62,6 +62,15 @@ def epoch_list(text):
     return epochs
 
 
+def warmup(text):
+    """A number of steps, or ramp:STEPS."""
+    name, ramp, steps = text.rpartition('ramp:')
+    if name:
+        raise argparse.ArgumentTypeError(f'{text} must be a number of steps, or ramp:STEPS')
+    steps = number(int, 0)(steps)
+    return f'{ramp}{steps}' if ramp else steps
+
+
 def bn_scales(text):
     """'paper', 'shifted', or two numbers such as 1,0.5."""
     if text in ('paper', 'shifted'):
@@ -81,6 +90,14 @@ def bn_scales(text):
 def dirac_scale(text):
     """'depth', or a number above 0."""
     return text if text == 'depth' else number(float, 0, exclusive=True)(text)
+
+
+def decay(text):
+    """A number in (0, 1)."""
+    value = number(float, 0, exclusive=True)(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f'{text} must be below 1')
+    return value
 
 
 def momentum(text):

@@ -30,6 +30,8 @@ def build_parser(description):
                 keywords.update(action='store_true', default=None)
             else:
                 keywords.update(type=option.type, choices=option.choices, metavar=option.metavar)
+            if option.alone is not None:
+                keywords.update(nargs='?', const=option.alone)
             group.add_argument(f'--{option.name}', *option.aliases, **keywords)
     return parser
 
@@ -74,7 +76,8 @@ def complete(given, stored=None):
                 f'{", ".join(models)}'
             )
         differs = stored is not None and stored.get(name, value) != value
-        if differs and name not in FREE_ON_RESUME:
+        is_free = name in FREE_ON_RESUME and (name != 'epochs' or options['schedule'] == 'step')
+        if differs and not is_free:
             raise OptionError(
                 f'--{name} is {json.dumps(value)}, but the run to resume has '
                 f'{json.dumps(stored[name])}; leave the option out, or start a new run'
@@ -85,11 +88,27 @@ def complete(given, stored=None):
         options['dataroot'] = options['imagenetpath']
     if options['width'] == int(options['width']):
         options['width'] = int(options['width'])  # so that logs and names say 2, not 2.0
+    if stored is None and 'epoch_step' not in given:
+        options['epoch_step'] = scaled_falls(options)
     return options
+
+
+def scaled_falls(options):
+    """The default epochs at which the learning rate falls, scaled to --epochs; not the first."""
+    if options['schedule'] != 'step':
+        return []
+    usual = defaults_for(options)
+    falls = {-(-epoch * options['epochs'] // usual['epochs']) for epoch in usual['epoch_step']}
+    return sorted(epoch for epoch in falls if epoch > 1)
 
 
 def check_combination(options):
     """Raise OptionError for options that exclude each other, or that together are out of range."""
+    if options['schedule'] != 'step' and options['epoch_step']:
+        raise OptionError(
+            f'--schedule {options["schedule"]} and --epoch_step exclude each other: its learning '
+            'rate falls after every step'
+        )
     try:
         last = options['lr'] * options['lr_decay_ratio'] ** len(options['epoch_step'])
     except OverflowError:

@@ -4,6 +4,9 @@ import csv
 from statistics import median
 
 from lab.errors import UserError
+from lab.runs.log import test_error
+
+TIMES = ('train_time', 'test_time', 'ema_test_time')
 
 
 def collect(study, runs):
@@ -24,7 +27,7 @@ def summarize(study, group):
     last = [log[-1] for log in logs]
     first = last[0] if last else {}
     options = {**first, **group[0].options}
-    errors = [100 - line['test_acc'] for line in last]
+    errors = [test_error(line) for line in last]
     return {
         **{name: options.get(name, '') for name in study.table},
         'n': len(errors),
@@ -47,7 +50,7 @@ def median_or_none(values):
 
 
 def seconds(log):
-    return sum(line['train_time'] + line['test_time'] for line in log)
+    return sum(sum(line.get(name, 0) for name in TIMES) for line in log)
 
 
 def write_tables(study, rows, dataset, folder):
