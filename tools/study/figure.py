@@ -35,20 +35,20 @@ def label_of(options, names):
 
 def draw_errors(study, rows, out):
     """Draw the median test error over an option, with bars from the minimum to the maximum."""
-    figure, [[ax]] = figures.new_figure()
+    figure, [[ax]] = figures.new_figure(height=4.6)
     x = study.figure['x']
     lines = study.figure.get('lines', [])
     lines = lines if isinstance(lines, list) else [lines]
     axis = NumericAxis(rows, x) if is_numeric(rows, x) else NamedAxis(rows, x)
     rows_by_label = {}
     for row in rows:
-        rows_by_label.setdefault(label_of(row, lines), []).append(row)
+        if row['error'] is not None:  # not all its runs diverged
+            rows_by_label.setdefault(label_of(row, lines), []).append(row)
     for g, (label, group) in enumerate(rows_by_label.items()):
-        trained = [row for row in group if row['error'] is not None]
         # Several lines are drawn side by side, or their bars would hide each other.
         shift = g - (len(rows_by_label) - 1) / 2
-        places = [axis.place(row, shift) for row in trained]
-        draw_line(ax, g, label, places, trained, axis.linestyle)
+        places = [axis.place(row, shift) for row in group]
+        draw_line(ax, g, label, places, group, axis.linestyle)
     axis.label(ax)
     if spans_decades(rows):
         figures.use_log_scale(ax)
@@ -56,7 +56,7 @@ def draw_errors(study, rows, out):
     ax.set_ylabel('test error, % (median, min to max)')
     ax.set_title(textwrap.fill(figures.plain(study.title), 60), fontsize=9)
     if lines:
-        figure.legend(title=', '.join(lines), loc='outside right upper')
+        figure.legend(title=', '.join(lines), loc='outside lower center', ncols=3, fontsize=8)
     return figures.save(figure, out)
 
 
@@ -98,7 +98,7 @@ class NumericAxis:
         self.ticks = sorted({row[name] for row in rows})
 
     def place(self, row, shift):
-        return row[self.name] * 1.04**shift
+        return row[self.name] * 1.025**shift
 
     def label(self, ax):
         ticks = [tick for tick in self.ticks if self._has_room(tick)]
