@@ -8,6 +8,8 @@ from torch import nn
 
 from lab.models.diracnet_v1 import (
     DiracNetV1,
+    block_conv,
+    block_weight,
     define_diracnet_v1,
     fold_v1,
     ncrelu,
@@ -41,6 +43,19 @@ def test_tiled_delta_repeats_the_identity(out, inside, rows, columns):
     delta = tiled_delta(torch.zeros(out, inside, 3, 3)).numpy()
     assert (delta[:, :, 1, 1] == expected).all()
     assert delta.sum() == expected.sum()
+
+
+@pytest.mark.parametrize('out, inside', [(4, 8), (8, 8), (8, 4), (7, 3), (3, 7), (5, 4)])
+def test_sixteen_bits_keep_what_the_identity_would_absorb(out, inside):
+    x = torch.randn(2, inside, 5, 5)
+    weight = torch.randn(out, inside, 3, 3)
+    params = {'conv': weight, 'alpha': torch.tensor([5.0]), 'beta': torch.tensor([1e-3])}
+    identity = 5 * F.conv2d(x, tiled_delta(weight), padding=1)
+    expected = F.conv2d(x, block_weight(params, ''), padding=1) - identity
+    with torch.autocast('cpu', torch.bfloat16):
+        found = block_conv(x, params, '') - identity
+    assert found.dtype == torch.float32
+    assert relative_error(found, expected) < 0.01  # bfloat16 has 8 bits
 
 
 @pytest.mark.parametrize('define', [define_diracnet_v1, define_plain_ncrelu])
