@@ -240,8 +240,8 @@ def _fold_batch_norms(model):
             stacklevel=3,
         )
         return model
-    _fold_in_graph(model, graph)
-    left = _batch_norms_left(model, graph)
+    folded = _fold_in_graph(model, graph)
+    left = _batch_norms_left(model, graph, folded)
     if left:
         warnings.warn(f'batch norms that cannot be folded stay: {", ".join(left)}', stacklevel=3)
     folded = torch.fx.GraphModule(model, graph)
@@ -260,7 +260,9 @@ def _trace(model):
 
 
 def _fold_in_graph(model, graph):
-    """Fold batch norms into the model's layers, and remove their nodes from its graph."""
+    """Fold batch norms into the model's layers, and remove their nodes from its graph. Returns the
+    names of the modules that these nodes came from."""
+    folded = set()
     uses = Counter(
         _attribute(model, node) for node in graph.nodes if node.op in ('call_module', 'get_attr')
     )
@@ -273,12 +275,22 @@ def _fold_in_graph(model, graph):
         layer.weight, layer.bias = fuse_conv_bn_weights(
             layer.weight, layer.bias, *statistics, norm.weight, norm.bias
         )
+        folded.add(_module_name(node))
         source, *tensors = node.all_input_nodes
         if isinstance(layer, nn.Linear):
             _assert_features(graph, node, source)
         node.replace_all_uses_with(source)
         for unused in (node, *(tensor for tensor in tensors if len(tensor.users) == 1)):
             graph.erase_node(unused)
+    return folded
+
+
+def _module_name(node):
+    """The name of the module that a node calls, or in whose code it is; '' for the model."""
+    if node.op == 'call_module':
+        return node.target
+    stack = node.meta.get('nn_module_stack')
+    return next(reversed(stack.values()))[0] if stack else ''
 
 
 def _assert_features(graph, node, source):
@@ -336,15 +348,9 @@ def _reads_shape(node):
     return node.target is getattr and node.args[1] in ('device', 'dtype', 'ndim', 'shape')
 
 
-def _batch_norms_left(model, graph):
-    """The names of the batch norms that a graph still calls, reads, or runs `F.batch_norm` for."""
-    names = {}
-    for node in graph.nodes:
-        if node.op == 'call_module':
-            names[node.target] = None
-        elif node.op == 'get_attr':
-            names[node.target.rpartition('.')[0]] = None
-        elif node.target is F.batch_norm and node.meta.get('nn_module_stack'):
-            names[next(reversed(node.meta['nn_module_stack'].values()))[0]] = None
+def _batch_norms_left(model, graph, folded):
+    """The names of the batch norms that a graph still calls, or whose code it still has. Of those
+    that were `folded`, what follows the norm may stay."""
+    names = dict.fromkeys(map(_module_name, graph.nodes))
     left = [name for name in names if _is_batch_norm(model.get_submodule(name))]
-    return [name or type(model).__name__ for name in left]
+    return [name or type(model).__name__ for name in left if name not in folded]

@@ -449,8 +449,13 @@ def fold_batch_norm(weight, params, name):
 
     Returns:
         (weight, bias), with the dtype of the batch norm's weight.
+
+    Raises:
+        ValueError: a running variance is negative or NaN.
     """
     scale, shift, mean, var = (tensor.double() for tensor in bn_tensors(params, name))
+    if not var.is_meta and not (var >= 0).all():
+        raise ValueError(f'{name}.running_var has negative values or NaN')
     fused = fuse_conv_bn_weights(weight, None, mean, var, BN_EPS, scale, shift)
     return tuple(tensor.detach().to(params[f'{name}.weight'].dtype) for tensor in fused)
 

@@ -33,7 +33,7 @@ from lab import distributed
 from lab.data.preprocessing import Preprocessing
 from lab.device import DTYPES, autocast, choose_device, set_up
 from lab.distributed import say, world
-from lab.errors import OptionError, UserError, run
+from lab.errors import OptionError, UserError, printable, run
 from lab.models.matching import load_params
 from lab.runs import checkpoint
 from lab.runs.folder import PARAMETERS, RunFolder, log_lines
@@ -67,6 +67,8 @@ def main(arguments=None):
     given = parse(arguments, __doc__)
     device = choose_device(given)
     to_evaluate = given.pop('evaluate', None)
+    if to_evaluate and 'resume' in given:
+        raise OptionError('--evaluate and --resume exclude each other: one tests, the other trains')
     to_launch = given.get('ngpu', 1) > distributed.local_world()
     with distributed.one_line_errors(), RunFolder(given) as folder:
         distributed.start(device)
@@ -184,6 +186,10 @@ def train(options, resumed, device, folder, arguments):
                     for inputs, targets in test_batches:
                         test.add(*forward(tested, inputs, targets, options), targets)
                         recorder.save_if_due(finished, training.progress)
+                if not test.counted():
+                    recorder.save(finished, training.progress())
+                    broken.report(test_batches)
+                    broken.check(test_batches)
                 test_stats.update(test.finish())
             stats = {
                 **options,
@@ -200,7 +206,9 @@ def train(options, resumed, device, folder, arguments):
             broken.check(test_batches)
         folder.finish()
         curves = f'python -m tools.plot {shlex.quote(str(folder.path))} --out curves.png'
-        stop.say(f'done: {folder.path}; to draw its curves: {curves}')
+        stop.say(f'done: {printable(str(folder.path))}; to draw its curves: {curves}')
+        if stop.lost_output:
+            raise UserError(f'the output cannot be written ({stop.lost_output}); the run is done')
 
 
 def evaluate(options, found, device, recalibrates=False):
@@ -227,13 +235,13 @@ def evaluate(options, found, device, recalibrates=False):
     with test, torch.inference_mode():
         for inputs, targets in batches:
             test.add(*forward(module, inputs, targets, options), targets)
+    broken.report(batches)
+    broken.check(batches)
     stats = test.finish()
     if not math.isfinite(stats['test_loss']):
         raise UserError(
             f'{found.path} has a test loss of {stats["test_loss"]}: its weights overflow'
         )
-    broken.report(batches)
-    broken.check(batches)
     stats = {
         'checkpoint': str(found.path),
         'dataset': options['dataset'],
@@ -289,7 +297,8 @@ def describe_run(options, train_batches, test_batches, device, folder):
     processes = f', {world()} processes' if world() > 1 else ''
     return (
         f'{name} on {options["dataset"]}, {train_batches.n} training and {test_batches.n} '
-        f'{test_images} images, {device}{processes}, in {folder.path}\n{describe_rate(options)}'
+        f'{test_images} images, {device}{processes}, in {printable(str(folder.path))}\n'
+        f'{describe_rate(options)}'
     )
 
 

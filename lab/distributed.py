@@ -15,12 +15,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from lab.errors import OptionError, UserError
+from lab.errors import OptionError, UserError, is_out_of_memory
 
 PARENT = os.getppid()
 UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID'  # set in each process by torchrun (and by `launch`)
 UNDER_LAUNCH = 'DIRACNETS_NGPU'
-NO_MEMORY = "can't allocate memory"  # in the RuntimeError of PyTorch's allocator for the CPU
 
 
 # --- this process and the others -------------------------------------------------------------
@@ -124,7 +123,7 @@ def one_line_errors():
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error):
+        if is_out_of_memory(error):
             raise UserError(
                 'there is not enough memory: try a smaller --batch_size, --width or --image_size, '
                 'or --recompute'

@@ -7,6 +7,7 @@ import os
 import sys
 
 LONGEST = 1000  # characters of an error line, which may quote a file
+NO_MEMORY = "can't allocate memory"  # in the RuntimeError of PyTorch's allocator for the CPU
 # What writing to a full or broken output raises. Errors that name a file are not among them.
 FAILED_WRITES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
@@ -58,8 +59,17 @@ def one_line(text):
     return printable(' '.join(text.split()))
 
 
+def is_out_of_memory(error):
+    if isinstance(error, MemoryError) or type(error).__name__ == 'OutOfMemoryError':  # of torch
+        return True
+    return isinstance(error, RuntimeError) and NO_MEMORY in str(error)
+
+
 def run(main, name):
     """Run a program's `main()` and exit with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream:  # None if it was closed from the start
+            stream.reconfigure(errors='backslashreplace')  # ASCII cannot print every name
     rank = os.environ.get('RANK', '0')  # set by torchrun
     if rank != '0':
         name += f' (rank {rank})'
@@ -92,6 +102,11 @@ def _status(main, name):
     except UserError as error:
         _print_error(name, str(error))
         return error.status
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _print_error(name, 'there is not enough memory: use fewer or smaller images')
+        return 1
     except KeyboardInterrupt:
         _print_error(name, 'interrupted')
         return 130

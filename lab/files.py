@@ -1,11 +1,33 @@
-"""Reading regular files only, writing files atomically, and where to cache what was computed."""
+"""Paths on a command line, reading regular files only, writing files atomically, and where to
+cache what was computed."""
 
+import argparse
 import contextlib
 import errno
 import os
 import stat
 from hashlib import sha256
 from pathlib import Path
+
+NAME, PATH = 255, 4000  # bytes that most systems allow in the name of a file, and in a path
+
+
+def path_argument(text):
+    """The path of a file or folder, as written."""
+    if not text.strip() or '\0' in text:
+        raise argparse.ArgumentTypeError(f'{text!r} is not the path of a file or folder')
+    try:
+        expanded = Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(
+            f'{text}: there is no such user; write ./~ for a file whose name begins with ~'
+        ) from None
+    longest = max((len(os.fsencode(part)) for part in expanded.parts), default=0)
+    if longest > NAME or len(os.fsencode(expanded)) > PATH:
+        raise argparse.ArgumentTypeError(
+            f'{text} is too long: a path may have names of {NAME} bytes, and {PATH} bytes in all'
+        )
+    return text
 
 
 def size_of(path):

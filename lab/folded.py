@@ -1,6 +1,7 @@
 """A trained network, folded and unfolded, with its data set."""
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from lab.data import datasets
 from lab.data.image_files import prepare, read_image
 from lab.data.image_folders import ImageFolder
 from lab.data.preprocessing import Preprocessing, normalize
-from lab.errors import UserError
+from lab.errors import UserError, one_line, printable
 from lab.runs.checkpoint import Checkpoint
 
 FILE_IMAGES = 500  # sample_images reads at most this many image files
@@ -66,7 +67,8 @@ class FoldedNetwork:
         if isinstance(part, ImageFolder):
             n = min(n, FILE_IMAGES)
         chosen = np.linspace(begin, end - 1, n).astype(int)
-        images = torch.from_numpy(_pixels(part, chosen, self.preprocessing))
+        pixels, chosen = _pixels(part, chosen, self.preprocessing)
+        images = torch.from_numpy(pixels)
         inputs = normalize(images, self.preprocessing).contiguous()
         return inputs, torch.as_tensor(np.asarray(targets)[chosen])
 
@@ -84,12 +86,21 @@ def targets_of(part):
 
 
 def _pixels(part, chosen, preprocessing):
-    """uint8 (N, H, W, C) of the images with the indices `chosen`."""
-    if isinstance(part, ImageFolder):
-        files = [part.root / os.fsdecode(part.names[index]) for index in chosen]
-        return np.stack([prepare(read_image(file), preprocessing) for file in files])
-    images, _ = part
-    return images.numpy()[chosen]
+    """uint8 (N, H, W, C) of the images with the indices `chosen`, and those indices; without broken
+    files, which are named on stderr."""
+    if not isinstance(part, ImageFolder):
+        images, _ = part
+        return images.numpy()[chosen], chosen
+    found = {}
+    for index in chosen:
+        file = part.root / os.fsdecode(part.names[index])
+        try:
+            found[index] = prepare(read_image(file), preprocessing)
+        except UserError as error:
+            print(f'left out: {one_line(str(error))}', file=sys.stderr)
+    if not found:
+        raise UserError(f'none of the images under {printable(str(part.root))} can be read')
+    return np.stack(list(found.values())), np.array(list(found))
 
 
 # --- loading ---------------------------------------------------------------------------------

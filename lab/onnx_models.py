@@ -87,6 +87,8 @@ class OnnxNetwork:
             [self.input], [self.output] = self.session.get_inputs(), self.session.get_outputs()
             _, self.in_channels, height, _ = self.input.shape
             _, num_classes = self.output.shape
+            if self.output.type != 'tensor(float)':
+                raise ValueError(f'its output is a {self.output.type}')
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.classes = json.loads(metadata.get('classes', 'null'))
             self.preprocessing = json.loads(metadata.get('preprocessing', 'null'))
@@ -112,6 +114,11 @@ class OnnxNetwork:
                 f'{self.path or "the ONNX model"} cannot classify images of the shape '
                 f'{array.shape} ({type(error).__name__}): export it again'
             ) from None
+        if logits.ndim != 2 or len(logits) != len(array) or not logits.size:
+            raise UserError(
+                f'{self.path or "the ONNX model"} returns logits of the shape {logits.shape} for '
+                f'{len(array)} images: export it again'
+            )
         return torch.from_numpy(logits)
 
 

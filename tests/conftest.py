@@ -315,3 +315,34 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
+
+
+@pytest.fixture
+def deadline():
+    """An exception instead of waiting for ever."""
+
+    def expired(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, expired)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+@pytest.fixture
+def many_files(tmp_path, photographs):
+    """A folder of 150 training and 20 test images of two classes, small PNGs."""
+    import cv2
+
+    root = tmp_path / 'many'
+    random = np.random.default_rng(1)
+    for part, n in (('train', 75), ('val', 10)):
+        for label in ('a', 'b'):
+            (root / part / label).mkdir(parents=True)
+            for i in range(n):
+                top, left = random.integers(0, 380), random.integers(0, 590)
+                crop = photographs[label == 'b'][top : top + 40, left : left + 48, ::-1]
+                cv2.imwrite(str(root / part / label / f'{i:03}.png'), crop)
+    return root

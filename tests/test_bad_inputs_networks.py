@@ -94,6 +94,14 @@ class BatchStatistics(BatchNormAct):
     always_batch = True
 
 
+class WrittenNorm(nn.BatchNorm2d):
+    """Computes its formula itself."""
+
+    def forward(self, x):
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
 class SubclassNorm(nn.BatchNorm2d):
     """Has the forward of its base class."""
 
@@ -147,6 +155,7 @@ ONE_NORM = {
     'no layer': (lambda: nn.Sequential(BatchNormAct(4), conv()), '0'),
     'network of its own': (lambda: BatchNormAct(4), 'BatchNormAct'),
     'ReLU between': (lambda: nn.Sequential(conv(), nn.ReLU(), BatchNormAct(4)), '2'),
+    'no statistics, written out': (lambda: nn.Sequential(conv(), WrittenNorm(4)), '1'),
     'computed scale': (lambda: nn.Sequential(conv(), ShiftedNorm(4)), '1'),
     'linear, 4-d': (lambda: nn.Sequential(nn.Linear(5, 4), BatchNormAct(4)), '1'),
     'batch statistics': (lambda: nn.Sequential(conv(), BatchStatistics(4)), '1'),

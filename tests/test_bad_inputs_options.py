@@ -1,6 +1,7 @@
 """Options and folders that train.py refuses in one line: the value, the exit status, words that the
 line has. Nothing is written."""
 
+import os
 import shlex
 
 import pytest
@@ -11,6 +12,12 @@ ROWS = [
     # numbers
     ('--seed 18446744073709551616', 2, ['--seed', '18446744073709551616']),
     ('--seed -1', 2, ['--seed', '-1']),
+    ('--epochs \u0661', 2, '--epochs'),
+    ('--epochs 1_0', 2, ['--epochs', '1_0']),
+    ('--lr 1_0', 2, ['--lr', '1_0']),
+    ('--bn_init 1,0_5', 2, ['--bn_init', '0_5']),
+    ('--bn_momentum 0_1', 2, '--bn_momentum'),
+    ('--evaluate a --resume b', 2, ['--evaluate', '--resume']),
     ('--lr inf', 2, ['--lr', 'inf', 'number']),
     ('--lr 1e300', 2, ['--lr', '1e300']),
     ('--lr=--', 2, '--lr'),
@@ -102,6 +109,16 @@ def make_log_of_another(folder):
     (folder / 'log.txt').write_text('mine')
 
 
+def make_run_of_another(folder):
+    for name in ('run.json', 'thesis.tex'):
+        (folder / name).write_text('mine')
+
+
+def make_pipe(folder):
+    os.mkfifo(folder / 'run.json')
+    (folder / 'thesis.tex').write_text('mine')
+
+
 def make_subfolder(folder):
     (folder / 'photos').mkdir()
 
@@ -116,6 +133,8 @@ FOLDERS = [
     (make_home, ['--resume', 'auto'], 2, 'thesis.tex'),
     (make_log_of_another, [], 2, '--resume'),
     (make_log_of_another, ['--resume', 'auto'], 2, 'log.txt'),
+    (make_run_of_another, [], 2, 'run.json'),
+    (make_pipe, [], 2, 'run.json'),
     (make_subfolder, [], 2, 'photos'),
     (make_file, [], 1, 'File exists'),
 ]

@@ -37,6 +37,10 @@ STUDIES = [
     (('{model: resnet, depth: 8}', '{model: diracnet, depth: 10, lr: 0.1}'), 1, 'twice'),
     (('{model: resnet, depth: 8}', '{model: diracnet, depth: "10"}'), 1, 'twice'),
     (('depth: 8', 'depth: [8, 8]'), 1, 'twice'),
+    (('depth: 8', 'depth: 8, nthread: [0, 1]'), 1, ['same run', '--nthread 1']),
+    (('depth: 8', 'depth: 8, warmup: [0, 1]'), 1, ['row of the table', '--warmup 1']),
+    (('title: A try', 'title: A try\nkeep: [7]'), 1, ['keeps epoch 7']),
+    (('title: A try', 'title:'), 1, ['title', 'empty']),
     (('depth: 8', 'lr: 1, depth: 8}\n  - {model: resnet-1, depth: 8'), 2, 'resnet-1'),
     (('depth: 8', 'depth: 8, seeds: [2, 2]'), 1, 'seeds'),
     # what was ignored
@@ -85,7 +89,7 @@ STUDIES = [
     (('title: A try', 'title: 2020-13-45'), 1, 'month'),
     (('title: A try', 'title: !!timestamp x'), 1, 'tag'),
     (TINY.partition('runs:')[0] + 'runs: [abc, def]\ntable: [model]', 1, ['runs', 'def']),
-    ('', 1, 'None'),
+    ('', 1, 'empty'),
     # what no memory could hold
     (LAUGHS, 1, 'characters'),
     (TINY + LAUGHS, 1, 'characters'),

@@ -41,6 +41,23 @@ def test_lines_have_a_limit_and_no_control_characters():
     assert len(line) < LONGEST + 10
 
 
+def test_a_training_whose_output_cannot_be_written(tmp_path):
+    options = '--dataset digits --depth 10 --width 0.25 --epochs 1 --device cpu --save'
+    command = [sys.executable, 'train.py', *options.split(), str(tmp_path / 'run')]
+    with open('/dev/full', 'w') as full:
+        result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and 'No space left' in result.stderr
+    assert (tmp_path / 'run' / 'model.pt7').exists()
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    program = 'from lab.errors import run; run(lambda: print("\u00e4"), "program")'
+    environment = {**os.environ, 'PYTHONIOENCODING': 'ascii'}
+    command = [sys.executable, '-c', program]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout == '\\xe4\n'
+
+
 @pytest.mark.parametrize('flags', [[], ['-u']])
 def test_output_that_cannot_be_written(flags):
     """A full disk is one line; a reader that has ended is none."""

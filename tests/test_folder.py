@@ -48,8 +48,9 @@ def test_auto(short_run, tmp_path, call, refused):
 def test_auto_after_a_kill_before_the_first_checkpoint(tmp_path, refused):
     folder = tmp_path / 'run'
     folder.mkdir()
-    for name in ('log.txt', 'run.json', 'model.pt7.tmp'):
+    for name in ('log.txt', 'model.pt7.tmp'):
         (folder / name).write_text('')
+    (folder / 'run.json').write_text('[]')
     refused(2, folder, train.main, *SHORT_RUN, '--save', folder)
     train.main([*SHORT_RUN, '--epochs', '1', '--save', str(folder), '--resume', 'auto'])
     assert [line['epoch'] for line in read_log(folder)] == [1]
@@ -59,8 +60,9 @@ def test_auto_after_a_kill_before_the_first_checkpoint(tmp_path, refused):
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):
     folder = tmp_path / 'run'
     folder.mkdir()
-    for name in ('model.pt7.123.tmp', 'log.txt.123.tmp', 'mine.tmp', 'run.json'):
+    for name in ('model.pt7.123.tmp', 'log.txt.123.tmp', 'mine.tmp'):
         (folder / name).write_text('')
+    (folder / 'run.json').write_text('[]')
     train.main([*SHORT_RUN, '--epochs', '1', '--save', str(folder)])
     names = {file.name for file in folder.iterdir()}
     assert names - {'parameters.txt'} == {'log.txt', 'mine.tmp', 'model.pt7', 'run.json'}

@@ -12,7 +12,8 @@ from conftest import python
 from diracnet import DATASETS
 from lab.errors import OptionError
 from lab.models.registry import MODELS, own_options
-from lab.training.option_table import OPTIONS, UNSET
+from lab.training.option import UNSET
+from lab.training.option_table import OPTIONS
 from lab.training.options import FREE_ON_RESUME, complete, options_table, parse
 
 # A value of every option as on a command line, and as parsed; none is a default.

@@ -101,6 +101,19 @@ def test_a_run_counts_once(drawn, tmp_path):
     assert list(drawn(*names)) == [str(SEEDS[0]), str(SEEDS[1])]
 
 
+def test_a_copied_run_is_no_second_one(tmp_path, refused):
+    copy = tmp_path / 'copy'
+    copy.mkdir()
+    (copy / 'log.txt').write_text((SEEDS[0] / 'log.txt').read_text())
+    out = tmp_path / 'curves.png'
+    refused(1, [SEEDS[0], copy], plot.main, SEEDS[0], copy, '--median', '--out', out)
+
+
+@pytest.mark.parametrize('name', ['.png', '', 'a' * 300])
+def test_names_of_the_figure(name, refused):
+    refused(2, '--out', plot.main, SEEDS[0], '--out', name)
+
+
 def test_epochs_are_aligned():
     """A log may begin later than others, or have an epoch again."""
     logs = [

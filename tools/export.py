@@ -26,8 +26,8 @@ import numpy as np
 import torch
 
 from lab.data.datasets import PREPROCESSING
-from lab.errors import OneLineParser, OptionError, UserError, run
-from lab.files import write_atomically
+from lab.errors import OneLineParser, OptionError, UserError, printable, run
+from lab.files import path_argument, write_atomically
 from lab.folded import Reference, load_folded, top1
 from lab.models.diracnet_v1 import DiracNetV1
 from lab.onnx_models import quiet, require_onnx, to_onnx
@@ -138,7 +138,7 @@ def print_header():
 
 def print_row(name, error, after, before, size, times):
     percents = [f'{value:.2f} %' if value is not None else '-' for value in (after, before)]
-    cells = [str(name), error, *percents, f'{size:,}', *(f'{ms:.2f}' for ms in times)]
+    cells = [printable(str(name)), error, *percents, f'{size:,}', *(f'{ms:.2f}' for ms in times)]
     print(f'| {" | ".join(cells)} |', flush=True)
 
 
@@ -148,12 +148,15 @@ def print_row(name, error, after, before, size, times):
 def parse_arguments(arguments):
     parser = OneLineParser(prog='-m tools.export', description=__doc__)
     parser.add_argument(
-        'checkpoint', metavar='CHECKPOINT', help='a run folder, its model.pt7 or a state dict'
+        'checkpoint',
+        metavar='CHECKPOINT',
+        type=path_argument,
+        help='a run folder, its model.pt7 or a state dict',
     )
     parser.add_argument(
         'outs',
         metavar='OUT',
-        type=Path,
+        type=path_argument,
         nargs='+',
         help='files to write: .pth, .pt2, .onnx or .int8.onnx',
     )
@@ -170,6 +173,7 @@ def parse_arguments(arguments):
         '--ema', action='store_true', help="take the moving averages of train.py's --ema"
     )
     args = parser.parse_args(arguments)
+    args.outs = [Path(out) for out in args.outs]
     for out in args.outs:
         if not out.name.endswith(SUFFIXES):
             raise OptionError(
@@ -211,7 +215,9 @@ def main(arguments=None):
     before = accuracy(logits, reference)
     n_parameters = sum(parameter.numel() for parameter in network.folded.parameters())
     which = f', {found.weights} weights' if found.ema else ''
-    print(f'{args.outs[0]}: {n_parameters:,} parameters{which}; compared on {what}\n')
+    print(
+        f'{printable(str(args.outs[0]))}: {n_parameters:,} parameters{which}; compared on {what}\n'
+    )
     print_header()
     print_row('(unfolded)', '', before, before, os.path.getsize(network.checkpoint.path), times)
     failures = []

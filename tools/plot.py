@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from lab.errors import OneLineParser, OptionError, run
+from lab.errors import OneLineParser, OptionError, UserError, printable, run
+from lab.files import path_argument
 from lab.runs.log import log_file, read_log, test_error
 from tools import figures
 from tools.network_graph import draw_graph
@@ -117,17 +118,25 @@ def group_by_options(logs):
     Returns:
         {label: [log, ...]}; a label has the options in which the groups differ, or the name of the
         first run if there is one group, and the number of runs.
+
+    Raises:
+        UserError: two runs of a group have the same seed, so that one may be a copy.
     """
     options = {path: options_of(log) for path, log in logs.items()}
     differing = differing_options(list(options.values()))
     groups = {}
-    for path in logs:
+    for path, log in logs.items():
         own = [name for name in differing if name in options[path]]
         label = ', '.join(f'{name} {options[path][name]}' for name in own)
-        groups.setdefault(label, []).append(path)
+        group = groups.setdefault(label, {})
+        # Logs of the original code have no seed.
+        other = group.setdefault(log[-1].get('seed', path), path)
+        if other != path:
+            raise UserError(f'{other} and {path} are runs with the same options and the same seed')
+    first = Path(next(iter(logs))).name
     return {
-        f'{label or Path(paths[0]).name} (n = {len(paths)})': [logs[path] for path in paths]
-        for label, paths in groups.items()
+        f'{label or first} (n = {len(group)})': [logs[path] for path in group.values()]
+        for label, group in groups.items()
     }
 
 
@@ -173,9 +182,12 @@ def draw_checkpoint(path, out):
 
 def main(arguments=None):
     parser = OneLineParser(prog='-m tools.plot', description=__doc__)
-    parser.add_argument('runs', nargs='+', metavar='RUN')
+    parser.add_argument('runs', nargs='+', metavar='RUN', type=path_argument)
     parser.add_argument(
-        '--out', required=True, help='file for the figure; its PNG and its SVG are written'
+        '--out',
+        type=path_argument,
+        required=True,
+        help='file for the figure; its PNG and its SVG are written',
     )
     parser.add_argument(
         '--median',
@@ -186,7 +198,8 @@ def main(arguments=None):
         '--graph', action='store_true', help="draw the network of a run's checkpoint instead"
     )
     args = parser.parse_args(arguments)
-    if not Path(args.out).name or Path(args.out).suffix not in ('', '.png', '.svg'):
+    out = Path(args.out)
+    if not out.name or out.name in ('.png', '.svg') or out.suffix not in ('', '.png', '.svg'):
         raise OptionError(f'--out {args.out} must end in .png or .svg; both are written')
     if args.graph and (args.median or len(args.runs) > 1):
         raise OptionError('--graph draws the network of one run; --median does not apply')
@@ -199,7 +212,7 @@ def main(arguments=None):
         logs = {path: read_log(path) for path in paths.values()}
         by_path = {path: [log] for path, log in logs.items()}
         files = curves(group_by_options(logs) if args.median else by_path, args.out)
-    print(*files)
+    print(*(printable(str(file)) for file in files))
 
 
 if __name__ == '__main__':

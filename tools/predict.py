@@ -20,6 +20,7 @@ from lab.data.datasets import PREPROCESSING
 from lab.data.image_files import find_images, prepare, read_image
 from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import OneLineParser, OptionError, UserError, one_line, printable, run
+from lab.files import path_argument
 from lab.folded import check_channels, preprocessing_of
 from lab.onnx_models import OnnxNetwork
 from lab.runs import checkpoint
@@ -114,8 +115,8 @@ def _read_prepared(file, preprocessing):
 
 def parse_arguments(arguments):
     parser = OneLineParser(prog='-m tools.predict', description=__doc__)
-    parser.add_argument('checkpoint', metavar='CHECKPOINT')
-    parser.add_argument('images', metavar='IMAGE', nargs='+')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', type=path_argument)
+    parser.add_argument('images', metavar='IMAGE', nargs='+', type=path_argument)
     parser.add_argument(
         '--top',
         type=int,

@@ -38,7 +38,8 @@ import torch
 import torch.nn.functional as F
 
 from lab.data import datasets
-from lab.errors import OneLineParser, OptionError, UserError, run
+from lab.errors import OneLineParser, OptionError, UserError, printable, run
+from lab.files import path_argument
 from lab.models import registry
 from lab.models.diracnet_v1 import ncrelu, tiled_delta
 from lab.models.registry import CHAINS, SCALES, VERSION_1
@@ -335,7 +336,7 @@ def report(folders, out, dataroot=None, options=()):
 
 def main(arguments=None):
     parser = OneLineParser(prog='-m tools.propagation', description=__doc__)
-    parser.add_argument('runs', nargs='*', metavar='RUN')
+    parser.add_argument('runs', nargs='*', metavar='RUN', type=path_argument)
     parser.add_argument(
         '--untrained',
         action='append',
@@ -344,7 +345,10 @@ def main(arguments=None):
         help='options of train.py for a network to measure before any training; may be repeated',
     )
     parser.add_argument(
-        '--out', required=True, type=Path, help='file for the figure; PNG, SVG and CSV are written'
+        '--out',
+        required=True,
+        type=path_argument,
+        help='file for the figure; PNG, SVG and CSV are written',
     )
     parser.add_argument(
         '--dataroot', help='folder of the data set, if it is not where the training had it'
@@ -352,7 +356,8 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     if not args.runs and not args.untrained:
         raise OptionError('nothing to measure: pass a RUN, or --untrained OPTIONS')
-    print(*report(args.runs, args.out, args.dataroot, args.untrained))
+    files = report(args.runs, args.out, args.dataroot, args.untrained)
+    print(*(printable(str(file)) for file in files))
 
 
 if __name__ == '__main__':

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from lab.data.datasets import PREPROCESSING
-from lab.errors import OneLineParser, OptionError, UserError, run
+from lab.errors import OneLineParser, OptionError, UserError, printable, run
+from lab.files import path_argument
 from lab.folded import compute_logits, load_folded, targets_of, top1
 from lab.onnx_models import OnnxNetwork, require_onnx
 from lab.runs import checkpoint
@@ -104,7 +105,7 @@ def largest_tap(layer):
 
 def parse_arguments(arguments):
     parser = OneLineParser(prog='-m tools.quantize', description=__doc__)
-    parser.add_argument('checkpoint', metavar='CHECKPOINT')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', type=path_argument)
     parser.add_argument(
         '--dataroot', help='folder of the data set, if it is not where the training had it'
     )
@@ -145,7 +146,7 @@ def main(arguments=None):
     held_out = network.reference(*network.sample_images(True, n_held_out, (n - n_held_out, n)))
     test = network.reference(*network.sample_images(False, TEST_IMAGES))
     print(
-        f'{network.checkpoint.path}: {len(calibration)} images to calibrate, '
+        f'{printable(str(network.checkpoint.path))}: {len(calibration)} images to calibrate, '
         f'{n_held_out} held out of the training set, {len(test.inputs)} of the test set\n'
     )
     print_recipes(network.folded, calibration, held_out, test)

@@ -4,6 +4,7 @@ No random state is stored. The order of an epoch follows from (seed, epoch), and
 a sample from (seed, epoch, index), so a run can resume at any batch with the same pixels.
 """
 
+import warnings
 import weakref
 
 import numpy as np
@@ -188,6 +189,8 @@ class FolderBatches(Batches):
         self.slots = self.PREFETCH * workers + 1
         share = -(-min(batch_size, self.n) // self.world)
         self.source = _Slots(folder, self.slots, share)
+        # More workers than cores are the user's choice (--nthread).
+        warnings.filterwarnings('ignore', 'This DataLoader will create')
         self.loader = torch.utils.data.DataLoader(
             self.source,
             batch_size=None,
@@ -201,11 +204,12 @@ class FolderBatches(Batches):
     def __iter__(self):
         self.broken = dict(self.broken_before)
         for slot, targets, problems in self.loader:
+            problems = dict(problems)  # several samples may have tried the same file
             self.broken.update(problems)
             if self.folder.train and len(problems) >= ImageFolder.TRIES:
                 raise UserError(
                     f'{len(problems)} image files under {self.folder.root} are broken in one '
-                    f'batch; the first: {problems[0][1]}'
+                    f'batch; the first: {next(iter(problems.values()))}'
                 )
             if targets or self.world > 1:  # all processes need the same number of batches
                 images = self.source.slots[slot, : len(targets)]

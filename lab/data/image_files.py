@@ -48,17 +48,18 @@ def find_images(path):
     return files
 
 
-def walk_images(roots):
+def walk_images(roots, apart=()):
     """Yield (index of the root, folder, sorted names of its images) for all folders under `roots`.
 
     Links are followed. A folder is walked once, and one that contains a root or a folder walked
-    before is not walked, so links cannot form loops. A file that has several names counts once.
+    before is not walked, so links cannot form loops. Nor do they lead to the folders `apart` or to
+    those that contain them. A file that has several names counts once.
 
     Raises:
         UserError: a folder cannot be read.
     """
     walked, seen = set(), set()
-    for root in roots:
+    for root in (*roots, *apart):
         walked.update(real_lineage(root))
     for index, root in enumerate(roots):
         for folder, inner, files in os.walk(root, onerror=_raise, followlinks=True):
@@ -215,7 +216,7 @@ def _is_whole(content):
         # the last start of a scan. (A thumbnail in the header has an end marker, too.)
         return data.endswith(b'\xff\xd9') or data.rfind(b'\xff\xd9') > data.rfind(b'\xff\xda')
     is_png = content[:4].tobytes() == b'\x89PNG'
-    return not is_png or b'IEND' in content[-32:].tobytes()
+    return not is_png or b'IEND\xaeB`\x82' in content.tobytes()  # with its checksum
 
 
 def _over_white(image):

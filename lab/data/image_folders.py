@@ -3,7 +3,7 @@
 import io
 import os
 import time
-import zipfile
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from lab.data.messages import missing_data
 from lab.errors import UserError, printable
 from lab.files import cache_path, write_atomically
 
-VERSION = 2  # of the cached lists; it changes with the rules of which files a list has
+VERSION = 3  # of the cached lists; it changes with the rules of which files a list has
 KEYS = ('version', 'names', 'targets', 'folders', 'times', 'classes')
 
 
@@ -124,7 +124,7 @@ def list_files(root, part, classes):
     path = cache_path(root, f'.diracnets-{part}.npz')
     listing = _read_cache(path)
     if not listing or not _is_current(listing, root / part, classes):
-        listing = _list_folder(root / part, classes)
+        listing = _list_folder(root, part, classes)
         # A folder that changes twice within a tick of the file system's clock keeps its time. So
         # the list of a folder that has just changed is not cached.
         if listing['times'].max() < time.time_ns() - 2_000_000_000:
@@ -132,10 +132,12 @@ def list_files(root, part, classes):
     return listing['names'], listing['targets']
 
 
-def _list_folder(folder, classes):
+def _list_folder(root, part, classes):
     """The files, and what `_is_current` compares, as a dict of arrays."""
+    folder, other = root / part, root / {'train': 'val', 'val': 'train'}[part]
+    roots, apart = ([place / label for label in classes] for place in (folder, other))
     names, targets, times = [], [], {}
-    for index, inside, images in walk_images([folder / label for label in classes]):
+    for index, inside, images in walk_images(roots, apart):
         relative = os.path.relpath(inside, folder)
         times[os.fsencode(relative)] = os.stat(inside).st_mtime_ns
         names.extend(os.fsencode(os.path.join(relative, image)) for image in images)
@@ -179,14 +181,20 @@ def _read_cache(path):
         return None
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in KEYS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
+            listing = {key: file[key] for key in KEYS}
+            is_whole = file['checksum'] == _checksum(listing)
+    except Exception:  # np.load raises many types for broken files
+        is_whole = False
+    return listing if is_whole else None
+
+
+def _checksum(listing):
+    return sha256(b''.join(listing[key].tobytes() for key in KEYS)).hexdigest()
 
 
 def _write_cache(path, listing):
     content = io.BytesIO()
-    np.savez(content, **listing)
+    np.savez(content, checksum=_checksum(listing), **listing)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content.getvalue())

@@ -32,6 +32,8 @@ def read_archive(path):
         UserError: loading the file could run code, or it is a program of torch.export.
     """
     path = Path(path)
+    if path.suffix == '.onnx':
+        raise UserError(f'{path} is an ONNX model: only tools.predict reads those; pass its run')
     try:
         size_of(path)
         with open(path, 'rb') as file, warnings.catch_warnings():
@@ -46,6 +48,8 @@ def read_archive(path):
         ) from None
     except UserError:
         raise
+    except MemoryError:
+        raise UserError(f'{path} cannot be read: there is not enough memory') from None
     except OSError as error:  # also raised for a truncated archive, by a negative offset
         raise BrokenFile(f'{path} cannot be read ({error.strerror})') from None
     except pickle.UnpicklingError as error:

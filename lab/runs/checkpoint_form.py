@@ -24,7 +24,7 @@ REQUIRED_IN_RUN = (*ALWAYS_READ, 'options')  # without an optimizer, it can be t
 FIELDS = (*REQUIRED_IN_RUN, 'optimizer', 'scaler', 'ema', 'progress', 'log')
 NETWORK = ('model', 'depth', 'width', 'dataset', 'num_classes', 'in_channels')
 SMALLEST_IMAGE = {'cifar': 4, 'imagenet': 32}  # a smaller one vanishes in the pools of a chain
-LARGEST_IMAGE = 2**14
+LARGEST_IMAGE = 2**12
 SMALLEST_STD = 1e-3  # of pixels from 0 to 255
 
 
@@ -170,8 +170,8 @@ def check_preprocessing(facts, channels, smallest=1):
         'channels': type(found.channels) is int and found.channels == channels,
         'image_size': is_count(found.image_size, smallest, LARGEST_IMAGE),
         'resize': is_count(found.resize, smallest, LARGEST_IMAGE),
-        'mean': _are_numbers(found.mean, channels, 0),
-        'std': _are_numbers(found.std, channels, SMALLEST_STD),
+        'mean': _are_numbers(facts['mean'], channels, 0),
+        'std': _are_numbers(facts['std'], channels, SMALLEST_STD),
         'whitening': found.whitening is None or isinstance(found.whitening, dict),
     }
     for name, is_valid in valid.items():
@@ -186,5 +186,7 @@ def check_preprocessing(facts, channels, smallest=1):
 
 
 def _are_numbers(values, n, least):
-    """Whether there are n numbers on the scale of pixels."""
+    """Whether these are n numbers on the scale of pixels."""
+    if not isinstance(values, (list, tuple)):
+        return False
     return len(values) == n and all(is_number(value, least, 255) for value in values)

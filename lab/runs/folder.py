@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lab.distributed import rank
 from lab.errors import OptionError, UserError
-from lab.files import write_atomically
+from lab.files import size_of, write_atomically
 from lab.runs import checkpoint
 from lab.runs.log import LOG, read_lines
 from lab.runs.provenance import describe_start
@@ -113,7 +113,8 @@ class RunFolder:
                 'another --save'
             )
         others = sorted(filter(_is_other, names))
-        if others and COMMANDS not in names:  # the first file that a run writes
+        # run.json is the first file that a run writes.
+        if others and read_commands(self.path / COMMANDS) is None:
             raise OptionError(
                 f'--save {self.path} has other files than those of a run, such as {others[0]}: '
                 'choose a new or empty folder'
@@ -180,12 +181,10 @@ class RunFolder:
         """Add the command, versions and machine of this start to run.json."""
         if rank() > 0:
             return
-        try:
-            entries = json.loads((self.path / COMMANDS).read_text())
-        except (OSError, ValueError, RecursionError):
-            entries = []
-        entries = entries if isinstance(entries, list) else []
-        entries.append(describe_start(arguments, device))
+        entries = read_commands(self.path / COMMANDS)
+        if entries is None and (self.path / COMMANDS).exists():
+            try_to_print(f'{self.path / COMMANDS} is broken: it starts anew', sys.stderr)
+        entries = [*(entries or []), describe_start(arguments, device)]
         self.write(COMMANDS, json.dumps(entries, indent=1) + '\n')
 
     def finish(self):
@@ -195,6 +194,19 @@ class RunFolder:
                 f'{len(self.faults)} writes failed; the first: {self.faults[0]}; '
                 f'the last checkpoint is {self.last_save}'
             )
+
+
+def read_commands(path):
+    """The content of a run.json; None if it is missing or has another form."""
+    try:
+        size_of(path)
+        entries = json.loads(path.read_text('utf-8'))
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_ours = isinstance(entries, list) and all(
+        isinstance(entry, dict) and 'command' in entry for entry in entries
+    )
+    return entries if is_ours else None
 
 
 def _is_other(name):

@@ -22,7 +22,7 @@ class Stop:
 
     def __enter__(self):
         self.signal, self.handlers, self.received_at = 0, {}, None
-        self.last_words = ''
+        self.last_words, self.lost_output = '', None
         return self
 
     def listen(self):
@@ -57,14 +57,14 @@ class Stop:
         """Print, in rank 0 only.
 
         If the program that reads the output has ended, the run stops as after a signal. A full disk
-        does not stop it.
+        does not stop it, but is remembered in `lost_output`.
         """
         try:
             say(text)
         except BrokenPipeError:
             self.signal = self.signal or signal.SIGPIPE
-        except OSError:
-            pass
+        except OSError as error:
+            self.lost_output = error.strerror
 
 
 def try_to_print(text, file):

@@ -8,12 +8,13 @@ import torch
 from diracnet import Network
 from lab.device import DTYPES
 from lab.errors import OptionError, UserError
+from lab.files import path_argument
 from lab.models import registry
 from lab.runs.log import parse_line
 from lab.runs.valid_values import check_param, check_tensor, is_count, is_number, short
 from lab.training.optimizers import STATES, is_decayed
-from lab.training.option_table import OPTIONS, UNSET
-from lab.training.option_types import path
+from lab.training.option import UNSET
+from lab.training.option_table import OPTIONS
 from lab.training.options import check_combination, defaults_for
 
 # Options that runs of older versions lack. Their defaults do what those versions did.
@@ -95,7 +96,7 @@ def is_valid_option(name, value):
         return option.default is None
     if option.choices:
         return type(value) is str and value in option.choices
-    if option.type is path or option.type is None:  # a path may be one of another machine
+    if option.type is path_argument or option.type is None:  # a path may be one of another machine
         return type(value) is str and '\0' not in value
     try:
         made = option.type(value if type(value) is str else json.dumps(value))

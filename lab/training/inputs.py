@@ -2,6 +2,7 @@
 
 from lab import distributed
 from lab.data import datasets
+from lab.data.image_folders import ImageFolder
 from lab.distributed import world
 from lab.errors import UserError
 
@@ -29,7 +30,13 @@ def make_batches(source, training, options, device):
 
 
 def check_classes(source, found, options):
-    """Raise UserError if a checkpoint has other classes than the data."""
+    """Raise UserError if a checkpoint has other classes than the data, or other small images."""
+    if found and found.preprocessing and not isinstance(source.train, ImageFolder):
+        stored, size = found.preprocessing['image_size'], source.preprocessing.image_size
+        if stored != size:
+            raise UserError(
+                f'{found.path} has images of {stored} pixels, but {options["dataset"]} has {size}'
+            )
     if found and found.classes and list(source.classes) != list(found.classes):
         raise UserError(
             f'{found.path} has other classes ({", ".join(found.classes[:3])}, ...) than the data '

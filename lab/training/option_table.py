@@ -1,15 +1,14 @@
 """The options of train.py, each declared once. options.py makes everything else from them."""
 
-import json
-from dataclasses import dataclass, field
-
 import diracnet
 from diracnet import BN_MOMENTUM, DATASETS
 from lab.device import DTYPES
+from lab.files import path_argument
 from lab.models.initialization import INITS
 from lab.models.registry import CHAINS, MODELS, VERSION_1, initial_scales, own_options
 from lab.models.resnet import BLOCKS
 from lab.training.optimizers import OPTIMIZERS
+from lab.training.option import Option
 from lab.training.option_types import (
     bn_scales,
     decay,
@@ -17,59 +16,10 @@ from lab.training.option_types import (
     epoch_list,
     momentum,
     number,
-    path,
     warmup,
 )
 
 MOST_PROCESSES = 1024
-UNSET = object()  # the default of an option that a run has only if the user gives it
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option of train.py.
-
-    `defaults` overrides `default` for some runs. A key is one or more words, each a data set, a
-    form of network (cifar, imagenet), a model or an optimizer. It applies to the runs that match
-    all its words; if several keys apply, the last one counts.
-    """
-
-    name: str
-    help: str
-    default: object = UNSET
-    defaults: dict = field(default_factory=dict)
-    type: object = None  # converts the text; bool: a flag without a value
-    alone: object = None  # the value of the flag without one
-    choices: tuple = None
-    metavar: str = None
-    aliases: tuple = ()
-    models: tuple = None  # the only models that have it
-    free_on_resume: bool = False  # a resumed run may change it
-    bound_to_machine: bool = False  # a resumed run does not inherit it from the checkpoint
-
-    def default_for(self, facts):
-        """The default for a run with these facts: its data set, form, model and optimizer."""
-        found = self.default
-        for words, value in self.defaults.items():
-            if set(words.split()) <= facts:
-                found = value
-        return found
-
-    def describe_default(self):
-        """The defaults in words; '' if there is none."""
-        defaults = {'': self.default, **self.defaults}
-        texts = [
-            f'{words} {_as_text(value)}'.strip()
-            for words, value in defaults.items()
-            if value is not UNSET and value is not None and value is not False
-        ]
-        return ', '.join(texts)
-
-
-def _as_text(value):
-    if isinstance(value, list):
-        return json.dumps(value, separators=(',', ':'))
-    return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def _models_with(name):
@@ -182,14 +132,14 @@ DATA = (
         'dataroot',
         'folder with the data; missing data sets are downloaded to it',
         './data',
-        type=path,
+        type=path_argument,
         free_on_resume=True,
     ),
     Option(
         'imagenetpath',
         'folder with train/ and val/ of ImageNet, if --dataroot is not given',
         '~/ILSVRC2012',
-        type=path,
+        type=path_argument,
         free_on_resume=True,
     ),
     Option(
@@ -350,7 +300,7 @@ RUNS = (
     Option(
         'save',
         'folder of the run; train.py creates it (default logs/DATASET-MODEL-DEPTH-WIDTH-TIME)',
-        type=path,
+        type=path_argument,
         metavar='DIR',
         free_on_resume=True,
     ),
@@ -358,7 +308,7 @@ RUNS = (
         'resume',
         'resume the run in this folder, or with this model.pt7, with its options; auto: the run in '
         'the --save folder, if there is one',
-        type=path,
+        type=path_argument,
         metavar='RUN',
         free_on_resume=True,
     ),
@@ -373,7 +323,7 @@ RUNS = (
     Option(
         'evaluate',
         "test a run's folder, model.pt7 or state dict, and exit",
-        type=path,
+        type=path_argument,
         metavar='CHECKPOINT',
     ),
     Option(

@@ -2,13 +2,17 @@
 
 import argparse
 import json
-import os
-from pathlib import Path
 
 import diracnet
 
 LARGEST = 1e37  # of the numbers with a fraction; float32 has little more
-NAME, PATH = 255, 4000  # bytes that most systems allow in the name of a file, and in a path
+
+
+def plain_digits(text):
+    """The text; ValueError if it has digits that Python reads but nobody means to write."""
+    if '_' in text or not text.isascii():
+        raise ValueError
+    return text
 
 
 def number(kind, least, exclusive=False, most=None):
@@ -18,7 +22,7 @@ def number(kind, least, exclusive=False, most=None):
         most = 2**63 - 1 if kind is int else LARGEST
 
     def parse(text):
-        value = kind(text)
+        value = kind(plain_digits(text))
         too_small = value < least or (exclusive and value == least)
         if too_small or not value <= most:  # NaN is neither
             bound = 'more than' if exclusive else 'at least'
@@ -29,24 +33,6 @@ def number(kind, least, exclusive=False, most=None):
 
     parse.__name__ = {int: 'whole number', float: 'number'}[kind]
     return parse
-
-
-def path(text):
-    """The path of a file or folder, as written."""
-    if not text.strip() or '\0' in text:
-        raise argparse.ArgumentTypeError(f'{text!r} is not the path of a file or folder')
-    try:
-        expanded = Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(
-            f'{text}: there is no such user; write ./~ for a file whose name begins with ~'
-        ) from None
-    longest = max((len(os.fsencode(part)) for part in expanded.parts), default=0)
-    if longest > NAME or len(os.fsencode(expanded)) > PATH:
-        raise argparse.ArgumentTypeError(
-            f'{text} is too long: a path may have names of {NAME} bytes, and {PATH} bytes in all'
-        )
-    return text
 
 
 def epoch_list(text):
@@ -76,7 +62,7 @@ def bn_scales(text):
     if text in ('paper', 'shifted'):
         return text
     try:
-        scales = [float(part) for part in text.strip('[]').split(',')]
+        scales = [float(part) for part in plain_digits(text).strip('[]').split(',')]
         diracnet.bn_scales(scales)
         if max(map(abs, scales)) > LARGEST:
             raise ValueError
@@ -105,7 +91,7 @@ def momentum(text):
     if text == 'cumulative':
         return text
     try:
-        value = float(text)
+        value = float(plain_digits(text))
     except ValueError:
         value = 0
     if not 0 < value <= 1:

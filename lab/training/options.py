@@ -10,7 +10,8 @@ import math
 from diracnet import DATASETS
 from lab.errors import OneLineParser, OptionError
 from lab.models.registry import CHAINS
-from lab.training.option_table import GROUPS, OPTIONS, UNSET
+from lab.training.option import UNSET
+from lab.training.option_table import GROUPS, OPTIONS
 from lab.training.option_types import LARGEST
 
 FREE_ON_RESUME = {name for name, option in OPTIONS.items() if option.free_on_resume}

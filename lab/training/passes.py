@@ -100,6 +100,10 @@ class Pass:
             'broken': distributed.union(self.batches.broken),
         }
 
+    def counted(self):
+        """The number of images so far, in all processes."""
+        return self.meters.state()['n']
+
     def finish(self):
         """{NAME_loss, NAME_acc, NAME_top5, NAME_time}: accuracies in percent, time in seconds."""
         loss, top1, top5 = self.meters.values()

@@ -41,6 +41,7 @@ import sys
 from pathlib import Path
 
 from lab.errors import OneLineParser, OptionError, UserError, run
+from lab.files import path_argument
 from tools import propagation
 from tools.study.definition import read
 from tools.study.execution import execute
@@ -61,24 +62,26 @@ def seed_list(text):
 
 def build_parser():
     parser = OneLineParser(prog='-m tools.study', description=__doc__)
-    parser.add_argument('study', metavar='STUDY.yaml', type=Path)
+    parser.add_argument('study', metavar='STUDY.yaml', type=path_argument)
     parser.add_argument('--dataset', help="the data set to use instead of the study's own")
     parser.add_argument('--dataroot', help='folder of the data set')
     parser.add_argument('--device', help='as for train.py')
     parser.add_argument('--jobs', type=int, default=1, help='trainings at once (default 1)')
     parser.add_argument('--seeds', type=seed_list, help="such as 1,2,3, instead of the study's")
-    parser.add_argument('--out', type=Path, help='folder for all output (default: see above)')
+    parser.add_argument(
+        '--out', type=path_argument, help='folder for all output (default: see above)'
+    )
     parser.add_argument(
         '--table', action='store_true', help='only make table and figure, from the finished runs'
     )
     return parser
 
 
-def study_folder(path, study, dataset):
+def study_folder(study, dataset):
     """Where runs, table and figure go without --out."""
     if dataset != study.dataset:
         return ROOT / 'logs' / f'study-{study.name}-{dataset}'
-    if path.resolve().parent == ROOT / 'studies':
+    if study.path.resolve().parent == ROOT / 'studies':
         return ROOT / 'logs' / 'reference' / f'study-{study.name}'
     return ROOT / 'logs' / f'study-{study.name}'
 
@@ -114,7 +117,7 @@ def main(arguments=None):
         raise OptionError(f'--jobs {args.jobs} must be at least 1')
     study = read(args.study)
     dataset = args.dataset or study.dataset
-    folder = args.out.resolve() if args.out else study_folder(args.study, study, dataset)
+    folder = Path(args.out).resolve() if args.out else study_folder(study, dataset)
     if args.dataroot:
         study.options['dataroot'] = args.dataroot
     seeds = args.seeds or study.seeds

@@ -168,6 +168,8 @@ def explain(error):
     elif error.validator == 'additionalProperties':
         known = error.schema['properties']
         key = next(key for key in error.instance if key not in known)
+    elif error.instance is None:
+        return UserError, 'it is empty'
     else:
         return UserError, error.message
     kind = OptionError if 'depth' in known and error.validator != 'enum' else UserError

@@ -55,7 +55,7 @@ def draw_errors(study, rows, out):
     ax.set_xlabel(x)
     ax.set_ylabel('test error, % (median, min to max)')
     ax.set_title(textwrap.fill(figures.plain(study.title), 60), fontsize=9)
-    if lines:
+    if lines and rows_by_label:
         figure.legend(title=', '.join(lines), loc='outside lower center', ncols=3, fontsize=8)
     return figures.save(figure, out)
 

@@ -50,6 +50,10 @@ class Run:
         except OptionError as error:
             raise OptionError(f'{study.path}: {" ".join(flags(options))}: {error}') from None
         self.n_epochs = self.all_options['epochs']
+        if max(self.keep, default=0) > self.n_epochs:
+            raise UserError(
+                f'{study.path} keeps epoch {max(self.keep)}, but trains {self.n_epochs} epochs'
+            )
         name = '-'.join(str(value) for value in self.row.values()) or study.name
         for unwanted, wanted in (('/', '_'), ('..', '_'), (' ', '')):
             name = name.replace(unwanted, wanted)
@@ -61,6 +65,12 @@ class Run:
         if not os.path.exists(path):
             return []
         return [stats for _, stats in read_lines(path) if stats is not None]
+
+    @property
+    def settings(self):
+        """The options that determine its results."""
+        without_effect = FREE_ON_RESUME - {'epochs'}
+        return {key: self.all_options[key] for key in self.all_options.keys() - without_effect}
 
     @property
     def failed(self):
@@ -118,7 +128,7 @@ def all_runs(study, seeds, dataset, folder):
 
     Raises:
         OptionError: train.py would not accept the options of a run.
-        UserError: two runs are the same, or would have the same folder.
+        UserError: two runs are the same, or would have the same folder or row of the table.
     """
     rows = [(row, options.get('seeds', seeds)) for options in study.runs for row in expand(options)]
     runs = [
@@ -129,11 +139,14 @@ def all_runs(study, seeds, dataset, folder):
     ]
     found = {}
     for one in runs:
-        for key in (one.folder, json.dumps(one.all_options, sort_keys=True)):
-            other = found.setdefault(key, one)
+        cells = {name: one.all_options.get(name) for name in (*study.table, 'seed')}
+        for what, key in (
+            ('the same run', one.settings),
+            ('the same row of the table', cells),
+            ('the same folder', str(one.folder)),
+        ):
+            other = found.setdefault((what, json.dumps(key, sort_keys=True)), one)
             if other is not one:
-                first, second = (' '.join(flags(run.row)) for run in (other, one))
-                raise UserError(
-                    f'{study.path} has the same run, or the same folder, twice: {first}; {second}'
-                )
+                first, second = (' '.join(flags(run.row)) or 'no options' for run in (other, one))
+                raise UserError(f'{study.path} has {what} twice: {first}; {second}')
     return runs

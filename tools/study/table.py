@@ -26,7 +26,7 @@ def summarize(study, group):
     logs = [one.log() for one in group if one.log() and not one.failed]
     last = [log[-1] for log in logs]
     first = last[0] if last else {}
-    options = {**first, **group[0].options}
+    options = {**group[0].all_options, **first, **group[0].options}
     errors = [test_error(line) for line in last]
     return {
         **{name: options.get(name, '') for name in study.table},
