@@ -21,7 +21,7 @@ from lab.training.options import check_combination, defaults_for
 ADDED_LATER = (
     *('optim', 'init', 'warmup', 'bn_momentum', 'recompute', 'compile', 'sync_bn', 'tensorboard'),
     *('checkpoint_minutes', 'bn_init', 'alpha', 'beta', 'recalibrate_bn'),
-    *('schedule', 'label_smoothing', 'clip', 'ema', 'tta', 'cutout'),
+    *('schedule', 'label_smoothing', 'clip', 'ema', 'tta', 'cutout', 'recipe'),
 )
 SIGNED = ('momentum_buffer', 'exp_avg')  # the others are sums of squares, and a count
 SCALER = {'scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'}

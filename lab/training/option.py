@@ -11,8 +11,8 @@ class Option:
     """One option of train.py.
 
     `defaults` overrides `default` for some runs. A key is one or more words, each a data set, a
-    form of network (cifar, imagenet), a model or an optimizer. It applies to the runs that match
-    all its words; if several keys apply, the last one counts.
+    form of network (cifar, imagenet), a model, an optimizer or a recipe. It applies to the runs
+    that match all its words; if several keys apply, the last one counts.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Option:
     bound_to_machine: bool = False  # a resumed run does not inherit it from the checkpoint
 
     def default_for(self, facts):
-        """The default for a run with these facts: its data set, form, model and optimizer."""
+        """The default for a run with these facts: the words of `defaults`."""
         found = self.default
         for words, value in self.defaults.items():
             if set(words.split()) <= facts:

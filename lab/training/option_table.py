@@ -20,6 +20,7 @@ from lab.training.option_types import (
 )
 
 MOST_PROCESSES = 1024
+FAST = ('digits',)  # the data sets that have a fast recipe
 
 
 def _models_with(name):
@@ -87,6 +88,7 @@ NETWORK = (
         f'1 and {diracnet.SHIFT:g}, with --beta depth; or two numbers such as 1,0.5. shifted '
         'trains deeper chains',
         'paper',
+        {'fast': 'shifted'},
         type=bn_scales,
         metavar='INIT',
         models=_models_with('bn_init'),
@@ -162,7 +164,7 @@ DATA = (
         'randomcrop_pad',
         'pixels of reflection padding around a small image before its random crop',
         4,
-        {'FashionMNIST': 0, 'digits': 0, 'imagenet': 0},
+        {'FashionMNIST': 0, 'digits': 0, 'imagenet': 0, 'fast digits': 1},
         number(int, 0),
     ),
     Option(
@@ -184,10 +186,17 @@ DATA = (
 )
 TRAINING = (
     Option(
+        'recipe',
+        "which defaults the other options have. paper: the paper's; fast: those that studies here "
+        f'found, for {" and ".join(FAST)}',
+        'paper',
+        choices=('paper', 'fast'),
+    ),
+    Option(
         'epochs',
         'number of epochs',
         200,
-        {'FashionMNIST': 60, 'digits': 60, 'imagenet': 100},
+        {'FashionMNIST': 60, 'digits': 60, 'imagenet': 100, 'fast digits': 40},
         number(int, 1),
         free_on_resume=True,
     ),
@@ -205,7 +214,14 @@ TRAINING = (
         'lr',
         'learning rate',
         0.1,
-        {'digits': 0.2, 'rmsprop': 1e-2, 'adadelta': 1.0, 'adagrad': 1e-1, 'adamw': 1e-3},
+        {
+            'digits': 0.2,
+            'fast digits': 0.1,
+            'rmsprop': 1e-2,
+            'adadelta': 1.0,
+            'adagrad': 1e-1,
+            'adamw': 1e-3,
+        },
         number(float, 0),
     ),
     Option(
@@ -213,6 +229,7 @@ TRAINING = (
         'how the learning rate falls: step, at each epoch of --epoch_step; or after each step, as '
         'half a cosine or a line that ends at 0 with the last one',
         'step',
+        {'fast': 'linear'},
         choices=('step', 'cosine', 'linear'),
     ),
     Option(
@@ -220,6 +237,7 @@ TRAINING = (
         'ramp:STEPS: steps in which the learning rate rises to --lr in equal parts; without '
         'ramp: steps with a hundredth of --lr',
         0,
+        {'fast digits': 'ramp:100'},
         type=warmup,
         metavar='STEPS',
     ),

@@ -11,7 +11,7 @@ from diracnet import DATASETS
 from lab.errors import OneLineParser, OptionError
 from lab.models.registry import CHAINS
 from lab.training.option import UNSET
-from lab.training.option_table import GROUPS, OPTIONS
+from lab.training.option_table import FAST, GROUPS, OPTIONS
 from lab.training.option_types import LARGEST
 
 FREE_ON_RESUME = {name for name, option in OPTIONS.items() if option.free_on_resume}
@@ -44,17 +44,17 @@ def parse(arguments, description=None):
 
 
 def defaults_for(given):
-    """All options that have a default, for the data set, model and optimizer in `given`."""
-    dataset, model, optimizer = (
-        given.get(name, OPTIONS[name].default) for name in ('dataset', 'model', 'optim')
+    """All options that have a default, for the data set, model, optimizer and recipe in `given`."""
+    dataset, model, optimizer, recipe = (
+        given.get(name, OPTIONS[name].default) for name in ('dataset', 'model', 'optim', 'recipe')
     )
-    facts = {dataset, DATASETS[dataset][0], model, optimizer}
+    facts = {dataset, DATASETS[dataset][0], model, optimizer, recipe}
     defaults = {}
     for name, option in OPTIONS.items():
         value = option.default_for(facts)
         if value is not UNSET and (option.models is None or model in option.models):
             defaults[name] = value
-    return {**defaults, 'dataset': dataset, 'model': model, 'optim': optimizer}
+    return {**defaults, 'dataset': dataset, 'model': model, 'optim': optimizer, 'recipe': recipe}
 
 
 def complete(given, stored=None):
@@ -87,6 +87,8 @@ def complete(given, stored=None):
     reads_imagenetpath = stored is None or 'imagenetpath' in given
     if options['dataset'] == 'ImageNet' and 'dataroot' not in given and reads_imagenetpath:
         options['dataroot'] = options['imagenetpath']
+    if options['recipe'] == 'fast' and options['dataset'] not in FAST:
+        raise OptionError(f'--recipe fast exists for {" and ".join(FAST)} only')
     if options['width'] == int(options['width']):
         options['width'] = int(options['width'])  # so that logs and names say 2, not 2.0
     if stored is None and 'epoch_step' not in given:
