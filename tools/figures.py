@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from lab.errors import UserError, printable
 
 STYLES = [  # line, marker, color
@@ -51,7 +53,10 @@ def plain(text):
 
 
 def use_log_scale(ax):
-    """Make the y axis logarithmic, with plain numbers at its ticks."""
+    """Make the y axis logarithmic, with plain numbers at its ticks. Values of 0 leave gaps; the axis
+    stays linear if there are no others."""
+    if not np.isfinite(ax.dataLim.minposy):
+        return
 
     def minor_label(y, _):
         bottom, top = ax.get_ylim()
@@ -59,7 +64,7 @@ def use_log_scale(ax):
         # Over many decades these labels would overlap.
         return f'{y:g}' if first_digit in '235' and top < 300 * bottom else ''
 
-    ax.set_yscale('log')
+    ax.set_yscale('log', nonpositive='mask')
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_formatter(minor_label)
 

@@ -7,7 +7,13 @@ from lab import distributed
 
 # In a narrow terminal, loss and accuracy leave no room for tqdm's own counts.
 NARROW = '{desc} {percentage:3.0f}%|{bar}| {remaining}{postfix}'
-WIDE = 100  # columns
+TINY = '{desc} {percentage:3.0f}% {remaining}'
+
+
+def bar_format(columns):
+    if columns < 50:
+        return TINY
+    return NARROW if columns < 100 else None
 
 
 class ProgressBar:
@@ -27,7 +33,7 @@ class ProgressBar:
             disable=None if distributed.rank() == 0 else True,  # None: if not in a terminal
             leave=False,
             dynamic_ncols=True,
-            bar_format=None if columns >= WIDE else NARROW,
+            bar_format=bar_format(columns),
         )
         self.meters, self.shown = meters, 0.0
 
