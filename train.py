@@ -305,7 +305,9 @@ def describe_run(options, train_batches, test_batches, device, folder):
 def describe_rate(options):
     if options['schedule'] != 'step':
         return f'learning rate {options["lr"]:g}, schedule {options["schedule"]}'
-    falls = ', '.join(map(str, options['epoch_step'])) or 'none'
+    if not options['epoch_step']:
+        return f'learning rate {options["lr"]:g} in all epochs'
+    falls = ', '.join(map(str, options['epoch_step']))
     factor = f'times {options["lr_decay_ratio"]:g}'
     return f'learning rate {options["lr"]:g}, {factor} at the beginning of the epochs {falls}'
 

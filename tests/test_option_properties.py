@@ -64,6 +64,9 @@ def is_valid(name, value):
         return True
     if name == 'bn_init':
         return len(value) == 2 and all(map(math.isfinite, value))
+    if name == 'warmup':
+        steps = str(value).removeprefix('ramp:') if isinstance(value, str) else value
+        return int(steps) >= 0
     if name in WORDS:
         return type(value) is float and 0 < value < math.inf
     return type(value) is KINDS[name] and (KINDS[name] is str or 0 <= value < math.inf)
