@@ -53,8 +53,8 @@ def plain(text):
 
 
 def use_log_scale(ax):
-    """Make the y axis logarithmic, with plain numbers at its ticks. Values of 0 leave gaps; the axis
-    stays linear if there are no others."""
+    """Make the y axis logarithmic, with plain numbers at its ticks. Values of 0 leave gaps. If there
+    are no others, the axis stays linear."""
     if not np.isfinite(ax.dataLim.minposy):
         return
 

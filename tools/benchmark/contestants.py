@@ -20,6 +20,7 @@ from diracnet import define_diracnet, make_architecture
 from lab.device import autocast
 from lab.memory import keep_freed_memory
 from lab.models.plain import define_plain
+from lab.models.resnet import define_resnet
 from lab.training.optimizers import make_optimizer
 from lab.training.recompute import compiled_chain, recomputed_chain
 from tools.benchmark import references
@@ -66,6 +67,12 @@ def diracnet_step(network, inputs, targets):
 def plain_step(network, inputs, targets):
     keep_freed_memory()
     return on_batch(training_step(*define_plain(*network)), inputs, targets)
+
+
+def resnet_step(network, inputs, targets):
+    keep_freed_memory()
+    depth, width, dataset = network
+    return on_batch(training_step(*define_resnet(depth - 2, width, dataset)), inputs, targets)
 
 
 def bfloat16_step(network, inputs, targets):
@@ -169,9 +176,9 @@ def resnet(network):
     return fuse(getattr(torchvision.models, f'resnet{network[0]}')().eval())
 
 
-def in_pytorch(make_model, network, inputs, targets):
-    model = make_model(network).to(memory_format=torch.channels_last)
-    return partial(infer, model, channels_last(inputs))
+def in_pytorch(make_model, network, inputs, targets, dtype=torch.float32):
+    model = make_model(network).to(dtype, memory_format=torch.channels_last)
+    return partial(infer, model, channels_last(inputs.to(dtype)))
 
 
 def in_onnx_runtime(make_model, network, inputs, targets):
@@ -179,6 +186,13 @@ def in_onnx_runtime(make_model, network, inputs, targets):
 
     content = to_onnx(make_model(network), inputs.shape[1:], {}).SerializeToString()
     return partial(infer, OnnxNetwork(content), inputs)
+
+
+def in_int8(network, inputs, targets):
+    from lab.onnx_models import OnnxNetwork
+    from tools.int8 import int8_onnx
+
+    return partial(infer, OnnxNetwork(int8_onnx(folded(network), inputs, {})), inputs)
 
 
 def textbook_inference(network, inputs, targets):
@@ -194,6 +208,7 @@ def infer(model, inputs):
 BUILDERS = {
     'DiracNet': diracnet_step,
     'plain': plain_step,
+    'ResNet step': resnet_step,
     '--dtype bfloat16': bfloat16_step,
     '--compile': compiled_step,
     '--recompute': recomputed_step,
@@ -204,8 +219,11 @@ BUILDERS = {
     'folded': partial(in_pytorch, folded),
     'unfolded': partial(in_pytorch, unfolded),
     'ResNet': partial(in_pytorch, resnet),
+    'folded bfloat16': partial(in_pytorch, folded, dtype=torch.bfloat16),
+    'ResNet bfloat16': partial(in_pytorch, resnet, dtype=torch.bfloat16),
     'folded ONNX': partial(in_onnx_runtime, folded),
     'ResNet ONNX': partial(in_onnx_runtime, resnet),
+    'folded int8': in_int8,
     'textbook inference': textbook_inference,
 }
 

@@ -11,7 +11,10 @@ import torch
 
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow')
 SPEED_COLUMNS = ['measurement', 'variant', 'median (quartiles)', 'ratio', 'goal']
-RATIO_LEGEND = "The ratio is the median of a group's first row divided by the median of this row."
+RATIO_LEGEND = (
+    "The ratio is the median of a group's first row divided by the median of this row, with a 95 % "
+    'interval from a bootstrap of the rounds.'
+)
 
 
 def machine_facts():
@@ -38,8 +41,13 @@ def processor_name():
 
 def spread(samples):
     """The median and the quartiles as text, in the unit of the samples."""
-    low, middle, high = statistics.quantiles(samples, n=4)
-    return f'{middle:.4g} ({low:.4g} to {high:.4g})'
+    low, middle, high = map(plain, statistics.quantiles(samples, n=4))
+    return f'{middle} ({low} to {high})'
+
+
+def plain(value):
+    """A number with four digits, or more if it is large."""
+    return f'{value:.0f}' if value >= 1000 else f'{value:.4g}'
 
 
 def spread_in_milliseconds(seconds):

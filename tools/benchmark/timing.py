@@ -1,7 +1,8 @@
 """Times of several functions or contestants, measured in turn."""
 
-import statistics
 import time
+
+import numpy as np
 
 from tools.benchmark.processes import Contestant
 from tools.benchmark.report import spread_in_milliseconds
@@ -40,13 +41,23 @@ def compare_contestants(report, label, kinds, network, batch, rounds, goals):
     samples = alternate(contestants, rounds)
     report.samples[label] = samples
     first, *others = kinds
-    medians = {kind: statistics.median(samples[kind]) for kind in kinds}
     report.add(label, first, spread_in_milliseconds(samples[first]), '', '')
     for kind in others:
-        ratio = f'{medians[first] / medians[kind]:.3f}'
+        ratio = '{:.3f} ({:.3f} to {:.3f})'.format(*ratio_of_medians(samples[first], samples[kind]))
         goal = f'at most {goals[kind]}' if kind in goals else ''
         report.add('', kind, spread_in_milliseconds(samples[kind]), ratio, goal)
     return {kind: contestant.close() for kind, contestant in contestants.items()}
+
+
+def ratio_of_medians(first, second):
+    """The ratio, and its 95 % interval by a bootstrap of the rounds that measured both."""
+    from scipy.stats import bootstrap
+
+    def ratio(a, b, axis=-1):
+        return np.median(a, axis) / np.median(b, axis)
+
+    found = bootstrap((first, second), ratio, paired=True, method='percentile', random_state=0)
+    return ratio(first, second), *found.confidence_interval
 
 
 def describe(network, batch):
