@@ -53,8 +53,10 @@ def plain(text):
 
 
 def use_log_scale(ax):
-    """Make the y axis logarithmic, with plain numbers at its ticks. Values of 0 leave gaps. If there
-    are no others, the axis stays linear."""
+    """Make the y axis logarithmic, with plain numbers at its ticks.
+
+    Values of 0 leave gaps. If there are no others, the axis stays linear.
+    """
     if not np.isfinite(ax.dataLim.minposy):
         return
 

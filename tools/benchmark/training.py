@@ -6,8 +6,8 @@ from tools.benchmark.timing import compare_contestants, describe
 LEGEND = (
     '*DiracNet* is the step of train.py. *textbook* computes the formula layer by layer, in the '
     'default memory layout, with SGD that updates one tensor at a time. *plain* is our network '
-    'with ordinary weights. *floor* runs only the convolutions, forward and backward. *ResNet step* '
-    'is the step of the ResNet with two layers less, whose convolutions are as many. '
+    'with ordinary weights. *floor* runs only the convolutions, forward and backward. '
+    '*ResNet step* is the step of the ResNet with two layers fewer. '
     f'{RATIO_LEGEND}'
 )
 # Network, batch size, factor of --rounds, goals.
