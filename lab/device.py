@@ -1,11 +1,12 @@
 """The device to train on, floating-point types, and torch's settings for both."""
 
+import contextlib
 import os
 
 import torch
 
 from diracnet import DATASETS
-from lab import distributed
+from lab import cuda, distributed
 from lab.errors import OptionError
 from lab.memory import keep_freed_memory
 
@@ -20,7 +21,7 @@ DTYPES = {
 
 def autocast(device, short):
     """A context in which convolutions run in the type `short`; None leaves all types alone."""
-    return torch.autocast(device.type, short, enabled=short is not None)
+    return torch.autocast(device.type, short) if short else contextlib.nullcontext()
 
 
 def choose_device(given):
@@ -89,8 +90,6 @@ def set_up(options, device):
     if options['dtype'] == 'half' and device.type != 'cuda':
         raise OptionError(f'--dtype half needs CUDA, but the device is {device}; use bfloat16')
     if device.type == 'cuda':
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision('high')  # TF32
-        torch.backends.cudnn.allow_tf32 = True
+        cuda.set_up()
     elif not options['recompute']:  # --recompute saves memory, so malloc should return it
         keep_freed_memory()

@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from lab import cuda
 from lab.errors import OptionError, UserError, is_out_of_memory
 
 PARENT = os.getppid()
@@ -75,7 +76,7 @@ def start(device):
         # processes. A prefix for each restart hides them. On several machines the restart counts
         # may differ; there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart its own store.
         store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
-    backend = 'cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo'
+    backend = cuda.BACKEND if device.type == 'cuda' else 'gloo'
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
 
 

@@ -30,6 +30,26 @@ SHORT_RUN = (
 )
 
 
+# --- devices ---------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption('--device', help='cpu or cuda, for tests that are marked for every device')
+
+
+def pytest_generate_tests(metafunc):
+    if 'device' in metafunc.fixturenames:
+        chosen = metafunc.config.getoption('device')
+        devices = [chosen] if chosen else DEVICES
+        metafunc.parametrize('device', [pytest.param(d, marks=pytest.mark.device) for d in devices])
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name == 'test.py':  # each of its tests runs on all devices
+            item.add_marker('device')
+
+
 # --- calling the programs --------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ import torch
 from data_helpers import epoch_of, folder_batches, small_set
 from scipy.stats import chi2_contingency, chisquare
 
-from conftest import DEVICES
 from lab.data import datasets
 
 
@@ -48,7 +47,6 @@ def test_each_process_has_its_share_of_every_batch_of_a_folder(world, image_fold
     assert position >= 8
 
 
-@pytest.mark.parametrize('device', DEVICES)
 def test_pixels_in_memory_do_not_depend_on_history_or_batch_size(device):
     inputs, targets = epoch_of(cifar_like(device=device), 5)
     assert inputs.shape == (300, 3, 32, 32) and sorted(targets.tolist()) == list(range(300))
@@ -66,7 +64,6 @@ def test_pixels_in_memory_do_not_depend_on_history_or_batch_size(device):
     assert batch.is_contiguous(memory_format=torch.channels_last) and batch.device.type == device
 
 
-@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('world', [2, 3])
 def test_processes_share_an_epoch_in_memory(world, device):
     inputs, targets = epoch_of(cifar_like(device=device), 5)

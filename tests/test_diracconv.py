@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import DEVICES
 from diracconv import DiracConv2d, dirac_weight
 from test import CASES, LAYERS, random_layer, relative_error
 
@@ -54,7 +53,6 @@ def test_repr():
 # The tolerances are about two units in the last place.
 @pytest.mark.parametrize('dtype, tolerance', [(torch.half, 2e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize('kind', LAYERS)
-@pytest.mark.parametrize('device', DEVICES)
 def test_low_precision(device, kind, dtype, tolerance):
     layer = random_layer(kind, 4, 4, 3).to(device)
     low = copy.deepcopy(layer).to(dtype)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import diracnet
-from conftest import DEVICES, Malicious
+from conftest import Malicious
 from diracnet import DiracNet, Network, define_diracnet, diracnet18, diracnet34
 from lab.models.diracnet_v1 import define_diracnet_v1
 from lab.models.plain import define_plain, define_plain_ncrelu
@@ -58,7 +58,6 @@ def textbook_errors(depth, width, dataset, size, memory_format, dtype, device):
     return relative_error(logits, expected), relative_error(gradients, theirs)
 
 
-@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize(
     'network', [(16, 1, 'digits', 8), (22, 0.5, 'CIFAR10', 16), (18, 0.125, 'ImageNet', 64)]

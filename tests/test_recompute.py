@@ -10,7 +10,7 @@ import torch._dynamo
 import torch.nn.functional as F
 
 import train
-from conftest import DEVICES, same, train_digits
+from conftest import same, train_digits
 from diracnet import Network, define_diracnet
 from lab.runs import checkpoint
 from lab.training.recompute import compiled_chain, recomputed_chain
@@ -52,7 +52,6 @@ def copied(params, dtype=None):
     }
 
 
-@pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize(
     'depth, width, dataset, size', [(16, 1, 'digits', 8), (18, 0.125, 'ImageNet', 64)]
 )

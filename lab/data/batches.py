@@ -10,6 +10,7 @@ import weakref
 import numpy as np
 import torch
 
+from lab import cuda
 from lab.data.image_folders import ImageFolder
 from lab.data.preprocessing import normalize, whiten
 from lab.errors import OptionError, UserError
@@ -218,12 +219,8 @@ class FolderBatches(Batches):
 
     def _to_device(self, images, targets):
         if self.device.type == 'cuda':
-            # Pinning copies: a worker may refill the slot before the transfer ends.
-            images, targets = images.pin_memory(), targets.pin_memory()
-        return (
-            images.to(self.device, non_blocking=True),
-            targets.to(self.device, non_blocking=True),
-        )
+            return cuda.send(images, self.device), cuda.send(targets, self.device)
+        return images.to(self.device), targets.to(self.device)
 
 
 class _Slots(torch.utils.data.Dataset):

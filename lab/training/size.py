@@ -6,6 +6,7 @@ from dataclasses import astuple, dataclass
 import torch
 
 from diracnet import DATASETS
+from lab import cuda
 from lab.device import DTYPES
 from lab.distributed import local_world, world
 from lab.errors import OptionError
@@ -61,7 +62,7 @@ def check_memory(options, arguments, data, device):
     images = samples * arguments['in_channels'] * pixels**2
     needed, activations = step_memory(options, size, images)
     if device.type == 'cuda':
-        available = torch.cuda.get_device_properties(device).total_memory
+        available = cuda.memory(device)
     else:
         needed, available = needed * local_world(), total_memory()
     if needed > available:

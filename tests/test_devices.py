@@ -1,0 +1,162 @@
+"""Every device computes what the CPU does in double precision, and no tensor is made on another
+one. `python -m pytest -m device --device cuda` runs this file, and what else is marked, on a GPU.
+
+The tests with meta tensors and with fake CUDA tensors need no GPU.
+"""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import train
+from conftest import train_digits
+from diracnet import Network
+from lab import cuda
+from lab.data import datasets
+from lab.device import DTYPES
+from lab.models import registry
+from lab.models.registry import FOLDABLE, MODELS, define
+from lab.runs import checkpoint
+from lab.training.optimizers import make_optimizer
+from test import randomized, relative_error
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+TARGETS = torch.arange(4)
+
+
+def network(model, dataset='CIFAR10'):
+    """f, params of the smallest network of a model, with random scales and statistics."""
+    depth = 8 if model in ('resnet', 'resnet-dirac') else 10
+    if dataset == 'ImageNet':
+        depth = 50 if model == 'wrn' else 18
+    torch.manual_seed(0)
+    f, params = define(model, depth, 0.5, dataset)
+    randomized(params)
+    return f, params
+
+
+@pytest.fixture
+def equal_numbers(device):
+    """Full precision, and the same numbers at each repetition."""
+    if device == 'cuda':
+        cuda.set_up_for_equal_numbers()
+    yield
+    if device == 'cuda':
+        cuda.set_up()
+
+
+def results_of(model, device, dtype):
+    """Loss, gradients and running statistics of a training step, on the CPU in double."""
+    module = Network(*network(model)).to(device, dtype, memory_format=torch.channels_last)
+    loss = F.cross_entropy(module(IMAGES.to(device, dtype)), TARGETS.to(device))
+    loss.backward()
+    tensors = {name: parameter.grad for name, parameter in module.named_parameters()}
+    tensors.update(module.named_buffers(), loss=loss.detach())
+    assert all(tensor.device.type == device for tensor in tensors.values())
+    return {name: tensor.cpu().double() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize('model', MODELS)
+def test_a_step_of_every_model(model, device, equal_numbers):
+    expected = results_of(model, 'cpu', torch.double)
+    for dtype, limit in ((torch.double, 1e-9), (torch.float, 2e-3)):
+        for name, tensor in results_of(model, device, dtype).items():
+            scale = expected[name].abs().max().clamp(min=1e-6)
+            assert (tensor - expected[name]).abs().max() <= limit * scale, (name, dtype)
+
+
+@pytest.mark.parametrize('model', FOLDABLE)
+def test_folds(model, device, equal_numbers):
+    f, params = network(model)
+    expected = f(IMAGES, {key: tensor.double() for key, tensor in params.items()}, False)
+    moved = {key: tensor.detach().to(device) for key, tensor in params.items()}
+    folded = registry.folded_module(model, registry.fold(model, moved)).to(device)
+    with torch.no_grad():
+        logits = folded(IMAGES.float().to(device))
+    assert relative_error(logits.cpu().double(), expected) < 1e-4
+
+
+@pytest.mark.parametrize('dtype', ['float', 'bfloat16', 'half'])
+def test_digits_are_learned(dtype, device, tmp_path):
+    """On a GPU, float is TF32, and half scales its loss."""
+    if (dtype, device) == ('half', 'cpu'):
+        pytest.skip('half needs CUDA')
+    lines = train_digits(tmp_path / 'run', f'--device {device} --dtype {dtype} --epochs 6')
+    assert lines[-1]['test_acc'] > 90
+
+
+def test_resumes_to_the_bit(device, equal_numbers, monkeypatch, tmp_path, stop_at):
+    monkeypatch.setattr(cuda, 'set_up', cuda.set_up_for_equal_numbers)
+    options = f'--device {device} --depth 10 --epochs 2 --randomcrop_pad 1'
+    train_digits(tmp_path / 'whole', options)
+    stop_at(30)
+    with pytest.raises(SystemExit):
+        train_digits(tmp_path / 'cut', options)
+    train.main(['--resume', str(tmp_path / 'cut'), '--device', device])
+    whole, cut = (checkpoint.load(tmp_path / name).params for name in ('whole', 'cut'))
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_checkpoints_move(device, tmp_path, call):
+    train_digits(tmp_path / 'run', f'--device {device} --depth 10 --epochs 1')
+    train.main(['--resume', str(tmp_path / 'run'), '--device', 'cpu', '--epochs', '2'])
+    train.main(['--resume', str(tmp_path / 'run'), '--device', device, '--epochs', '3'])
+    results = [
+        call(train.main, '--evaluate', tmp_path / 'run', '--device', name).out
+        for name in (device, 'cpu')
+    ]
+    accuracies = [checkpoint_line.partition('"test_acc": ')[2][:4] for checkpoint_line in results]
+    assert accuracies[0] == accuracies[1] and float(accuracies[0].strip(',')) > 80
+
+
+# --- without a GPU ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dataset', ['CIFAR10', 'ImageNet'])
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('model', MODELS)
+def test_a_step_without_data(model, dtype, dataset, monkeypatch):
+    """A training step in which every tensor is on the meta device, which has no values: one that is
+    made on the CPU does not fit."""
+    wide, short = DTYPES[dtype]
+    # autocast knows no meta tensors, so convolutions run in the wide type.
+    monkeypatch.setattr(train, 'autocast', lambda *_: contextlib.nullcontext())
+    module = Network(*network(model, dataset)).to('meta', wide)
+    options = {'dtype': dtype, 'label_smoothing': 0.1, 'tta': 'none'}
+    inputs = IMAGES.to('meta', torch.float)
+    loss, logits = train.forward(module, inputs, TARGETS.to('meta'), options)
+    assert logits.shape == (4, 10 if dataset == 'CIFAR10' else 1000) and logits.is_meta
+    loss.backward()
+    for parameter in module.parameters():
+        assert parameter.grad.is_meta and parameter.grad.dtype == wide
+    # SGD's fused kernel does not exist for meta tensors.
+    options = {'lr': 0.1, 'weight_decay': 5e-4, 'model': model, 'optim': 'adamw'}
+    optimizer = make_optimizer(module, options)
+    optimizer.step()
+    assert all(t.is_meta for state in optimizer.state.values() for t in [state['exp_avg']])
+
+
+def test_batches_without_data(tmp_path):
+    """Order, crops, flips and cutout are made where the images are."""
+    data = datasets.load('digits', str(tmp_path))
+    images, targets = data.train
+    data = replace(data, train=(images.to('meta'), targets.to('meta')))
+    batches = data.batches(True, batch_size=64, device='meta', pad=1, cutout=2)
+    batches.epoch = 1
+    inputs, labels = next(iter(batches))
+    assert inputs.is_meta and labels.is_meta and inputs.shape == (64, 1, 8, 8)
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('model', MODELS)
+def test_a_forward_pass_of_fake_cuda_tensors(model, training):
+    f, params = network(model)
+    real = {'images': IMAGES.float(), **{key: tensor.detach() for key, tensor in params.items()}}
+    with FakeTensorMode() as mode:
+        fake = {key: mode.from_tensor(tensor).to('cuda') for key, tensor in real.items()}
+        logits = f(fake.pop('images'), fake, training)
+    assert logits.device.type == 'cuda' and logits.shape == (4, 10)
