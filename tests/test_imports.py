@@ -17,6 +17,7 @@ ROOMS = (
     'lab.errors',
     'lab.memory',
     'lab.files',
+    'lab.cuda',
     'lab.distributed',
     'lab.models',
     'lab.data',

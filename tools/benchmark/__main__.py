@@ -13,6 +13,7 @@ other programs disturb the numbers.
     depth       time and memory of a training step at several depths; also writes OUT.png
     start       time from the command to the first training step
     compile     cost and gain of --compile
+    cuda        whether everything works on a CUDA GPU, and how fast; at most 8 minutes
 """
 
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 from lab.errors import OneLineParser, OptionError, run
 from tools.benchmark.data import bench_data
 from tools.benchmark.depth import bench_depth
+from tools.benchmark.gpu import bench_cuda
 from tools.benchmark.inference import bench_inference
 from tools.benchmark.start import bench_compile, bench_start
 from tools.benchmark.training import bench_training
@@ -31,6 +33,7 @@ BENCHMARKS = {
     'inference': bench_inference,
     'depth': bench_depth,
     'start': bench_start,
+    'cuda': bench_cuda,
 }
 
 
@@ -43,6 +46,10 @@ def main(arguments=None):
     parser.add_argument(
         '--images', type=int, default=1024, help='JPEGs each in train/ and val/ (default 1024)'
     )
+    parser.add_argument('--device', choices=('cpu', 'cuda'), help='for cuda (default cuda)')
+    parser.add_argument(
+        '--quick', action='store_true', help='for cuda: least sizes and repetitions'
+    )
     parser.add_argument('--out', type=Path, metavar='OUT', help='write OUT.md and OUT.json')
     args = parser.parse_args(arguments)
     if args.rounds < 3 or args.images < 1:
@@ -51,6 +58,7 @@ def main(arguments=None):
     print(report.markdown())
     if args.out:
         report.write(args.out)
+    return 1 if report.failures else 0
 
 
 if __name__ == '__main__':

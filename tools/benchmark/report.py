@@ -61,6 +61,7 @@ class Report:
         self.title, self.columns, self.legend = title, columns, legend
         self.facts = machine_facts()
         self.rows, self.samples = [], {}
+        self.failures = []  # of parts that could not be measured
 
     def add(self, *row):
         """Add a row and print it."""
