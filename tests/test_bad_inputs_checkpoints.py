@@ -328,3 +328,17 @@ def test_logits_that_overflow(tmp_path, refused):
         out = [tmp_path / 'out.pth'] if main is export.main else []
         refused(1, 'finite', main, path, *out, '--dataset', 'digits')
     assert not (tmp_path / 'out.pth').exists()
+
+
+def test_small_images_of_another_size(tmp_path, refused):
+    path = tmp_path / 'large.pt7'
+    torch.save(within('preprocessing', image_size=16, resize=16), path)
+    refused(1, [path, '16', '8'], train.main, '--evaluate', path)
+
+
+@pytest.mark.parametrize('value', [-1.0, math.nan])
+def test_folding_an_impossible_variance(value):
+    params = bare()
+    params[f'{BLOCK}.bn.running_var'][0] = value
+    with pytest.raises(ValueError, match=f'{BLOCK}.bn.running_var'):
+        fold(params)
