@@ -1,5 +1,6 @@
 """Checkpoints that are broken or hostile: every program refuses them, each in one line."""
 
+import math
 import os
 import socket
 from pathlib import Path
