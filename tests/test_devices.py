@@ -5,6 +5,7 @@ The tests with meta tensors and with fake CUDA tensors need no GPU.
 """
 
 import contextlib
+import signal
 from dataclasses import replace
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from conftest import train_digits
+from conftest import python, train_digits
 from diracnet import Network
 from lab import cuda
 from lab.data import datasets
@@ -80,23 +81,53 @@ def test_folds(model, device, equal_numbers):
     assert relative_error(logits.cpu().double(), expected) < 1e-4
 
 
-@pytest.mark.parametrize('dtype', ['float', 'bfloat16', 'half'])
-def test_digits_are_learned(dtype, device, tmp_path):
+@pytest.mark.parametrize(
+    'options', ['', '--dtype bfloat16', '--dtype half', '--recompute', '--compile']
+)
+def test_digits_are_learned(options, device, tmp_path):
     """On a GPU, float is TF32, and half scales its loss."""
-    if (dtype, device) == ('half', 'cpu'):
-        pytest.skip('half needs CUDA')
-    lines = train_digits(tmp_path / 'run', f'--device {device} --dtype {dtype} --epochs 6')
+    if device == 'cpu' and options in ('--dtype half', '--compile'):
+        pytest.skip('half needs CUDA; tests/test_recompute.py compiles on the CPU')
+    lines = train_digits(tmp_path / 'run', f'--device {device} {options} --epochs 6')
     assert lines[-1]['test_acc'] > 90
 
 
-def test_resumes_to_the_bit(device, equal_numbers, monkeypatch, tmp_path, stop_at):
+def test_digits_are_learned_without_tf32(device, equal_numbers, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, 'set_up', cuda.set_up_for_equal_numbers)
-    options = f'--device {device} --depth 10 --epochs 2 --randomcrop_pad 1'
-    train_digits(tmp_path / 'whole', options)
-    stop_at(30)
-    with pytest.raises(SystemExit):
-        train_digits(tmp_path / 'cut', options)
-    train.main(['--resume', str(tmp_path / 'cut'), '--device', device])
+    lines = train_digits(tmp_path / 'run', f'--device {device} --epochs 6')
+    assert lines[-1]['test_acc'] > 90
+
+
+# train.py with the same numbers at each repetition, which kills itself at a given step.
+KILLED = """
+import os, signal, sys
+import train
+from lab import cuda
+from lab.training.passes import Pass
+
+cuda.set_up = cuda.set_up_for_equal_numbers
+steps, arguments = int(sys.argv[1]), sys.argv[2:]
+add = Pass.add
+
+def add_and_die(self, *batch):
+    global steps
+    add(self, *batch)
+    steps -= 1
+    if steps == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Pass.add = add_and_die
+train.main(arguments)
+"""
+
+
+def test_resumes_to_the_bit_after_sigkill(device, tmp_path):
+    options = f'--dataset digits --device {device} --depth 10 --epochs 2 --randomcrop_pad 1'
+    options += ' --checkpoint_minutes 0.002 --resume auto --save'
+    for name, *kills in (('whole', 0), ('cut', 40, 0)):
+        for step in kills:
+            result = python('-c', KILLED, step, *options.split(), tmp_path / name)
+            assert result.status == (-signal.SIGKILL if step else 0), result.err
     whole, cut = (checkpoint.load(tmp_path / name).params for name in ('whole', 'cut'))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 

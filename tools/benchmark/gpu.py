@@ -262,8 +262,19 @@ def image_files(part):
                 for _ in batches:
                     pass
                 times.append(1000 * (time.perf_counter() - start))
+            if workers == 1:
+                busy = step_rate(part) / (1000 * n / times[1])
             label = 'JPEGs of 500 x 375 to 224 x 224'
             part.add(label, f'{workers} processes', 2 * times[1:], images=n)
+    part.rows[-1][3] = f'{busy:.1f} cores keep DiracNet-18 busy'
+
+
+def step_rate(part):
+    """The images that training steps of DiracNet-18 take per second."""
+    batch = 2 if part.quick else 256
+    inputs, targets = (t.to(part.device) for t in random_batch('ImageNet', batch))
+    times = part.time(training_step(make_diracnet, (18, 1, 'ImageNet'), inputs, targets))
+    return 1000 * batch / median(times)
 
 
 def inference(part):
