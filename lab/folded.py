@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lab.data import datasets
+from lab.data.class_names import readable
 from lab.data.image_files import prepare, read_image
 from lab.data.image_folders import ImageFolder
 from lab.data.preprocessing import Preprocessing, normalize
@@ -46,7 +47,7 @@ class FoldedNetwork:
         """What an exported file says about its network: a dict of values that JSON can hold."""
         return {
             'network': {**self.checkpoint.network, 'dataset': self.dataset},
-            'classes': self.classes,
+            'classes': readable(self.classes, self.checkpoint.network['num_classes']),
             'preprocessing': self.preprocessing.as_dict(),
         }
 

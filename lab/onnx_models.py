@@ -58,8 +58,8 @@ class OnnxNetwork:
     """An ONNX image classifier in ONNX Runtime, on the CPU.
 
     Called with normalized images (N, C, H, W), it returns float32 logits (N, num_classes).
-    `classes` and `preprocessing` come from the file's metadata, or are None; `in_channels` comes
-    from the shape of its input.
+    `classes` and `preprocessing` come from the file's metadata, or are None; `in_channels` and
+    `num_classes` come from the shapes of its input and output.
 
     Args:
         model: a path, or the content of a file as bytes.
@@ -86,14 +86,14 @@ class OnnxNetwork:
             )
             [self.input], [self.output] = self.session.get_inputs(), self.session.get_outputs()
             _, self.in_channels, height, _ = self.input.shape
-            _, num_classes = self.output.shape
+            _, self.num_classes = self.output.shape
             if self.output.type != 'tensor(float)':
                 raise ValueError(f'its output is a {self.output.type}')
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.classes = json.loads(metadata.get('classes', 'null'))
             self.preprocessing = json.loads(metadata.get('preprocessing', 'null'))
             if self.classes is not None:
-                check_classes(self.classes, num_classes)
+                check_classes(self.classes, self.num_classes)
             if self.preprocessing is not None:
                 check_preprocessing(self.preprocessing, self.in_channels)
                 if isinstance(height, int) and height != self.preprocessing['image_size']:

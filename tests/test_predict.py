@@ -5,10 +5,12 @@ import json
 import cv2
 import numpy as np
 import torch
+from torchvision.models import ResNet18_Weights
 
 from conftest import python
 from diracnet import DiracNet
 from lab.data import datasets
+from lab.data.class_names import readable
 from lab.data.preprocessing import Preprocessing
 from tools import export, predict
 
@@ -66,11 +68,20 @@ def test_imagenet_form(photographs, tmp_path, call):
     torch.save(net.state_dict(), tmp_path / 'net.pth')
     cv2.imwrite(str(tmp_path / 'photo.png'), photographs[0][:, :, ::-1])
     result = call(predict.main, tmp_path / 'net.pth', tmp_path / 'photo.png', '--json')
-    probabilities = json.loads(result.out)['probabilities']
+    line = json.loads(result.out)
+    probabilities, names = line['probabilities'], line['classes']
     # By hand: the shorter side of 427 x 640 to 256, the longer truncated to 383, the center 224.
     image = cv2.resize(photographs[0], (383, 256), interpolation=cv2.INTER_CUBIC)[16:240, 79:303]
     pixels = (image / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)
     inputs = torch.from_numpy(pixels).float().permute(2, 0, 1)[None]  # (1, 3, 224, 224)
     with torch.no_grad():
-        expected = net.eval()(inputs).softmax(1).topk(5).values[0]
+        expected, indices = net.eval()(inputs).softmax(1)[0].topk(5)
     np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
+    categories = ResNet18_Weights.DEFAULT.meta['categories']
+    assert names == [categories[index] for index in indices]
+    # Exports have the names, and WordNet's stand for them.
+    assert call(export.main, tmp_path / 'net.pth', tmp_path / 'net.onnx').status == 0
+    again = call(predict.main, tmp_path / 'net.onnx', tmp_path / 'photo.png', '--json')
+    assert json.loads(again.out)['classes'] == names
+    assert readable([f'n{number:08}' for number in range(1000)], 1000) == categories
+    assert readable(['a', 'b'], 2) == ['a', 'b'] and readable(None, 10) is None

@@ -16,6 +16,7 @@ from itertools import islice
 import numpy as np
 import torch
 
+from lab.data.class_names import readable
 from lab.data.datasets import PREPROCESSING
 from lab.data.image_files import find_images, prepare, read_image
 from lab.data.preprocessing import Preprocessing, normalize
@@ -52,7 +53,7 @@ def load(path, dataset=None, ema=False):
         if ema:
             raise OptionError(f'--ema: {path} has one network; pass the run')
         net = found = OnnxNetwork(path)
-        in_channels, dtype = net.in_channels, torch.float32
+        in_channels, num_classes, dtype = net.in_channels, net.num_classes, torch.float32
         preprocessing = preprocessing_of(found, dataset)
     else:
         found = checkpoint.load(path)
@@ -61,10 +62,12 @@ def load(path, dataset=None, ema=False):
         elif found.ema:
             print(f'{found.path}: the raw weights; --ema takes their averages', file=sys.stderr)
         net = found.fold()
-        in_channels, dtype = net.architecture.in_channels, net.fc.weight.dtype
+        num_classes, in_channels = net.fc.weight.shape[0], net.architecture.in_channels
+        dtype = net.fc.weight.dtype
         preprocessing = preprocessing_of(found, dataset, net.architecture)
     check_channels(found.path, in_channels, preprocessing)
-    return Classifier(found.path, net, dtype, preprocessing, found.classes)
+    classes = readable(found.classes, num_classes)
+    return Classifier(found.path, net, dtype, preprocessing, classes)
 
 
 def classify(classifier, paths, batch_size=64):

@@ -2,6 +2,7 @@
 
 from lab import distributed
 from lab.data import datasets
+from lab.data.class_names import readable
 from lab.data.image_folders import ImageFolder
 from lab.distributed import world
 from lab.errors import UserError
@@ -37,7 +38,8 @@ def check_classes(source, found, options):
             raise UserError(
                 f'{found.path} has images of {stored} pixels, but {options["dataset"]} has {size}'
             )
-    if found and found.classes and list(source.classes) != list(found.classes):
+    theirs, ours = found and found.classes, list(source.classes)
+    if theirs and readable(list(theirs), len(theirs)) != readable(ours, len(ours)):
         raise UserError(
             f'{found.path} has other classes ({", ".join(found.classes[:3])}, ...) than the data '
             f'in {options["dataroot"]} ({", ".join(source.classes[:3])}, ...)'
