@@ -44,6 +44,14 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize('device', [pytest.param(d, marks=pytest.mark.device) for d in devices])
 
 
+@pytest.fixture(autouse=torch.cuda.is_available())
+def full_precision():
+    """On a GPU, without TF32, and the same numbers at each repetition."""
+    from lab import cuda
+
+    cuda.set_up_for_equal_numbers()
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name == 'test.py':  # each of its tests runs on all devices

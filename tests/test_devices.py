@@ -40,16 +40,6 @@ def network(model, dataset='CIFAR10'):
     return f, params
 
 
-@pytest.fixture
-def equal_numbers(device):
-    """Full precision, and the same numbers at each repetition."""
-    if device == 'cuda':
-        cuda.set_up_for_equal_numbers()
-    yield
-    if device == 'cuda':
-        cuda.set_up()
-
-
 def results_of(model, device, dtype):
     """Loss, gradients and running statistics of a training step, on the CPU in double."""
     module = Network(*network(model)).to(device, dtype, memory_format=torch.channels_last)
@@ -62,7 +52,7 @@ def results_of(model, device, dtype):
 
 
 @pytest.mark.parametrize('model', MODELS)
-def test_a_step_of_every_model(model, device, equal_numbers):
+def test_a_step_of_every_model(model, device):
     expected = results_of(model, 'cpu', torch.double)
     for dtype, limit in ((torch.double, 1e-9), (torch.float, 2e-3)):
         for name, tensor in results_of(model, device, dtype).items():
@@ -71,7 +61,7 @@ def test_a_step_of_every_model(model, device, equal_numbers):
 
 
 @pytest.mark.parametrize('model', FOLDABLE)
-def test_folds(model, device, equal_numbers):
+def test_folds(model, device):
     f, params = network(model)
     expected = f(IMAGES, {key: tensor.double() for key, tensor in params.items()}, False)
     moved = {key: tensor.detach().to(device) for key, tensor in params.items()}
@@ -92,7 +82,7 @@ def test_digits_are_learned(options, device, tmp_path):
     assert lines[-1]['test_acc'] > 90
 
 
-def test_digits_are_learned_without_tf32(device, equal_numbers, monkeypatch, tmp_path):
+def test_digits_are_learned_without_tf32(device, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, 'set_up', cuda.set_up_for_equal_numbers)
     lines = train_digits(tmp_path / 'run', f'--device {device} --epochs 6')
     assert lines[-1]['test_acc'] > 90
@@ -116,7 +106,7 @@ train.main(sys.argv[1:])
 """
 
 
-def test_resumes_to_the_bit_after_sigkill(device, equal_numbers, monkeypatch, tmp_path):
+def test_resumes_to_the_bit_after_sigkill(device, monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, 'set_up', cuda.set_up_for_equal_numbers)
     options = f'--device {device} --depth 10 --epochs 2 --randomcrop_pad 1 --resume auto'
     options += ' --checkpoint_minutes 0.002'

@@ -49,6 +49,7 @@ LEGEND = (
     'median of the first row of a group divided by that of this row. *MB* is the peak memory, '
     "*peak* the share of the card's dense peak, if it is known here."
 )
+SECONDS = 470  # for all parts together
 # Dense TFLOP/s with TF32 and with bfloat16, from NVIDIA's data sheets (SXM).
 PEAKS = {'H200': (494.7, 989.4), 'H100': (494.7, 989.4), 'A100': (156, 312)}
 NETWORKS = [  # depth, width, data set, batch
@@ -90,7 +91,8 @@ class Part:
 def test_suite(part):
     """The tests that are marked for every device."""
     chosen = ['tests/test_diracconv.py'] if part.quick else []
-    command = [sys.executable, '-m', 'pytest', '-q', '-n', '0', '-m', 'device', *chosen]
+    # Without pyproject.toml's options, which need pytest-xdist.
+    command = [sys.executable, '-m', 'pytest', '-q', '-o', 'addopts=', '-m', 'device', *chosen]
     start = time.perf_counter()
     result = subprocess.run(
         [*command, '--device', part.device.type], cwd=ROOT, capture_output=True, text=True
@@ -170,7 +172,7 @@ def textbook_step(network, inputs, targets):
     return partial(textbook_training_step(params), inputs, targets)
 
 
-def variants(network, on_cuda):
+def variants(network, batch, on_cuda):
     """The variants of a training step: functions of (network, inputs, targets)."""
     found = {
         'DiracNet': partial(training_step, make_diracnet),
@@ -180,8 +182,9 @@ def variants(network, on_cuda):
     }
     if network[2] == 'ImageNet':
         found['ResNet-18'] = partial(training_step, make_resnet18)
-    if on_cuda:
+    if on_cuda and batch < 512:  # compiling takes most of the time
         found['--compile'] = partial(training_step, make_compiled)
+    if on_cuda:
         found['CUDA graph'] = lambda *args: cuda.graphed(found['DiracNet'](*args))
         found['plain, CUDA graph'] = lambda *args: cuda.graphed(found['plain'](*args))
     found['textbook'] = textbook_step  # the last, because it switches TF32 off
@@ -197,7 +200,7 @@ def training_steps(network, part):
     label, first, fastest = f'step of DiracNet-{network[0]}-{network[1]}, batch {batch}', None, None
     with FlopCounterMode(display=False) as counter:
         training_step(make_diracnet, network, inputs, targets, None)()
-    for name, build in variants(network, on_cuda).items():
+    for name, build in variants(network, batch, on_cuda).items():
         if on_cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -293,11 +296,11 @@ def inference(part):
 def parts(quick):
     """{name: (limit in seconds, function of a Part)}"""
     steps = {
-        f'steps {network}': (60, partial(training_steps, network))
+        f'steps {network}': (90, partial(training_steps, network))
         for network in (SMALL if quick else NETWORKS)
     }
     return {
-        'tests': (170, test_suite),
+        'tests': (150, test_suite),
         'processes': (60, several_processes),
         **steps,
         'data': (40, data_on_the_device),
@@ -315,7 +318,9 @@ def bench_cuda(args):
     if device == 'cuda':
         report.facts.update(card=torch.cuda.get_device_name(), cuda=torch.version.cuda)
         report.facts.update(cudnn=torch.backends.cudnn.version(), driver=driver_version())
+    deadline = time.monotonic() + SECONDS
     for name, (limit, _) in parts(args.quick).items():
+        limit = max(1, min(limit, deadline - time.monotonic()))
         command = [sys.executable, '-m', 'tools.benchmark.gpu', name, device, str(int(args.quick))]
         try:
             result = subprocess.run(
@@ -325,7 +330,7 @@ def bench_cuda(args):
         except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
             late = isinstance(error, subprocess.TimeoutExpired)
             rows, samples = [], {}
-            problem = f'more than {limit} s' if late else result.stderr[-200:]
+            problem = f'more than {limit:.0f} s' if late else result.stderr[-200:]
         for row in rows:
             report.add(*row)
         report.samples.update(samples)
