@@ -179,9 +179,9 @@ def _name_after_modules(graph, taken):
     for node in graph.node:
         node.name = _unique(_node_name(node), taken)
         taken.add(node.name)
-        for output in node.output:
+        for i, output in enumerate(node.output):
             if output != 'logits':
-                names[output] = node.name
+                names[output] = f'{node.name}.{i}' if i else node.name
         for value in node.input:
             if value.startswith('val_') and value not in names:  # a constant
                 names[value] = f'{node.name}.{value}'
