@@ -8,16 +8,19 @@ BACKEND = 'cpu:gloo,cuda:nccl'  # of torch.distributed
 def set_up():
     """Let cuDNN choose the fastest convolutions, and let float32 use TF32."""
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision('high')
-    torch.backends.cudnn.allow_tf32 = True
+    use_tf32(True)
 
 
 def set_up_for_equal_numbers():
     """Compute in full precision, and the same at each repetition, for tests."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
-    torch.set_float32_matmul_precision('highest')
-    torch.backends.cudnn.allow_tf32 = False
+    use_tf32(False)
+
+
+def use_tf32(allowed):
+    torch.set_float32_matmul_precision('high' if allowed else 'highest')
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def memory(device):

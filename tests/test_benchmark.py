@@ -12,7 +12,7 @@ import torch
 from conftest import python
 from diracnet import define_diracnet
 from tools.benchmark import __main__ as program
-from tools.benchmark import contestants, depth, references
+from tools.benchmark import contestants, cuda, depth, gpu, references
 from tools.benchmark.made_data import random_batch, write_cifar
 from tools.benchmark.processes import ROOT, Contestant, measure_in_child
 from tools.benchmark.report import Report, spread, spread_in_milliseconds
@@ -102,6 +102,69 @@ def test_cost_over_depth(power, tmp_path, monkeypatch):
     if power == 1:
         assert time[2:4] == ['1000.000 per layer +4000.0, R^2 1.0000', '1.000']
         assert recomputed_memory[2:4] == ['0.500 per layer +2.0, R^2 1.0000', '1.000']
+
+
+# --- cuda, in small on the CPU ---------------------------------------------------------------
+
+
+def lines_of(part, capsys):
+    """What a part tells, run in this process."""
+    gpu.main(part, 'cpu', '1')
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_failing_variant_stops_no_other(monkeypatch, capsys):
+    def failing(network):
+        raise RuntimeError('no memory')
+
+    monkeypatch.setattr(gpu, 'make_plain', failing)
+    told = lines_of(f'steps {gpu.SMALL[0]}', capsys)
+    rows = {line['row'][1]: line['row'] for line in told if 'row' in line}
+    assert list(rows) == ['DiracNet', 'float32', 'contiguous', 'textbook']
+    for row in rows.values():
+        assert float(row[3]) > 0 and float(row[5]) > 0 and row[7] == '-'
+    [failure] = [line['failure'] for line in told if 'failure' in line]
+    assert 'plain' in failure and 'no memory' in failure
+
+
+def test_a_failing_part_stops_no_other(tmp_path, monkeypatch):
+    parts = {'unknown': (60, None), 'image files': (0.05, None), 'data': (60, None)}
+    monkeypatch.setattr(cuda, 'parts', lambda quick: parts)
+    out = tmp_path / 'cuda'
+    assert program.main(['cuda', '--device', 'cpu', '--quick', '--out', str(out)]) == 1
+    content = json.loads(out.with_suffix('.json').read_text())
+    measured, failed = content['rows']
+    assert len(content['samples']['an epoch of batches, without training, ms']) == 3
+    assert 0 < float(measured[3].split()[0]) < 1
+    assert 'unknown: ' in failed[1] and 'image files: stopped' in failed[1]
+    assert 'data' not in failed[1] and failed[1] in out.with_suffix('.md').read_text()
+
+
+def test_ratios_and_shares(monkeypatch):
+    medians = {'DiracNet': 4.0, 'plain': 2.0, 'CUDA graph': 1.0, 'textbook': 8.0}
+    assert [gpu.ratio(name, medians) for name in medians] == [
+        '1.000',
+        '2.000',
+        '4.000',
+        '0.125 of CUDA graph',
+    ]
+    del medians['DiracNet']
+    assert gpu.ratio('plain', medians) == ''
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'NVIDIA H200')
+    part = gpu.Part('cuda', True)
+    assert gpu.peak_share(part, 98.94e12, 'CUDA graph', [200]) == '0.500'
+    assert gpu.peak_share(part, 66.9e12, 'textbook', [2000]) == '0.500'
+    # DiracNet-10-1 on 8 x 8 digits: its convolutions and its linear layer, forward and backward.
+    widths = [(1, 16, 64), (16, 16, 64), (16, 16, 64), (16, 32, 16), (32, 32, 16), (32, 64, 4)]
+    forward = sum(9 * a * b * pixels for a, b, pixels in [*widths, (64, 64, 4)]) + 64 * 10
+    first = 9 * 16 * 64  # the images need no gradient
+    counted = gpu.operations(gpu.make_diracnet, SMALLEST, *random_batch('digits', 4))
+    assert counted == 2 * 4 * (3 * forward - first)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_without_a_gpu(refused):
+    refused(1, 'GPU', program.main, 'cuda')
 
 
 # --- committed results -----------------------------------------------------------------------

@@ -10,13 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
 from conftest import python, train_digits
 from diracnet import Network
-from lab import cuda
+from lab import cuda, distributed
 from lab.data import datasets
 from lab.device import DTYPES
 from lab.models import registry
@@ -119,6 +120,28 @@ def test_resumes_to_the_bit_after_sigkill(device, monkeypatch, tmp_path):
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
+def test_one_process_communicates(device, monkeypatch, tmp_path):
+    """NCCL on a GPU, gloo on the CPU: DistributedDataParallel's gradients, running statistics, and
+    sums of CPU tensors."""
+    backend = cuda.BACKEND if device == 'cuda' else 'gloo'
+    dist.init_process_group(backend, init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    monkeypatch.setattr(distributed, 'world', lambda: 2)  # 1 would leave all of this out
+    try:
+        module = Network(*network('diracnet')).to(device)
+        shared = distributed.share_gradients(module, torch.device(device))
+        assert isinstance(shared, torch.nn.parallel.DistributedDataParallel)
+        images, targets = IMAGES.float().to(device), TARGETS.to(device)
+        F.cross_entropy(shared(images), targets).backward()
+        distributed.share_statistics(module)
+        assert distributed.total(torch.ones(1)) == 1
+    finally:
+        dist.destroy_process_group()
+    alone = Network(*network('diracnet')).to(device)
+    F.cross_entropy(alone(images), targets).backward()
+    for ours, theirs in zip(module.parameters(), alone.parameters()):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 def test_checkpoints_move(device, tmp_path, call):
     train_digits(tmp_path / 'run', f'--device {device} --depth 10 --epochs 1')
     train.main(['--resume', str(tmp_path / 'run'), '--device', 'cpu', '--epochs', '2'])
@@ -169,12 +192,30 @@ def test_batches_without_data(tmp_path):
     assert inputs.is_meta and labels.is_meta and inputs.shape == (64, 1, 8, 8)
 
 
+@contextlib.contextmanager
+def cuda_autocast(short):
+    """torch.autocast('cuda', short), which does nothing where there is no GPU."""
+    torch.set_autocast_enabled('cuda', short is not None)
+    torch.set_autocast_dtype('cuda', short or torch.half)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled('cuda', False)
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() or hasattr(torch._C, '_ensureCUDADeviceGuardSet')),
+    reason='in this old torch, indexing a fake CUDA tensor needs a driver',
+)
 @pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('model', MODELS)
-def test_a_forward_pass_of_fake_cuda_tensors(model, training):
+def test_a_forward_pass_of_fake_cuda_tensors(model, dtype, training):
+    wide, short = DTYPES[dtype]
     f, params = network(model)
-    real = {'images': IMAGES.float(), **{key: tensor.detach() for key, tensor in params.items()}}
-    with FakeTensorMode() as mode:
-        fake = {key: mode.from_tensor(tensor).to('cuda') for key, tensor in real.items()}
+    real = {'images': IMAGES, **{key: tensor.detach() for key, tensor in params.items()}}
+    with FakeTensorMode() as mode, cuda_autocast(short):
+        fake = {key: mode.from_tensor(tensor).to('cuda:0', wide) for key, tensor in real.items()}
         logits = f(fake.pop('images'), fake, training)
     assert logits.device.type == 'cuda' and logits.shape == (4, 10)
+    assert logits.dtype == (short or wide)

@@ -140,7 +140,8 @@ def decode(content, path, reduce=1):
     """
     import cv2
 
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the error below is enough
+    silence = cv2.setLogLevel if hasattr(cv2, 'setLogLevel') else cv2.utils.logging.setLogLevel
+    silence(0)  # the error below is enough
     with _opencv_errors(path), _silent_stderr():
         image = _decode_bgr(content, reduce) if _is_whole(content) else None
     if image is None:

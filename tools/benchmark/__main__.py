@@ -19,9 +19,9 @@ other programs disturb the numbers.
 from pathlib import Path
 
 from lab.errors import OneLineParser, OptionError, run
+from tools.benchmark.cuda import bench_cuda
 from tools.benchmark.data import bench_data
 from tools.benchmark.depth import bench_depth
-from tools.benchmark.gpu import bench_cuda
 from tools.benchmark.inference import bench_inference
 from tools.benchmark.start import bench_compile, bench_start
 from tools.benchmark.training import bench_training

@@ -1,11 +1,14 @@
-"""The proof that everything works on a CUDA GPU, and how fast: `python -m tools.benchmark cuda`.
+"""What `python -m tools.benchmark cuda` measures. Each part runs in a process of its own:
 
-Each part runs in a process of its own, with a time limit, so that a failure of one does not stop
-the others. On the CPU, `--device cpu --quick` runs the whole program in small.
+    python -m tools.benchmark.gpu NAME DEVICE QUICK
+
+prints each row, and each failure, as a line of JSON at once: what comes later cannot lose it.
 """
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -30,28 +33,18 @@ from lab.training.recompute import compiled_chain
 from tools.benchmark.contestants import folded, textbook_params, textbook_training_step
 from tools.benchmark.made_data import random_batch, random_cifar, write_photographs
 from tools.benchmark.processes import ROOT
-from tools.benchmark.report import Report, spread
+from tools.benchmark.report import plain, spread
 
-COLUMNS = [
-    'measurement',
-    'variant',
-    'ms, median (quartiles)',
-    'ratio',
-    'goal',
-    'images/s',
-    'MB',
-    'peak',
-]
-LEGEND = (
-    'Times are medians of 50 after a warm-up, by CUDA events. *DiracNet* is the step of train.py '
-    'with `--dtype bfloat16`, in channels_last; the other variants change one thing, except '
-    '*textbook*: the formula layer by layer, in float32 without TF32, contiguous. The ratio is the '
-    'median of the first row of a group divided by that of this row. *MB* is the peak memory, '
-    "*peak* the share of the card's dense peak, if it is known here."
-)
-SECONDS = 470  # for all parts together
-# Dense TFLOP/s with TF32 and with bfloat16, from NVIDIA's data sheets (SXM).
-PEAKS = {'H200': (494.7, 989.4), 'H100': (494.7, 989.4), 'A100': (156, 312)}
+# Dense TFLOP/s in float32, with TF32 and with bfloat16, from NVIDIA's data sheets.
+PEAKS = {
+    'NVIDIA H200': (66.9, 494.7, 989.4),
+    'NVIDIA H100 80GB HBM3': (66.9, 494.7, 989.4),
+    'NVIDIA H100 PCIe': (51, 378, 756),
+    'NVIDIA A100-SXM4-40GB': (19.5, 156, 312),
+    'NVIDIA A100-SXM4-80GB': (19.5, 156, 312),
+    'NVIDIA A100-PCIE-40GB': (19.5, 156, 312),
+    'NVIDIA A100 80GB PCIe': (19.5, 156, 312),
+}
 NETWORKS = [  # depth, width, data set, batch
     *((34, 2, 'CIFAR10', batch) for batch in (128, 512)),
     *((28, 10, 'CIFAR10', batch) for batch in (128, 512)),
@@ -60,67 +53,91 @@ NETWORKS = [  # depth, width, data set, batch
 SMALL = [(10, 0.25, 'CIFAR10', 8)]
 
 
+GOALS = {'plain': 'at most 1.02', 'plain, CUDA graph': 'at most 1.02', 'textbook': 'at most 0.5'}
+# The lines of a failed command that say why.
+TELLING = re.compile(r'FAILED|ERROR|\d+ failed|train\.py|\w*Error')
+
+
 class Part:
-    """What a part needs to know, and the rows that it finds."""
+    """What a part needs to know, and how it reports."""
 
     def __init__(self, device, quick):
         self.device, self.quick = torch.device(device), quick
-        self.rows, self.samples = [], {}
+        self.on_cuda = self.device.type == 'cuda'
 
     def add(self, label, variant, times, ratio='', goal='', images=0, megabytes='', share=''):
         speed = f'{1000 * images / median(times):.0f}' if images else ''
-        self.samples[f'{label}, {variant}, ms'] = times
-        self.rows.append([label, variant, spread(times), ratio, goal, speed, megabytes, share])
+        time = spread(times) if len(times) > 1 else plain(times[0])
+        row = [label, variant, time, ratio, goal, speed, megabytes, share]
+        tell(row=row, samples={f'{label}, {variant}, ms': times})
+
+    @contextlib.contextmanager
+    def reporting(self, what):
+        """Report whatever the body raises."""
+        try:
+            yield
+        except Exception as error:
+            tell(failure=f'{what}: {type(error).__name__}: {error}')
 
     def time(self, step):
         """Milliseconds of each call of a step."""
         warm_up, rounds = (1, 3) if self.quick else (10, 50)
-        if self.device.type == 'cuda':
+        if self.on_cuda:
             return cuda.milliseconds(step, warm_up, rounds)
-        times = []
-        for _ in range(warm_up + rounds):
-            start = time.perf_counter()
-            step()
-            times.append(1000 * (time.perf_counter() - start))
-        return times[warm_up:]
+        return [milliseconds(step) for _ in range(warm_up + rounds)][warm_up:]
+
+
+def milliseconds(function):
+    start = time.perf_counter()
+    function()
+    return 1000 * (time.perf_counter() - start)
+
+
+def tell(**facts):
+    print(json.dumps(facts), flush=True)
 
 
 # --- correctness -----------------------------------------------------------------------------
+
+
+def run_command(*command):
+    """Run Python in the repository's root. Returns the last line that it prints, and milliseconds.
+
+    Raises:
+        UserError: it failed; with the lines that say why.
+    """
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, '-m', *command], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = (result.stdout + result.stderr).splitlines()
+    if result.returncode:
+        telling = [line for line in lines if TELLING.match(line)]
+        raise UserError('; '.join([f'exit status {result.returncode}', *telling[:5]]))
+    return lines[-1], 1000 * (time.perf_counter() - start)
 
 
 def test_suite(part):
     """The tests that are marked for every device."""
     chosen = ['tests/test_diracconv.py'] if part.quick else []
     # Without pyproject.toml's options, which need pytest-xdist.
-    command = [sys.executable, '-m', 'pytest', '-q', '-o', 'addopts=', '-m', 'device', *chosen]
-    start = time.perf_counter()
-    result = subprocess.run(
-        [*command, '--device', part.device.type], cwd=ROOT, capture_output=True, text=True
-    )
-    last = (result.stdout.strip().splitlines() or [result.stderr])[-1]
-    if result.returncode:
-        raise UserError(f'the tests: {last}')
-    part.add('tests on the device', last.strip('= '), 3 * [1000 * (time.perf_counter() - start)])
+    options = ['-q', '-o', 'addopts=', '-m', 'device', '--device', part.device.type]
+    last, duration = run_command('pytest', *options, '--continue-on-collection-errors', *chosen)
+    part.add('tests on the device', last.strip('= '), [duration])
 
 
 def several_processes(part):
     """Digits under torchrun, with one process and with one for each GPU."""
     for n in sorted({1, max(1, torch.cuda.device_count())}):
-        with tempfile.TemporaryDirectory() as folder:
+        with part.reporting(f'{n} processes'), tempfile.TemporaryDirectory() as folder:
             options = f'--dataset digits --epochs 6 --device {part.device.type} --save {folder}/run'
-            start = time.perf_counter()
-            subprocess.run(
-                [sys.executable, '-m', 'torch.distributed.run', '--standalone']
-                + [f'--nproc_per_node={n}', 'train.py', *options.split()],
-                cwd=ROOT,
-                check=True,
-                capture_output=True,
-            )
+            launch = ('torch.distributed.run', '--standalone', f'--nproc_per_node={n}')
+            _, duration = run_command(*launch, 'train.py', *options.split())
             accuracy = json.loads(Path(folder, 'run/log.txt').read_text().splitlines()[-1][12:])
-        if accuracy['test_acc'] < 85:
-            raise UserError(f'{n} processes reach only {accuracy["test_acc"]:.1f} %')
-        milliseconds = 3 * [1000 * (time.perf_counter() - start)]
-        part.add(f'digits, {n} processes', f'{accuracy["test_acc"]:.1f} %', milliseconds)
+            accuracy = accuracy['test_acc']
+            if accuracy < 85:
+                raise UserError(f'they reach only {accuracy:.1f} %')
+            part.add(f'digits, {n} processes', f'{accuracy:.1f} %', [duration])
 
 
 # --- speed -----------------------------------------------------------------------------------
@@ -163,8 +180,7 @@ def make_resnet18(_):
 
 
 def textbook_step(network, inputs, targets):
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision('highest')
+    cuda.use_tf32(False)
     params = {
         key: tensor.detach().to(inputs.device).requires_grad_(tensor.requires_grad)
         for key, tensor in textbook_params(network).items()
@@ -177,7 +193,7 @@ def variants(network, batch, on_cuda):
     found = {
         'DiracNet': partial(training_step, make_diracnet),
         'plain': partial(training_step, make_plain),
-        'float, TF32': partial(training_step, make_diracnet, short=None),
+        'float32': partial(training_step, make_diracnet, short=None),
         'contiguous': partial(training_step, make_diracnet, layout=torch.contiguous_format),
     }
     if network[2] == 'ImageNet':
@@ -193,35 +209,51 @@ def variants(network, batch, on_cuda):
 
 def training_steps(network, part):
     *network, batch = network
+    label = f'step of DiracNet-{network[0]}-{network[1]}, batch {batch}'
     inputs, targets = (t.to(part.device) for t in random_batch(network[2], batch))
-    on_cuda = part.device.type == 'cuda'
-    if on_cuda:
-        cuda.set_up()
-    label, first, fastest = f'step of DiracNet-{network[0]}-{network[1]}, batch {batch}', None, None
+    medians = {}
+    for name, build in variants(network, batch, part.on_cuda).items():
+        with part.reporting(f'{label}, {name}'):
+            if part.on_cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            times = part.time(build(network, inputs, targets))
+            medians[name] = median(times)
+            memory = f'{torch.cuda.max_memory_allocated() / 2**20:.0f}' if part.on_cuda else ''
+            goal = GOALS.get(name, '') if network[:2] == [34, 2] else ''
+            make = make_resnet18 if name == 'ResNet-18' else make_diracnet
+            share = peak_share(part, operations(make, network, inputs, targets), name, times)
+            part.add(label, name, times, ratio(name, medians), goal, batch, memory, share)
+
+
+def ratio(name, medians):
+    """Our median divided by that of a variant: with a CUDA graph if the variant has one, too, or is
+    the textbook. '' if ours failed."""
+    ours = 'DiracNet'
+    if name in ('plain, CUDA graph', 'textbook') and 'CUDA graph' in medians:
+        ours = 'CUDA graph'
+    if ours not in medians:
+        return ''
+    of = ' of CUDA graph' if ours == 'CUDA graph' else ''
+    return f'{medians[ours] / medians[name]:.3f}{of}'
+
+
+def operations(make, network, inputs, targets):
+    """The floating-point operations of a training step, counted without computing it."""
     with FlopCounterMode(display=False) as counter:
-        training_step(make_diracnet, network, inputs, targets, None)()
-    for name, build in variants(network, batch, on_cuda).items():
-        if on_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        times = part.time(build(network, inputs, targets))
-        megabytes = f'{torch.cuda.max_memory_allocated() / 2**20:.0f}' if on_cuda else ''
-        first, fastest = first or median(times), min(fastest or median(times), median(times))
-        ratio, goal = (fastest if name == 'textbook' else first) / median(times), ''
-        if network[:2] == [34, 2]:
-            goal = {'plain': 'at most 1.02', 'textbook': 'at most 0.5'}.get(name, '')
-        share = peak_share(counter.get_total_flops(), median(times), name)
-        part.add(label, name, times, f'{ratio:.3f}', goal, batch, megabytes, share)
+        logits = make(network).to('meta')(inputs.to('meta'))
+        F.cross_entropy(logits, targets.to('meta')).backward()
+    return counter.get_total_flops()
 
 
-def peak_share(operations, milliseconds, variant):
-    """The share of the card's peak as a text; '' if that is not known."""
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ''
-    for name, (tf32, bfloat16) in PEAKS.items():
-        if name in card and variant != 'textbook':
-            peak = tf32 if variant == 'float, TF32' else bfloat16
-            return f'{operations / milliseconds / 1e9 / peak:.2f}'
-    return ''
+def peak_share(part, n_operations, variant, times):
+    """The share of the card's peak as a text; '-' if that is not known."""
+    card = torch.cuda.get_device_name() if part.on_cuda else ''
+    if card not in PEAKS:
+        return '-'
+    in_float32, tf32, bfloat16 = PEAKS[card]
+    peak = {'textbook': in_float32, 'float32': tf32}.get(variant, bfloat16)
+    return f'{n_operations / median(times) / 1e9 / peak:.3f}'
 
 
 def data_on_the_device(part):
@@ -231,45 +263,40 @@ def data_on_the_device(part):
     data = datasets.Data('CIFAR10', random_cifar(n), None, (), preprocessing)
     batches = data.batches(True, batch_size=128, device=part.device, pad=4)
     batches.epoch = 1
-
-    def read():
-        for _ in batches:
-            pass
-
-    alone = part.time(read)[:5]
+    alone = part.time(partial(read, batches))
     inputs, targets = (t.to(part.device) for t in random_batch('CIFAR10', 128))
     network = SMALL[0][:3] if part.quick else NETWORKS[0][:3]
     steps = len(batches) * median(part.time(training_step(make_diracnet, network, inputs, targets)))
-    share = median(alone) / (median(alone) + steps)
-    part.add(
-        'an epoch of batches',
-        'without training',
-        alone,
-        f'{share:.3f} of the epoch',
-        'at most 0.03',
-        n,
-    )
+    share = f'{median(alone) / (median(alone) + steps):.3f} of the epoch'
+    part.add('an epoch of batches', 'without training', alone, share, 'at most 0.03', n)
+
+
+def read(batches):
+    for _ in batches:
+        pass
 
 
 def image_files(part):
-    """JPEGs decoded by one process and by one for each core."""
-    n = 32 if part.quick else 2000
+    """JPEGs decoded by one process, and by one for each core."""
+    n, label = 32 if part.quick else 2000, 'JPEGs of 500 x 375 to 224 x 224'
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder), n)
         data = datasets.load('folder', folder)
-        for workers in sorted({1, os.cpu_count()}):
-            batches = data.batches(True, batch_size=16, device=part.device, workers=workers)
-            times = []
-            for epoch in (1, 2):
-                batches.epoch, start = epoch, time.perf_counter()
-                for _ in batches:
-                    pass
-                times.append(1000 * (time.perf_counter() - start))
-            if workers == 1:
-                busy = step_rate(part) / (1000 * n / times[1])
-            label = 'JPEGs of 500 x 375 to 224 x 224'
-            part.add(label, f'{workers} processes', 2 * times[1:], images=n)
-    part.rows[-1][3] = f'{busy:.1f} cores keep DiracNet-18 busy'
+        alone = decoding_time(data, part, workers=1)
+        cores = f'{step_rate(part) * alone / 1000 / n:.1f} cores keep DiracNet-18 busy'
+        part.add(label, 'one process', [alone], cores, images=n)
+        workers = min(16, os.cpu_count())
+        together = decoding_time(data, part, workers)
+        part.add(label, f'{workers} processes', [together], images=n)
+
+
+def decoding_time(data, part, workers):
+    """Milliseconds of the second epoch; the first also starts the processes."""
+    batches = data.batches(True, batch_size=16, device=part.device, workers=workers)
+    for epoch in (1, 2):
+        batches.epoch = epoch
+        duration = milliseconds(partial(read, batches))
+    return duration
 
 
 def step_rate(part):
@@ -294,7 +321,7 @@ def inference(part):
 
 
 def parts(quick):
-    """{name: (limit in seconds, function of a Part)}"""
+    """{name: (limit in seconds, function of a Part)}; the most important come first."""
     steps = {
         f'steps {network}': (90, partial(training_steps, network))
         for network in (SMALL if quick else NETWORKS)
@@ -302,61 +329,20 @@ def parts(quick):
     return {
         'tests': (150, test_suite),
         'processes': (60, several_processes),
-        **steps,
         'data': (40, data_on_the_device),
         'image files': (60, image_files),
         'inference': (40, inference),
+        **steps,
     }
 
 
-def bench_cuda(args):
-    """Run all parts. The report's `failures` has one line for each that failed."""
-    device = args.device or 'cuda'
-    if device == 'cuda' and not torch.cuda.is_available():
-        raise UserError('there is no CUDA GPU here; --device cpu --quick runs the program in small')
-    report = Report('CUDA', COLUMNS, LEGEND)
-    if device == 'cuda':
-        report.facts.update(card=torch.cuda.get_device_name(), cuda=torch.version.cuda)
-        report.facts.update(cudnn=torch.backends.cudnn.version(), driver=driver_version())
-    deadline = time.monotonic() + SECONDS
-    for name, (limit, _) in parts(args.quick).items():
-        limit = max(1, min(limit, deadline - time.monotonic()))
-        command = [sys.executable, '-m', 'tools.benchmark.gpu', name, device, str(int(args.quick))]
-        try:
-            result = subprocess.run(
-                command, cwd=ROOT, capture_output=True, text=True, timeout=limit
-            )
-            rows, samples, problem = json.loads(result.stdout.splitlines()[-1])
-        except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-            late = isinstance(error, subprocess.TimeoutExpired)
-            rows, samples = [], {}
-            problem = f'more than {limit:.0f} s' if late else result.stderr[-200:]
-        for row in rows:
-            report.add(*row)
-        report.samples.update(samples)
-        if problem:
-            report.failures.append(f'{name}: {" ".join(problem.split())}')
-    report.add('failed parts', '; '.join(report.failures) or 'none', *[''] * (len(COLUMNS) - 2))
-    return report
-
-
-def driver_version():
-    found = subprocess.run(
-        ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader'],
-        capture_output=True,
-        text=True,
-    )
-    return found.stdout.split()[0] if found.returncode == 0 else 'unknown'
-
-
 def main(name, device, quick):
-    """Run one part, and print [rows, samples, what failed] as the last line."""
-    part, problem = Part(device, quick == '1'), ''
-    try:
+    """Run one part."""
+    part = Part(device, quick == '1')
+    if part.on_cuda:
+        cuda.set_up()
+    with part.reporting(name):
         parts(part.quick)[name][1](part)
-    except Exception as error:  # whatever fails is reported
-        problem = f'{type(error).__name__}: {error}'
-    print(json.dumps([part.rows, part.samples, problem]))
 
 
 if __name__ == '__main__':
