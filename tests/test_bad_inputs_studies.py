@@ -88,7 +88,7 @@ STUDIES = [
     (('title: A try', 'title: !!python/object/apply:os.system [true]'), 1, 'python'),
     (('title: A try', 'title: 2020-13-45'), 1, 'month'),
     (('title: A try', 'title: !!timestamp x'), 1, 'tag'),
-    (TINY.partition('runs:')[0] + 'runs: [abc, def]\ntable: [model]', 1, ['runs', 'def']),
+    (TINY.partition('runs:')[0] + 'runs: [abc, def]\ntable: [model]', 1, ['runs', 'object']),
     ('', 1, 'empty'),
     # what no memory could hold
     (LAUGHS, 1, 'characters'),

@@ -141,9 +141,10 @@ def int8_onnx(net, inputs, metadata, steps=BEST, only=None):
     model = to_onnx(net, inputs.shape[1:], metadata)
     layers = [node.name for node in model.graph.node if node.op_type in ('Conv', 'Gemm')]
     with quiet(), tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'int8.onnx'
+        given, path = Path(folder) / 'float.onnx', Path(folder) / 'int8.onnx'
+        onnx.save(model, given)  # older releases change a model that they get as an object
         quantize_static(
-            model,
+            str(given),
             str(path),
             calibration_reader(inputs),
             per_channel=True,

@@ -101,5 +101,7 @@ def compiled_chain():
     """
     import torch._dynamo  # slow to import, and only needed here
 
-    torch._dynamo.config.recompile_limit = 1000  # shapes of blocks, batches and modes
+    config = torch._dynamo.config
+    limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'
+    setattr(config, limit, 1000)  # shapes of blocks, batches and modes
     return partial(cut_chain, torch.compile(block, dynamic=False))
