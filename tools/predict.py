@@ -6,13 +6,18 @@ CHECKPOINT is a run folder, its model.pt7, a state dict (folded or not), or a .p
 that tools.export wrote. An .onnx file runs in ONNX Runtime. A folder stands for the images in it.
 For each image, this prints the most probable classes, or one JSON line with --json. An image that
 cannot be read is named on stderr. The others are still classified, but the exit status is 1.
+With --explain, this also writes a picture for each image, with the class activation map of its most
+probable class: what speaks for the class (red), and what against it (blue).
 """
 
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 
@@ -21,10 +26,11 @@ from lab.data.datasets import PREPROCESSING
 from lab.data.image_files import find_images, prepare, read_image
 from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import OneLineParser, OptionError, UserError, one_line, printable, run
-from lab.files import path_argument
+from lab.files import path_argument, write_atomically
 from lab.folded import check_channels, preprocessing_of
 from lab.onnx_models import OnnxNetwork
 from lab.runs import checkpoint
+from tools.class_maps import class_maps, draw
 
 
 @dataclass
@@ -71,8 +77,9 @@ def load(path, dataset=None, ema=False):
 
 
 def classify(classifier, paths, batch_size=64):
-    """Yield (file, probabilities (num_classes,)) for each image file. In place of an image that
-    cannot be read, yield (file, UserError).
+    """Yield (file, image, probabilities) for each image file, with the image as prepared, uint8
+    (H, W, C), and (num_classes,) probabilities. For one that cannot be read, yield
+    (file, UserError, None).
 
     Raises:
         UserError: the network's outputs are not finite.
@@ -82,7 +89,7 @@ def classify(classifier, paths, batch_size=64):
         whole = [image for _, image in batch if not isinstance(image, UserError)]
         rows = iter(compute_probabilities(classifier, np.stack(whole)) if whole else ())
         for file, image in batch:
-            yield file, image if isinstance(image, UserError) else next(rows)
+            yield file, image, None if isinstance(image, UserError) else next(rows)
 
 
 @torch.inference_mode()
@@ -136,6 +143,12 @@ def parse_arguments(arguments):
     parser.add_argument(
         '--ema', action='store_true', help="take the moving averages of train.py's --ema"
     )
+    parser.add_argument(
+        '--explain',
+        metavar='DIR',
+        type=path_argument,
+        help='write a picture for each image to this folder, with the map of its top class',
+    )
     args = parser.parse_args(arguments)
     if args.top < 1:
         raise OptionError(f'--top {args.top} must be at least 1')
@@ -145,23 +158,67 @@ def parse_arguments(arguments):
 def main(arguments=None):
     args = parse_arguments(arguments)
     classifier = load(args.checkpoint, args.dataset, args.ema)
+    pictures = Pictures(args.explain) if args.explain else None
     status = 0
-    for file, result in classify(classifier, args.images):
-        if isinstance(result, UserError):
-            print(f'tools.predict: {one_line(str(result))}', file=sys.stderr)
+    for file, image, probabilities in classify(classifier, args.images):
+        if probabilities is None:
+            print(f'tools.predict: {one_line(str(image))}', file=sys.stderr)
             status = 1
-        else:
-            print(_describe(file, result, classifier.classes, args))
+            continue
+        path = pictures and pictures.write(classifier, file, image, probabilities.argmax())
+        print(_describe(file, probabilities, classifier.classes, args, path))
     return status
 
 
-def _describe(file, probabilities, classes, args):
-    """One line of output about an image."""
+class Pictures:
+    """The folder of --explain. Raises UserError if it cannot be written to."""
+
+    def __init__(self, folder):
+        self.folder, self.names = Path(folder).expanduser(), set()
+        with self._one_line_errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, classifier, file, image, index):
+        """Write the picture of an image with the map of the class `index`. Returns its path, which
+        has the file's name, and a number if another file has that name."""
+        images = normalize(
+            torch.from_numpy(image[None]), classifier.preprocessing, classifier.dtype
+        )
+        maps, _ = class_maps(classifier.net, images)
+        picture = draw(image, maps[0, index])
+        _, content = cv2.imencode('.png', cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        stem = name = Path(file).stem
+        number = 1
+        while name in self.names:
+            number += 1
+            name = f'{stem}-{number}'
+        self.names.add(name)
+        path = self.folder / f'{name}.png'
+        with self._one_line_errors():
+            write_atomically(path, content.tobytes())
+        return path
+
+    @contextmanager
+    def _one_line_errors(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f'{self.folder} cannot be written to ({error.strerror}): choose another folder '
+                'with --explain'
+            ) from None
+
+
+def _describe(file, probabilities, classes, args, path):
+    """One line of output about an image; `path` is that of its picture, if there is one."""
     values, indices = probabilities.topk(min(args.top, len(probabilities)))
     values, indices = values.tolist(), indices.tolist()
     names = [classes[index] if classes else str(index) for index in indices]
     if args.json:
-        return json.dumps({'image': str(file), 'classes': names, 'probabilities': values})
+        picture = {'explanation': str(path)} if path else {}
+        return json.dumps(
+            {'image': str(file), 'classes': names, 'probabilities': values, **picture}
+        )
     percents = [f'{name} {100 * p:.1f} %' for name, p in zip(names, values)]
     return printable(f'{file}: {", ".join(percents)}')
 

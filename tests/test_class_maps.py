@@ -1,0 +1,113 @@
+"""tools.class_maps: maps add up to logits, and lie where the evidence is."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from conftest import python
+from diracnet import DiracNet
+from lab.models import registry
+from lab.onnx_models import OnnxNetwork, to_onnx
+from tools import export, predict
+from tools.class_maps import SIDE, class_maps, draw
+
+
+def random_folded(model, dataset):
+    torch.manual_seed(0)
+    depth = 18 if dataset == 'ImageNet' else 10
+    _, params = registry.define(model, depth, 0.25, dataset, num_classes=7)
+    for key, tensor in params.items():
+        if key.startswith('bn') or '.bn.' in key or key == 'fc.bias':
+            tensor.data.uniform_(0.5, 1.5)
+    return registry.folded_module(model, registry.fold(model, params))
+
+
+@pytest.mark.parametrize('model', registry.FOLDABLE)
+def test_maps_add_up_to_the_logits(model):
+    net = random_folded(model, 'CIFAR10')
+    images = torch.randn(3, 3, 32, 32)
+    maps, bias = class_maps(net, images)
+    assert maps.shape == (3, 7, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(maps.mean((2, 3)) + bias, net(images), rtol=1e-4, atol=1e-4)
+    assert not any(part._forward_pre_hooks for part in net.modules())
+
+
+def test_maps_of_the_imagenet_form():
+    maps, _ = class_maps(random_folded('diracnet', 'ImageNet'), torch.randn(1, 3, 96, 64))
+    assert maps.shape == (1, 7, 3, 2)
+
+
+@torch.no_grad()
+def test_evidence_lies_where_the_bright_square_is():
+    net = DiracNet(10, 1, 'CIFAR10', in_channels=1).eval()
+    for key, tensor in net.state_dict().items():  # channel 0 passes through the network
+        tensor.zero_()
+        if key.endswith('conv.weight'):
+            tensor[0, 0, 1, 1] = 1
+    net.fc.weight[3, 0], net.fc.weight[4, 0] = 2, -2
+    image = torch.zeros(1, 1, 32, 32)
+    image[:, :, 4:8, 24:28] = 1  # one position of the map
+    maps, _ = class_maps(net, image)
+    expected = torch.zeros(8, 8)
+    expected[1, 6] = 2
+    assert torch.equal(maps[0, 3], expected) and torch.equal(maps[0, 4], -expected)
+    picture = draw(np.zeros((32, 32, 1), np.uint8), maps[0, 3]).astype(int)
+    assert picture.shape == (SIDE, 2 * SIDE, 3)
+    right = picture[:, SIDE:]
+    row, column = np.unravel_index(right[:, :, 0].argmax(), right.shape[:2])
+    assert 28 <= row < 56 and 168 <= column < 196
+    assert (right[:, :, 0] >= right[:, :, 2]).all()
+    against = draw(np.zeros((32, 32, 1), np.uint8), maps[0, 4])[:, SIDE:].astype(int)
+    assert (against[:, :, 2] >= against[:, :, 0]).all()
+
+
+def test_a_picture_for_each_image(digits_run, digit_files, tmp_path, call):
+    pytest.importorskip('onnxscript')
+    files = sorted(digit_files.iterdir())[:3]
+    twin = tmp_path / 'twin' / files[0].name
+    twin.parent.mkdir()
+    twin.write_bytes(files[0].read_bytes())
+    broken = tmp_path / 'broken.png'
+    broken.write_bytes(b'no image')
+    onnx, int8 = tmp_path / 'net.onnx', tmp_path / 'net.int8.onnx'
+    assert call(export.main, digits_run, onnx, int8).status == 0
+    pictures = []
+    for network in (digits_run, onnx, int8):
+        out = tmp_path / 'new' / network.name
+        result = call(
+            predict.main, network, *files, twin, broken, '--json', '--explain', out, '--top', 1
+        )
+        assert result.status == 1
+        lines = [json.loads(line) for line in result.out.splitlines()]
+        names = [file.stem for file in files] + [f'{files[0].stem}-2']
+        assert [line['explanation'] for line in lines] == [str(out / f'{n}.png') for n in names]
+        assert sorted(path.stem for path in out.iterdir()) == sorted(names)
+        pictures.append([cv2.imread(line['explanation']).astype(int) for line in lines])
+        assert all(picture.shape == (SIDE, 2 * SIDE, 3) for picture in pictures[-1])
+    for run, float_onnx in zip(*pictures[:2]):
+        assert abs(run - float_onnx).max() <= 1
+
+
+def test_a_folder_that_cannot_be_written(digits_run, digit_files, tmp_path):
+    (tmp_path / 'file').write_text('')
+    image = next(digit_files.iterdir())
+    result = python(
+        '-m', 'tools.predict', digits_run, image, '--explain', tmp_path / 'file' / 'new'
+    )
+    assert result.status == 1 and result.err.count('\n') == 1 and '--explain' in result.err
+
+
+def test_another_kind_of_network_is_refused(digit_files, tmp_path, refused):
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    onnx.save(to_onnx(net, (1, 8, 8), {}), tmp_path / 'net.onnx')
+    OnnxNetwork(tmp_path / 'net.onnx')
+    image = next(digit_files.iterdir())
+    arguments = (tmp_path / 'net.onnx', image, '--dataset', 'digits', '--explain', tmp_path)
+    refused(1, ['net.onnx', 'pool'], predict.main, *arguments)
