@@ -38,6 +38,7 @@ from lab.models.matching import load_params
 from lab.runs import checkpoint
 from lab.runs.folder import PARAMETERS, RunFolder, log_lines
 from lab.runs.log import format_line
+from lab.runs.pretrained import find_pretrained, start_from
 from lab.runs.recorder import Recorder
 from lab.runs.resume import find_resumed, options_to_evaluate, options_to_train, restore
 from lab.runs.signals import Stop
@@ -66,7 +67,7 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     given = parse(arguments, __doc__)
     device = choose_device(given)
-    to_evaluate = given.pop('evaluate', None)
+    to_evaluate, pretrained = given.pop('evaluate', None), None
     if to_evaluate and 'resume' in given:
         raise OptionError('--evaluate and --resume exclude each other: one tests, the other trains')
     to_launch = given.get('ngpu', 1) > distributed.local_world()
@@ -79,7 +80,9 @@ def main(arguments=None):
             if not to_launch:  # otherwise the launched processes lock it
                 distributed.from_first(folder.lock)
             found = distributed.from_first(lambda: find_resumed(given))
-            options = options_to_train(found, given)
+            if not found:
+                pretrained = distributed.from_first(lambda: find_pretrained(given))
+            options = options_to_train(found, given, pretrained)
         if not to_evaluate and found and found.epoch >= options['epochs']:
             return finished_already(found, options)
         check_combination(options)
@@ -91,11 +94,12 @@ def main(arguments=None):
             if 'ema' in given:
                 found = found.averaged()
             return evaluate(options, found, device, recalibrates='recalibrate_bn' in given)
-        return train(options, found, device, folder, arguments)
+        return train(options, found, pretrained, device, folder, arguments)
 
 
-def train(options, resumed, device, folder, arguments):
-    """Train to the last epoch; write checkpoints, log and command line to `folder`."""
+def train(options, resumed, pretrained, device, folder, arguments):
+    """Train to the last epoch: a run that was stopped, a pretrained network, or a new one. Write
+    checkpoints, log and command line to `folder`."""
     folder.settle(options, resumed, auto=options.pop('resume', None) == 'auto')
     options['save'] = str(folder.path)
     with Stop() as stop:
@@ -114,6 +118,8 @@ def train(options, resumed, device, folder, arguments):
         module, norm = build_network(options, network, device)
         if resumed:
             load_params(module, resumed.params, resumed.path)
+        elif pretrained:
+            stop.say(start_from(module, pretrained, data.classes, train_batches))
         dtype, autocast_dtype = DTYPES[options['dtype']]
         optimizer = make_optimizer(module, options)
         scaler = torch.amp.GradScaler(device.type, enabled=autocast_dtype is torch.float16)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from lab.data.batches import FolderBatches, MemoryBatches
 from lab.data.digits import read_digits
 from lab.data.fashion_mnist import read_fashion_mnist
@@ -125,6 +127,27 @@ class Data:
                 f'choose 1 to {len(images) - 1}'
             )
         return replace(self, train=(images[:-n], targets[:-n]), test=(images[-n:], targets[-n:]))
+
+    def per_class(self, n):
+        """This data set with the first n training samples of each class alone.
+
+        Raises:
+            OptionError: a folder of image files, or a class has fewer.
+        """
+        if isinstance(self.train, ImageFolder):
+            raise OptionError(
+                f'--per_class needs images in memory, but {self.name} has image files'
+            )
+        images, targets = self.train
+        indices = [(targets == c).nonzero()[:n, 0] for c in range(len(self.classes))]
+        fewest = min(map(len, indices))
+        if fewest < n:
+            raise OptionError(
+                f'--per_class {n} is impossible: a class of {self.name} has {fewest} training '
+                'samples'
+            )
+        chosen = torch.cat(indices).sort().values
+        return replace(self, train=(images[chosen], targets[chosen]))
 
     def whitened(self, root):
         """This data set with ZCA whitening as its preprocessing, fitted to the training images.

@@ -7,6 +7,7 @@ from diracnet import copy_tensors
 from lab.distributed import launched_here, local_world, say, world
 from lab.errors import OptionError, UserError
 from lab.runs import checkpoint
+from lab.runs.pretrained import network_options
 from lab.training.options import BOUND_TO_MACHINE, complete, defaults_for
 
 
@@ -42,18 +43,19 @@ def resume_command(options, folder):
     return f'torchrun {rendezvous}--nproc_per_node={local_world()} {command}'
 
 
-def options_to_train(found, given):
+def options_to_train(found, given, pretrained=None):
     """All options of a run: a new one if `found` is None, else one that resumes from it.
 
     From a file that is not a run of train.py, training starts with the given options, the file's
     tensors and a new optimizer.
 
     Raises:
-        OptionError: a given option contradicts the run or its network.
+        OptionError: a given option contradicts the run, its network, or the pretrained one.
         UserError: the file is folded.
     """
     if not found:
-        return complete(given)
+        network = network_options(pretrained, given) if pretrained else {}
+        return complete({**network, **given})
     if found.is_run:
         found.network_options(given)  # raises OptionError for another network
         dropped = {*BOUND_TO_MACHINE, 'save'}

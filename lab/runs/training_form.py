@@ -10,6 +10,7 @@ from lab.device import DTYPES
 from lab.errors import OptionError, UserError
 from lab.files import path_argument
 from lab.models import registry
+from lab.models.freezing import freeze
 from lab.runs.log import parse_line
 from lab.runs.valid_values import check_param, check_tensor, is_count, is_number, short
 from lab.training.optimizers import STATES, is_decayed
@@ -22,6 +23,7 @@ ADDED_LATER = (
     *('optim', 'init', 'warmup', 'bn_momentum', 'recompute', 'compile', 'sync_bn', 'tensorboard'),
     *('checkpoint_minutes', 'bn_init', 'alpha', 'beta', 'recalibrate_bn'),
     *('schedule', 'label_smoothing', 'clip', 'ema', 'tta', 'cutout', 'recipe'),
+    *('pretrained', 'freeze', 'per_class'),
 )
 SIGNED = ('momentum_buffer', 'exp_avg')  # the others are sums of squares, and a count
 SCALER = {'scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'}
@@ -111,7 +113,7 @@ def is_valid_option(name, value):
 def check_optimizer(state_dict, options, network):
     """Whether there is a state for each parameter. The settings in it are not used."""
     states = state_dict.get('state') if isinstance(state_dict, dict) else None
-    module = Network(None, registry.shapes(**network))
+    module = Network(None, freeze(registry.shapes(**network), options.get('freeze')))
     parameters = dict(enumerate(in_order(module, network['model'])))
     kept = set(STATES[options['optim']])
     if 'momentum_buffer' not in kept:

@@ -14,6 +14,8 @@ def load_data(options):
         source = datasets.load(options['dataset'], root, image_size=options['image_size'])
         if options['holdout']:
             source = source.holdout(options['holdout'])
+        if options['per_class']:
+            source = source.per_class(options['per_class'])
         return source.whitened(root) if options['preprocess'] == 'zca' else source
 
 

@@ -12,6 +12,7 @@ from lab import distributed
 from lab.device import DTYPES
 from lab.errors import OptionError
 from lab.models import registry
+from lab.models.freezing import freeze, with_frozen
 from lab.training.recompute import compiled_chain, recomputed_chain
 from lab.training.sync_batch_norm import sync_batch_norm
 
@@ -28,7 +29,8 @@ class BatchNorm:
 
 def batch_norm(options):
     """The function of the batch norms, with the momentum as an argument."""
-    return sync_batch_norm if options['sync_bn'] else F.batch_norm
+    norm = sync_batch_norm if options['sync_bn'] else F.batch_norm
+    return with_frozen(norm) if options['freeze'] else norm
 
 
 def network_arguments(options, source):
@@ -49,11 +51,12 @@ def build_network(options, arguments, device):
         norm: the function of its batch norms.
 
     Raises:
-        OptionError: there is no such network.
+        OptionError: there is no such network, or it has no part to freeze of that name.
     """
     torch.manual_seed(options['seed'])
     try:
         f, params = registry.define(**registry.initialization(options), **arguments)
+        freeze(params, options['freeze'])
     except ValueError as error:
         raise OptionError(str(error)) from None
     if options['recompute']:

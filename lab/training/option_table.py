@@ -16,6 +16,7 @@ from lab.training.option_types import (
     epoch_list,
     momentum,
     number,
+    part,
     warmup,
 )
 
@@ -176,6 +177,13 @@ DATA = (
         metavar='PIXELS',
     ),
     Option(
+        'per_class',
+        'small images: train on the first N images of each class; 0: on all',
+        0,
+        type=number(int, 0),
+        metavar='N',
+    ),
+    Option(
         'holdout',
         'test on the last N training samples instead of the test set, and train on the others; '
         'for choosing options',
@@ -208,6 +216,23 @@ TRAINING = (
         {'FashionMNIST': [20, 40, 50], 'digits': [30, 45, 55], 'imagenet': [30, 60, 90]},
         epoch_list,
         metavar='[E,...]',
+    ),
+    Option(
+        'pretrained',
+        "start from the network in this run's folder, model.pt7 or state dict, folded or not, with "
+        'a new classifier if the classes are others; or from the published diracnet18 or '
+        'diracnet34',
+        None,
+        type=path_argument,
+        metavar='NETWORK',
+    ),
+    Option(
+        'freeze',
+        'with --pretrained: keep the first parts of the network as they are, up to this one: stem, '
+        'group0, group1, ...; layer1, ... in residual networks',
+        None,
+        type=part,
+        metavar='PART',
     ),
     Option('optim', 'optimizer; sgd has momentum 0.9', 'sgd', choices=tuple(OPTIMIZERS)),
     Option(

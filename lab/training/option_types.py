@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import diracnet
 
@@ -76,6 +77,15 @@ def bn_scales(text):
 def dirac_scale(text):
     """'depth', or a number above 0."""
     return text if text == 'depth' else number(float, 0, exclusive=True)(text)
+
+
+def part(text):
+    """The name of a part of a network."""
+    if not re.fullmatch(r'stem|(group|layer)[0-9]', text):
+        raise argparse.ArgumentTypeError(
+            f'{text} must be stem, or a group or layer: group0, layer1'
+        )
+    return text
 
 
 def decay(text):

@@ -121,6 +121,8 @@ def check_combination(options):
             f'--lr {options["lr"]:g} and --lr_decay_ratio {options["lr_decay_ratio"]:g}: after all '
             f'epochs of --epoch_step, the learning rate would be {last:g}; the most is {LARGEST:g}'
         )
+    if options['freeze'] and not options['pretrained']:
+        raise OptionError('--freeze needs --pretrained: new parameters have to be trained')
     if options['recompute'] and options['compile']:
         raise OptionError(
             '--recompute and --compile exclude each other: a compiled block decides for itself '
