@@ -68,7 +68,7 @@ class FoldedNetwork:
         if isinstance(part, ImageFolder):
             n = min(n, FILE_IMAGES)
         chosen = np.linspace(begin, end - 1, n).astype(int)
-        pixels, chosen = _pixels(part, chosen, self.preprocessing)
+        pixels, chosen = read_pixels(part, chosen, self.preprocessing)
         images = torch.from_numpy(pixels)
         inputs = normalize(images, self.preprocessing).contiguous()
         return inputs, torch.as_tensor(np.asarray(targets)[chosen])
@@ -86,7 +86,7 @@ def targets_of(part):
     return targets
 
 
-def _pixels(part, chosen, preprocessing):
+def read_pixels(part, chosen, preprocessing):
     """uint8 (N, H, W, C) of the images with the indices `chosen`, and those indices; without broken
     files, which are named on stderr."""
     if not isinstance(part, ImageFolder):

@@ -104,7 +104,7 @@ def draw(image, class_map):
 
     Args:
         image: uint8, (H, W, 1) or (H, W, 3), RGB.
-        class_map: (h, w).
+        class_map: (h, w); None draws the image alone.
 
     Returns:
         uint8 (SIDE, 2 * SIDE, 3), or larger if the image is; RGB.
@@ -113,6 +113,8 @@ def draw(image, class_map):
     image = cv2.resize(np.ascontiguousarray(image), (size, size), interpolation=cv2.INTER_NEAREST)
     if image.ndim == 2:
         image = np.repeat(image[:, :, None], 3, axis=2)
+    if class_map is None:
+        return image
     gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None].astype(np.float32)
     strength = np.asarray(class_map, np.float32)
     strength = strength / max(np.abs(strength).max(), np.finfo(np.float32).tiny)

@@ -53,6 +53,11 @@ def curves(groups, out, errors_only=False):
     Returns:
         The paths of the figure.
     """
+    return figures.save(draw_curves(groups, errors_only), out)
+
+
+def draw_curves(groups, errors_only=False):
+    """The figure that `curves` saves."""
     panels = [TEST_ERRORS] if errors_only else [LOSSES, ERRORS]
     figure, [axes] = figures.new_figure(columns=len(panels))
     for ax, panel in zip(axes, panels):
@@ -64,7 +69,7 @@ def curves(groups, out, errors_only=False):
         ax.xaxis.get_major_locator().set_params(integer=True)
     handles, labels = axes[0].get_legend_handles_labels()
     add_legend_below(figure, dict(zip(labels, handles)), len(axes))
-    return figures.save(figure, out)
+    return figure
 
 
 def draw_group(ax, g, label, logs, panel):
