@@ -36,7 +36,7 @@ from lab.distributed import say, world
 from lab.errors import OptionError, UserError, printable, run
 from lab.models.matching import load_params
 from lab.runs import checkpoint
-from lab.runs.folder import PARAMETERS, RunFolder, log_lines
+from lab.runs.folder import PARAMETERS, RunFolder, log_lines, write_report
 from lab.runs.log import format_line
 from lab.runs.pretrained import find_pretrained, start_from
 from lab.runs.recorder import Recorder
@@ -215,6 +215,8 @@ def train(options, resumed, pretrained, device, folder, arguments):
         stop.say(f'done: {printable(str(folder.path))}; to draw its curves: {curves}')
         if stop.lost_output:
             raise UserError(f'the output cannot be written ({stop.lost_output}); the run is done')
+    if options['report'] and distributed.rank() == 0:
+        write_report(folder.path, options['dataroot'])
 
 
 def evaluate(options, found, device, recalibrates=False):

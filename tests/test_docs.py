@@ -67,7 +67,9 @@ def run_command(line):
         status = train.main(words[2:])
     else:
         assert words[1] == '-m', line
-        status = importlib.import_module(words[2]).main(words[3:])
+        is_package = (ROOT / words[2].replace('.', '/')).is_dir()
+        name = f'{words[2]}.__main__' if is_package else words[2]
+        status = importlib.import_module(name).main(words[3:])
     assert not status, line
 
 

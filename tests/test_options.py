@@ -64,6 +64,7 @@ EXAMPLES = {
     'checkpoint_minutes': ('0.5', 0.5),
     'evaluate': ('net.pth', 'net.pth'),
     'tensorboard': (None, True),
+    'report': (None, True),
     'device': ('cuda:1', 'cuda:1'),
     'cuda': (None, True),
     'gpu_id': ('1', '1'),
@@ -168,6 +169,7 @@ GENERAL = {
     'bn_momentum': 0.1,
     'recalibrate_bn': False,
     'tensorboard': False,
+    'report': False,
 }
 # depth on small images and on ImageNet, where it is not that of a DiracNet
 DEPTHS = {'resnet': (20, 18), 'resnet-dirac': (20, 18), 'wrn': (16, 50)}
@@ -240,7 +242,7 @@ def test_imagenetpath(given, dataroot):
 def test_which_options_a_resumed_run_may_change():
     expected = (
         'resume save dataroot imagenetpath nthread epochs device cuda gpu_id ngpu '
-        'checkpoint_minutes tensorboard'
+        'checkpoint_minutes tensorboard report'
     )
     assert set(expected.split()) == FREE_ON_RESUME
 

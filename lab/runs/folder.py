@@ -4,12 +4,14 @@ model.pt7       the newest checkpoint; previous.pt7: the one before it (see chec
 log.txt         a line of JSON per epoch (see log.py)
 run.json        the command, versions and machine of each start of the run
 parameters.txt  name, shape and weight decay of all parameters
+report.html     a page about the network, with --report
 output.txt      what the run prints, if tools.study started it
 """
 
 import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
 from datetime import datetime
@@ -20,11 +22,12 @@ from lab.errors import OptionError, UserError
 from lab.files import size_of, write_atomically
 from lab.runs import checkpoint
 from lab.runs.log import LOG, read_lines
-from lab.runs.provenance import describe_start
+from lab.runs.provenance import CHECKOUT, describe_start
 from lab.runs.signals import try_to_print
 from lab.runs.tensorboard import write_events
 
 COMMANDS, OUTPUT, PARAMETERS = 'run.json', 'output.txt', 'parameters.txt'
+REPORT = 'report.html'
 
 
 class RunFolder:
@@ -207,6 +210,20 @@ def read_commands(path):
         isinstance(entry, dict) and 'command' in entry for entry in entries
     )
     return entries if is_ours else None
+
+
+def write_report(path, dataroot):
+    """Write the report.html of a finished run. Raises UserError.
+
+    tools/ may import this package, and not the other way round, so this starts a process.
+    """
+    out = path / REPORT
+    command = [sys.executable, '-m', 'tools.report', str(path.resolve()), '--out']
+    command += [str(out.resolve()), '--dataroot', str(Path(dataroot).expanduser().resolve())]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().rpartition('\n')[2]
+        raise UserError(f'{out} cannot be written ({reason}); the run is done')
 
 
 def _is_other(name):

@@ -23,7 +23,7 @@ ADDED_LATER = (
     *('optim', 'init', 'warmup', 'bn_momentum', 'recompute', 'compile', 'sync_bn', 'tensorboard'),
     *('checkpoint_minutes', 'bn_init', 'alpha', 'beta', 'recalibrate_bn'),
     *('schedule', 'label_smoothing', 'clip', 'ema', 'tta', 'cutout', 'recipe'),
-    *('pretrained', 'freeze', 'per_class'),
+    *('pretrained', 'freeze', 'per_class', 'report'),
 )
 SIGNED = ('momentum_buffer', 'exp_avg')  # the others are sums of squares, and a count
 SCALER = {'scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'}

@@ -37,6 +37,13 @@ RUNS = (
         metavar='CHECKPOINT',
     ),
     Option(
+        'report',
+        "at the end, write a page about the network to report.html in the run's folder",
+        False,
+        type=bool,
+        free_on_resume=True,
+    ),
+    Option(
         'tensorboard',
         "also write each epoch's numbers for TensorBoard to the run's folder",
         False,
