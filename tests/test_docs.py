@@ -234,7 +234,7 @@ def test_blocks_run(path, workspace, interrupted_run):
 
 
 def test_readme_blocks_run():
-    assert [language for language, _ in runnable(ROOT / 'README.md')] == 4 * ['sh'] + 2 * ['python']
+    assert [language for language, _ in runnable(ROOT / 'README.md')] == 6 * ['sh'] + 2 * ['python']
 
 
 # --- what is generated -------------------------------------------------------------------------

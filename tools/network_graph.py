@@ -2,14 +2,15 @@
 
 from tools.figures import new_figure, save
 
-HALF_WIDTH, HALF_HEIGHT = 0.65, 0.3  # of a box; the next one is 1 below
+HALF_WIDTH, HALF_HEIGHT = 0.8, 0.3  # of a box; the next one is 1 below
 
 
 def draw_graph(module, inputs, out):
     """Draw what a module does to its inputs, and save.
 
-    A box has the name of an operation and the shape of its result, (C, H, W). An arrow that skips
-    boxes goes around them. Operations on weights alone are left out.
+    A box has the name of an operation and the shape of its result, (C, H, W); that of a convolution
+    also has the shape of its weight, and says if this is a Dirac weight. An arrow that skips boxes
+    goes around them. Operations on weights alone are left out.
 
     Args:
         inputs: (N, C, H, W); N must be at least 2.
@@ -22,7 +23,15 @@ def draw_graph(module, inputs, out):
     graph = torch.export.export(module, (inputs,)).graph
     nodes = _nodes_after_inputs(graph, inputs)
     rows = {node: i for i, node in enumerate(nodes)}
-    figure, [[ax]] = new_figure(width=4, height=0.28 * len(nodes) + 0.5)
+    steps = [
+        row - rows[source]
+        for node, row in rows.items()
+        for source in node.all_input_nodes
+        if source in rows
+    ]
+    right = 1.7 if max(steps) > 1 else HALF_WIDTH + 0.05  # room for arrows that skip boxes
+    left = -HALF_WIDTH - 0.05
+    figure, [[ax]] = new_figure(width=2.4 * (right - left), height=0.28 * len(nodes) + 0.5)
     for node, row in rows.items():
         _draw_box(ax, row, _label(node))
         for source in node.all_input_nodes:
@@ -30,8 +39,8 @@ def draw_graph(module, inputs, out):
                 _draw_arrow(ax, rows[source], row)
     figure.set_layout_engine('none')  # the axes fill the figure
     ax.set_position([0, 0, 1, 1])
-    ax.set_xlim(-0.9, 1.7)
-    ax.set_ylim(-len(nodes), 1)
+    ax.set_xlim(left, right)
+    ax.set_ylim(-len(nodes) + 0.5, 0.5)
     ax.axis('off')
     return save(figure, out)
 
@@ -58,8 +67,18 @@ def _label(node):
         name = node.target._opname
     else:
         name = getattr(node.target, '__name__', str(node.target)).split('.')[0]
+    name = name.strip('_')
+    if name.startswith('conv'):
+        weight = node.args[1]
+        # A stored weight is an input of the graph; a Dirac weight is computed.
+        kind = name if weight.op == 'placeholder' else f'Dirac {name}'
+        name = f'{kind} {_size(weight)}'
+    return f'{name}   {_size(node, 1)}'
+
+
+def _size(node, first=0):
     shape = getattr(node.meta.get('val'), 'shape', ())
-    return f'{name.strip("_")}   {" x ".join(map(str, shape[1:]))}'
+    return ' x '.join(map(str, shape[first:]))
 
 
 def _draw_box(ax, row, label):

@@ -67,9 +67,22 @@ def draw_curves(groups, errors_only=False):
         ax.set_ylabel(panel.label)
         figures.use_log_scale(ax)
         ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(title([log for logs in groups.values() for log in logs]), fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     add_legend_below(figure, dict(zip(labels, handles)), len(axes))
     return figure
+
+
+def title(logs):
+    """What all logs have in common: the network and the data set."""
+    networks = {
+        f'{line["model"]}-{line["depth"]}-{line["width"]:g}'
+        for line, *_ in logs
+        if {'model', 'depth', 'width'} <= line.keys()
+    }
+    datasets = {line['dataset'] for line, *_ in logs if 'dataset' in line}
+    network = networks.pop() if len(networks) == 1 else f'{len(networks)} networks'
+    return figures.plain(f'{network} on {" and ".join(sorted(datasets))}' if datasets else network)
 
 
 def draw_group(ax, g, label, logs, panel):
