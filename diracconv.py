@@ -14,12 +14,12 @@ Source: Zagoruyko and Komodakis, arXiv 1706.00388, section 3. This file needs to
 import inspect
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ALPHA, BETA = 1.0, 0.1  # initial values of the learned scales, as in version 2 of the paper
 
 
-def dirac_weight(weight, alpha, beta, groups=1):
+def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -> Tensor:
     """The weight of a Dirac convolution, differentiable in all three tensors.
 
     Args:
@@ -104,7 +104,7 @@ class _Normalized(torch.autograd.Function):
 
 
 @torch.no_grad()
-def split_weight(weight, groups=1):
+def split_weight(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """The (weight, alpha, beta) of the Dirac convolution that is equivalent to an ordinary one.
 
     Args:
@@ -130,7 +130,7 @@ def _central_diagonal(weight, groups):
     return taps.unflatten(0, (groups, -1)).diagonal(dim1=1, dim2=2)
 
 
-def plain_conv(kind, conv, weight):
+def plain_conv(kind: type[nn.Module], conv: nn.Module, weight: Tensor) -> nn.Module:
     """A plain convolution of class `kind` with this weight and everything else from `conv`."""
     # The meta device allocates nothing: the tensors are replaced right away.
     plain = like_conv(kind, conv, device='meta', dtype=weight.dtype)
@@ -140,7 +140,7 @@ def plain_conv(kind, conv, weight):
     return plain.train(conv.training)
 
 
-def like_conv(kind, conv, **kwargs):
+def like_conv(kind: type[nn.Module], conv: nn.Module, **kwargs) -> nn.Module:
     """A new convolution of class `kind` with the arguments of `conv`."""
     return kind(
         conv.in_channels,
@@ -169,7 +169,7 @@ class DiracConv:
         self.beta = nn.Parameter(torch.empty(self.out_channels, **like_weight))
         self._reset_scales()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Initialize weight and bias as torch does, alpha to 1.0 and beta to 0.1."""
         super().reset_parameters()
         if hasattr(self, 'alpha'):  # the base class calls this before the scales exist
@@ -179,15 +179,15 @@ class DiracConv:
         nn.init.constant_(self.alpha, ALPHA)
         nn.init.constant_(self.beta, BETA)
 
-    def dirac_weight(self):
+    def dirac_weight(self) -> Tensor:
         """The effective weight, (out, in / groups, *kernel)."""
         return dirac_weight(self.weight, self.alpha, self.beta, self.groups)
 
-    def forward(self, input):
+    def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, self.dirac_weight(), self.bias)
 
     @torch.no_grad()
-    def fold(self):
+    def fold(self) -> nn.Module:
         """The equivalent plain convolution, with the same arguments, device, dtype and mode."""
         # A layer is folded once and used often, so double precision is worth its cost here.
         tensors = (self.weight.double(), self.alpha.double(), self.beta.double())
@@ -213,7 +213,7 @@ class DiracConv:
             delta, nn.init.dirac_(torch.empty_like(delta), self.groups)
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         text = super().extra_repr()
         if not self.alpha.is_meta:
             alpha, beta = self.alpha.detach().mean(), self.beta.detach().mean()
@@ -260,18 +260,18 @@ class DiracParametrization(nn.Module):
     and beta start at 1.0 and 0.1 instead, and the weight is only normalized.
     """
 
-    def __init__(self, conv, fresh=False):
+    def __init__(self, conv: nn.Module, fresh: bool = False) -> None:
         super().__init__()
         self.groups, self.fresh = conv.groups, fresh
         per_channel = conv.weight.detach().flatten(1)[:, 0]  # (out,)
         self.alpha = nn.Parameter(torch.full_like(per_channel, ALPHA))
         self.beta = nn.Parameter(torch.full_like(per_channel, BETA))
 
-    def forward(self, weight):
+    def forward(self, weight: Tensor) -> Tensor:
         return dirac_weight(weight, self.alpha, self.beta, self.groups)
 
     @torch.no_grad()
-    def right_inverse(self, weight):
+    def right_inverse(self, weight: Tensor) -> Tensor:
         """Split an ordinary weight. torch calls this at registration and when one is assigned."""
         if self.fresh:
             self.fresh = False

@@ -12,12 +12,14 @@ import inspect
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable, Mapping
 from operator import attrgetter, eq
 from types import SimpleNamespace
+from typing import overload
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -39,7 +41,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # --- into Dirac convolutions -----------------------------------------------------------------
 
 
-def qualifies(module):
+def qualifies(module: nn.Module) -> bool:
     """Whether a module is a convolution for which the identity is a sensible starting point.
 
     That is a `torch.nn` convolution, or a subclass that computes the same, whose output has the
@@ -48,7 +50,7 @@ def qualifies(module):
     return _is_plain(module, LAYERS) and keeps_size(module)
 
 
-def keeps_size(conv):
+def keeps_size(conv: nn.Module) -> bool:
     """Whether a convolution has stride 1, more than one tap, and output of its input's size."""
     if max(conv.kernel_size) == 1 or max(conv.stride) > 1 or conv.padding == 'valid':
         return False
@@ -58,7 +60,12 @@ def keeps_size(conv):
     return all(2 * padding == dilation * (size - 1) for size, dilation, padding in dimensions)
 
 
-def diracify(model, *, fresh=False, where=keeps_size):
+def diracify(
+    model: nn.Module,
+    *,
+    fresh: bool = False,
+    where: Callable[[nn.Module], bool] = keeps_size,
+) -> nn.Module:
     """Replace convolutions of a network with Dirac convolutions, in place.
 
     Prints to stderr how many it replaced. The new layers keep the hooks and `requires_grad` of the
@@ -161,7 +168,13 @@ def _keep_hooks(replacement, module):
 # --- into plain convolutions -----------------------------------------------------------------
 
 
-def fold(model):
+@overload
+def fold(model: nn.Module) -> nn.Module: ...
+@overload
+def fold(model: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+
+
+def fold(model: nn.Module | Mapping[str, Tensor]) -> nn.Module | dict[str, Tensor]:
     """Fold Dirac weights and batch norms into plain convolutions.
 
     A batch norm is folded into the convolution directly before it, or into the linear layer if

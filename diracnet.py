@@ -18,15 +18,20 @@ import math
 import os
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from diracconv import ALPHA, BETA, dirac_weight
+
+Params = dict[str, Tensor]  # flat, with dotted keys
+Function = Callable[..., Tensor]  # f(inputs, params, mode)
+BnInit = str | tuple[float, float]
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 SHIFT = 0.5  # initial bias of the batch norms with bn_init='shifted'
@@ -50,7 +55,13 @@ IMAGENET_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 # --- the network -----------------------------------------------------------------------------
 
 
-def chain(architecture, inputs, params, mode, norm=F.batch_norm):
+def chain(
+    architecture: 'Architecture',
+    inputs: Tensor,
+    params: Params,
+    mode: bool,
+    norm: Function = F.batch_norm,
+) -> Tensor:
     """A DiracNet as a function: f = partial(chain, architecture).
 
     Args:
@@ -76,7 +87,13 @@ def chain(architecture, inputs, params, mode, norm=F.batch_norm):
     return classify(x, params)
 
 
-def stem(architecture, inputs, params, mode, norm=F.batch_norm):
+def stem(
+    architecture: 'Architecture',
+    inputs: Tensor,
+    params: Params,
+    mode: bool,
+    norm: Function = F.batch_norm,
+) -> Tensor:
     """What every chain begins with: (N, in_channels, H, W) to (N, w0, H, W), or to
     (N, w0, H / 4, W / 4) in the ImageNet form."""
     if architecture.form == 'cifar':
@@ -85,29 +102,31 @@ def stem(architecture, inputs, params, mode, norm=F.batch_norm):
     return F.max_pool2d(batch_norm(x, params, 'bn', mode, norm), 3, 2, 1)
 
 
-def classify(x, params):
+def classify(x: Tensor, params: Params) -> Tensor:
     """What every chain ends with: (N, C, H, W) to logits, (N, num_classes)."""
     x = F.adaptive_avg_pool2d(relu(x), 1).flatten(1)
     return F.linear(x, params['fc.weight'], params['fc.bias'])
 
 
-def relu(x):
+def relu(x: Tensor) -> Tensor:
     return F.relu(x, inplace=True)  # the backward passes of batch norm and pooling do not need it
 
 
-def batch_norm(x, params, name, mode, norm=F.batch_norm):
+def batch_norm(
+    x: Tensor, params: Params, name: str, mode: bool, norm: Function = F.batch_norm
+) -> Tensor:
     """Batch norm with the parameters that `bn_tensors` reads."""
     weight, bias, mean, var = bn_tensors(params, name)
     return norm(x, mean, var, weight, bias, training=mode, momentum=BN_MOMENTUM, eps=BN_EPS)
 
 
-def bn_tensors(params, name):
+def bn_tensors(params: Params, name: str) -> tuple[Tensor, ...]:
     """(weight, bias, running_mean, running_var) of a batch norm, (C,) each."""
     parts = ('weight', 'bias', 'running_mean', 'running_var')
     return tuple(params[f'{name}.{part}'] for part in parts)
 
 
-def block_weights(architecture, params):
+def block_weights(architecture: 'Architecture', params: Params) -> Params:
     """The effective weight of each block's convolution, by the name of the block.
 
     The Dirac weights of all blocks of one shape are computed together, which is faster: they are
@@ -144,12 +163,12 @@ class Architecture:
     num_classes: int
 
     @property
-    def widths(self):
+    def widths(self) -> tuple[int, ...]:
         """Channels of each group."""
         return tuple(int(base * self.width) for base in BASE_WIDTHS[self.form])
 
     @property
-    def groups(self):
+    def groups(self) -> list[list[tuple[str, int, int]]]:
         """For each group a list of its blocks: (name, in_channels, out_channels)."""
         if self.form == 'cifar':
             counts = [(self.depth - 4) // 6] * 3
@@ -165,7 +184,13 @@ class Architecture:
         return groups
 
 
-def make_architecture(depth, width, dataset, num_classes=None, in_channels=None):
+def make_architecture(
+    depth: int,
+    width: float,
+    dataset: str,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+) -> Architecture:
     """The Architecture for these choices; the data set determines what is None.
 
     Raises:
@@ -198,16 +223,16 @@ def make_architecture(depth, width, dataset, num_classes=None, in_channels=None)
     return Architecture(form, int(depth), width, int(channels), int(classes))
 
 
-def conv_params(in_channels, out_channels, kernel_size):
+def conv_params(in_channels: int, out_channels: int, kernel_size: int) -> Tensor:
     return kaiming_normal(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
 
 
-def kaiming_normal(weight):
+def kaiming_normal(weight: Tensor) -> Tensor:
     # A meta tensor has no values, and torch would import for a second to draw none.
     return weight if weight.is_meta else nn.init.kaiming_normal_(weight, nonlinearity='relu')
 
 
-def bn_params(channels):
+def bn_params(channels: int) -> Params:
     return {
         'weight': torch.rand(channels),
         'bias': torch.zeros(channels),
@@ -216,12 +241,12 @@ def bn_params(channels):
     }
 
 
-def linear_params(in_features, out_features):
+def linear_params(in_features: int, out_features: int) -> Params:
     weight = kaiming_normal(torch.empty(out_features, in_features))
     return {'weight': weight, 'bias': torch.zeros(out_features)}
 
 
-def flatten(tree, prefix=''):
+def flatten(tree: Mapping, prefix: str = '') -> Params:
     """Turn nested dicts of tensors into one flat dict with dotted keys.
 
     All tensors but running statistics require gradients.
@@ -235,11 +260,11 @@ def flatten(tree, prefix=''):
     return flat
 
 
-def plain_conv_params(in_channels, out_channels):
+def plain_conv_params(in_channels: int, out_channels: int) -> Params:
     return {'conv': conv_params(in_channels, out_channels, 3)}
 
 
-def dirac_conv_params(in_channels, out_channels):
+def dirac_conv_params(in_channels: int, out_channels: int) -> Params:
     return {
         **plain_conv_params(in_channels, out_channels),
         'alpha': torch.full((out_channels,), ALPHA),
@@ -247,7 +272,7 @@ def dirac_conv_params(in_channels, out_channels):
     }
 
 
-def chain_params(architecture, block_params):
+def chain_params(architecture: Architecture, block_params: Callable[[int, int], Params]) -> Params:
     """The flat params of a chain; block_params(in_channels, out_channels) are a convolution's."""
     stem_width = architecture.widths[0]
     stem_size = 7 if architecture.form == 'imagenet' else 3
@@ -263,22 +288,24 @@ def chain_params(architecture, block_params):
     return flatten(tree)
 
 
-def define_chain(architecture, block_params=dirac_conv_params):
+def define_chain(
+    architecture: Architecture, block_params: Callable[[int, int], Params] = dirac_conv_params
+) -> tuple[Function, Params]:
     """f, params of a chain, a DiracNet unless `block_params` makes other convolutions."""
     return partial(chain, architecture), chain_params(architecture, block_params)
 
 
 def define_diracnet(
-    depth,
-    width,
-    dataset,
+    depth: int,
+    width: float,
+    dataset: str,
     *,
-    num_classes=None,
-    in_channels=None,
-    bn_init='paper',
-    alpha=None,
-    beta=None,
-):
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    bn_init: BnInit = 'paper',
+    alpha: float | str | None = None,
+    beta: float | str | None = None,
+) -> tuple[Function, Params]:
     """DiracNet-DEPTH-WIDTH, version 2.
 
     Args:
@@ -306,7 +333,13 @@ def define_diracnet(
 
 
 @torch.no_grad()
-def initialize_scales(params, depth, bn_init='paper', alpha=None, beta=None):
+def initialize_scales(
+    params: Params,
+    depth: int,
+    bn_init: BnInit = 'paper',
+    alpha: float | str | None = None,
+    beta: float | str | None = None,
+) -> Params:
     """Set the initial scales of a chain in place. A departure from the paper, for deep chains.
 
     Returns params.
@@ -338,7 +371,7 @@ def initialize_scales(params, depth, bn_init='paper', alpha=None, beta=None):
     return params
 
 
-def bn_scales(bn_init):
+def bn_scales(bn_init: BnInit) -> tuple[float, float]:
     """The initial (weight, bias) of all batch norms. Raises ValueError."""
     if bn_init == 'shifted':
         return 1.0, SHIFT
@@ -354,7 +387,7 @@ def bn_scales(bn_init):
     return weight, bias
 
 
-def dirac_scale(name, scale, depth):
+def dirac_scale(name: str, scale: float | str, depth: int) -> float:
     """The number that an initial alpha or beta stands for. Raises ValueError."""
     if scale == 'depth':
         return depth**-0.5
@@ -372,7 +405,7 @@ class Network(nn.Module):
             The module shares their memory.
     """
 
-    def __init__(self, f, params):
+    def __init__(self, f: Function, params: Params) -> None:
         super().__init__()
         self.f = f
         keys_by_path = {}
@@ -390,7 +423,7 @@ class Network(nn.Module):
             keys_by_path.setdefault(tuple(path), []).append((key, name))
         self.keys_by_path = tuple(keys_by_path.items())
 
-    def params(self):
+    def params(self) -> Params:
         """The flat dict with the module's own tensors."""
         params = {}
         for path, keys in self.keys_by_path:  # one lookup per submodule: this runs at every step
@@ -401,7 +434,7 @@ class Network(nn.Module):
                 params[key] = getattr(module, name)
         return params
 
-    def forward(self, inputs):
+    def forward(self, inputs: Tensor) -> Tensor:
         return self.f(inputs, self.params(), self.training)
 
 
@@ -409,7 +442,7 @@ class Network(nn.Module):
 
 
 @torch.no_grad()
-def fold(params):
+def fold(params: Params) -> Params:
     """Fold Dirac weights and batch norms into the weights and biases of plain convolutions.
 
     Args:
@@ -440,7 +473,7 @@ def fold(params):
     return folded
 
 
-def fold_batch_norm(weight, params, name):
+def fold_batch_norm(weight: Tensor, params: Params, name: str) -> tuple[Tensor, Tensor]:
     """The weight and bias of a convolution that includes the batch norm after it.
 
     Args:
@@ -469,12 +502,20 @@ class DiracNet(nn.Module):
     `load_state_dict(fold(params))` loads trained ones.
     """
 
-    def __init__(self, depth, width=1, dataset='ImageNet', *, num_classes=None, in_channels=None):
+    def __init__(
+        self,
+        depth: int,
+        width: float = 1,
+        dataset: str = 'ImageNet',
+        *,
+        num_classes: int | None = None,
+        in_channels: int | None = None,
+    ) -> None:
         super().__init__()
         self._build(make_architecture(depth, width, dataset, num_classes, in_channels))
 
     @classmethod
-    def from_state_dict(cls, state_dict):
+    def from_state_dict(cls, state_dict: Params) -> 'DiracNet':
         """The module for a folded state dict, with its weights. Raises ValueError if none fits."""
         net = cls.__new__(cls)
         nn.Module.__init__(net)
@@ -509,12 +550,12 @@ class DiracNet(nn.Module):
         self.features = nn.Sequential(features)
         self.fc = nn.Linear(architecture.widths[-1], architecture.num_classes)
 
-    def forward(self, inputs):
+    def forward(self, inputs: Tensor) -> Tensor:
         return self.fc(self.features(inputs).flatten(1))
 
 
 @torch.no_grad()
-def copy_tensors(state_dict, module):
+def copy_tensors(state_dict: Params, module: nn.Module) -> None:
     """Copy a state dict into a module, as `module.load_state_dict` does.
 
     That method takes quadratic time in the number of layers, this function linear time.
@@ -539,7 +580,7 @@ model_urls = {  # the hexadecimal part is the beginning of the file's SHA-256
 }
 
 
-def diracnet18(pretrained=False, **kwargs):
+def diracnet18(pretrained: bool = False, **kwargs) -> DiracNet:
     """A folded DiracNet-18 for ImageNet, 224 x 224 pixels, 11,511,784 parameters.
 
     Args:
@@ -554,7 +595,7 @@ def diracnet18(pretrained=False, **kwargs):
     return _folded('diracnet18', 18, pretrained, **kwargs)
 
 
-def diracnet34(pretrained=False, **kwargs):
+def diracnet34(pretrained: bool = False, **kwargs) -> DiracNet:
     """A folded DiracNet-34 for ImageNet, 224 x 224 pixels; see `diracnet18`."""
     return _folded('diracnet34', 34, pretrained, **kwargs)
 
@@ -603,7 +644,7 @@ def _published_weights(name):
 # --- reading an architecture off tensors ------------------------------------------------------
 
 
-def infer_architecture(params):
+def infer_architecture(params: Params) -> Architecture:
     """The Architecture of a DiracNet or plain chain, from its params or folded state dict.
 
     Raises:
@@ -615,17 +656,22 @@ def infer_architecture(params):
     return fitting_architecture(params, block_kind(params))
 
 
-def block_kind(params):
+def block_kind(params: Params) -> Callable[[int, int], Params]:
     """The function that makes the params of a block: Dirac or plain."""
     return dirac_conv_params if is_dirac(params) else plain_conv_params
 
 
-def is_dirac(params):
+def is_dirac(params: Params) -> bool:
     """Whether any block has scales of a Dirac weight."""
     return any(key.endswith(('.alpha', '.beta')) for key in params)
 
 
-def fitting_architecture(params, block_params, folded_prefix=None, kind='DiracNet'):
+def fitting_architecture(
+    params: Params,
+    block_params: Callable[[int, int], Params],
+    folded_prefix: str | None = None,
+    kind: str = 'DiracNet',
+) -> Architecture:
     """The Architecture of a chain with exactly these keys and shapes; see `infer_architecture`.
 
     Args:
@@ -673,7 +719,7 @@ def _folded_items(params, prefix):
             yield key, tensor
 
 
-def check_tensors(tensors, expected):
+def check_tensors(tensors: Params, expected: Params) -> None:
     """Raise ValueError unless two dicts of tensors have the same keys and shapes, and the first
     holds real numbers. Identities that the original's files store (eye64_64_3_3) do not matter."""
     for key in dict.fromkeys([*expected, *tensors]):

@@ -1,9 +1,12 @@
-"""pip install . installs the method and nothing else."""
+"""pip install . installs the method and nothing else, and another project can use it."""
 
+import inspect
 import os
 import shutil
 import subprocess
 import sys
+import typing
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,32 @@ import torch
 from conftest import ROOT
 
 INSTALLED = ('diracconv', 'diracify', 'diracnet')
+
+# A user's program: arguments are the files that it writes.
+PROJECT = """
+import sys
+import torch, torchvision
+from diracconv import DiracConv2d
+from diracify import diracify, fold
+
+torch.manual_seed(0)
+model = torchvision.models.resnet18(num_classes=2)
+model.layer1[0].conv1 = DiracConv2d(64, 64, 3, padding=1, bias=False)
+diracify(model)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+images, targets = torch.randn(16, 3, 32, 32), torch.arange(16) % 2
+losses = []
+for _ in range(8):
+    loss = torch.nn.functional.cross_entropy(model(images), targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+folded = fold(model.eval())
+torch.onnx.export(folded, (images,), sys.argv[1])
+assert not any(hasattr(module, 'running_var') for module in folded.modules())
+torch.save([images, model(images).detach(), torch.tensor(losses)], sys.argv[2])
+"""
 
 
 @pytest.fixture(scope='module')
@@ -42,6 +71,10 @@ def run(*command, **kwargs):
     return result.stdout
 
 
+def with_torch():
+    return {**os.environ, 'PYTHONPATH': str(Path(torch.__file__).parents[1])}
+
+
 def test_only_the_method_is_installed(environment):
     [packages] = environment.parents[1].glob('lib/python*/site-packages')
     names = {path.name for path in packages.iterdir() if path.name != '__pycache__'}
@@ -65,9 +98,43 @@ for name in ('data', 'errors', 'lab', 'options', 'tools', 'train', 'hubconf', 'c
     assert not any(str(place).startswith(({str(ROOT)!r}, {str(environment.parents[1])!r}))
                    for place in places), places
 """
-    torch_path = Path(torch.__file__).parents[1]
-    env = {**os.environ, 'PYTHONPATH': str(torch_path)}
-    output = run(environment, '-c', code, cwd=tmp_path, env=env)
+    output = run(environment, '-c', code, cwd=tmp_path, env=with_torch())
     first, *paths = output.splitlines()
     assert first == '1000 4'
     assert all(Path(path).is_relative_to(environment.parents[1]) for path in paths)
+
+
+def test_another_project(environment, tmp_path):
+    """A torchvision model is diracified, trained, folded and exported."""
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model, results = tmp_path / 'net.onnx', tmp_path / 'results.pt'
+    run(environment, '-c', PROJECT, model, results, cwd=tmp_path, env=with_torch())
+    images, logits, losses = torch.load(results, weights_only=True)
+    assert losses[-1] < losses[0] / 2
+    session = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
+    [exported] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    assert abs(exported - logits.numpy()).max() <= 1e-4 * logits.abs().max()
+
+
+@pytest.mark.parametrize('name', INSTALLED)
+def test_type_hints(name):
+    """Public functions and methods have a hint for each argument and for what they return."""
+    module = import_module(name)
+    public = [value for key, value in vars(module).items() if not key.startswith('_')]
+    mine = [value for value in public if getattr(value, '__module__', None) == name]
+    functions = [value for value in mine if inspect.isfunction(value)]
+    for kind in filter(inspect.isclass, mine):
+        functions += [
+            value
+            for key, value in vars(kind).items()
+            if inspect.isfunction(value) and not key.startswith('_')
+        ]
+    assert functions
+    for function in functions:
+        hints = typing.get_type_hints(function)
+        named = [
+            key
+            for key, parameter in inspect.signature(function).parameters.items()
+            if key not in ('self', 'cls') and parameter.kind != parameter.VAR_KEYWORD
+        ]
+        assert {*named, 'return'} <= set(hints), function
