@@ -572,11 +572,15 @@ def copy_tensors(state_dict: Params, module: nn.Module) -> None:
         tensor.copy_(state_dict[key])
 
 
-# --- published weights -----------------------------------------------------------------------
+# --- trained weights -------------------------------------------------------------------------
 
 model_urls = {  # the hexadecimal part is the beginning of the file's SHA-256
     'diracnet18': 'https://s3.amazonaws.com/modelzoo-networks/diracnet18v2folded-a2174e15.pth',
     'diracnet34': 'https://s3.amazonaws.com/modelzoo-networks/diracnet34v2folded-dfb15d34.pth',
+}
+TRAINED = {  # files in weights/, by data set, to train further and folded; names as above
+    'digits': ('digits-c8cb438d.pth', 'digits-folded-b4a40001.pth'),
+    'FashionMNIST': ('fashion-00000000.pth', 'fashion-folded-00000000.pth'),
 }
 
 
@@ -600,6 +604,71 @@ def diracnet34(pretrained: bool = False, **kwargs) -> DiracNet:
     return _folded('diracnet34', 34, pretrained, **kwargs)
 
 
+def diracnet(
+    depth: int | None = None,
+    width: float | None = None,
+    dataset: str = 'CIFAR10',
+    *,
+    pretrained: bool = False,
+    folded: bool = False,
+    **kwargs,
+) -> Network | DiracNet:
+    """DiracNet-DEPTH-WIDTH for a data set.
+
+    Args:
+        depth, width, dataset: as for `define_diracnet`, like the further keyword arguments. The
+            width is 1 unless it is given.
+        pretrained: load the network for digits or FashionMNIST in weights/, which has its own depth
+            and width. weights/ also says how images become its inputs.
+        folded: return a DiracNet, for inference, instead of a Network, for training.
+
+    Raises:
+        ValueError: as for `define_diracnet`, or there is no such pretrained network.
+        RuntimeError: the file in weights/ is missing or damaged.
+    """
+    if pretrained:
+        given = {'depth': depth, 'width': width, **kwargs}
+        return _trained(dataset, folded, {k: v for k, v in given.items() if v is not None})
+    if depth is None:
+        raise ValueError('depth is missing; it is part of the file only with pretrained=True')
+    width = 1 if width is None else width
+    if folded:
+        return DiracNet(depth, width, dataset, **kwargs)
+    return Network(*define_diracnet(depth, width, dataset, **kwargs))
+
+
+def _trained(dataset, folded, given):
+    if dataset not in TRAINED:
+        raise ValueError(
+            f'{dataset} has no pretrained network here, only {" and ".join(TRAINED)} have; '
+            'ImageNet has diracnet18 and diracnet34'
+        )
+    params = torch.load(trained_path(dataset, folded), map_location='cpu', weights_only=True)
+    params = params['state_dict']
+    architecture = infer_architecture(params)
+    for name, value in given.items():
+        if getattr(architecture, name, None) != value:
+            raise ValueError(
+                f'{name} {value!r} does not fit the pretrained network for {dataset}, which is '
+                f'DiracNet-{architecture.depth}-{architecture.width:g}'
+            )
+    if folded:
+        return DiracNet.from_state_dict(params)
+    net = Network(*define_chain(architecture))
+    net.load_state_dict(params)
+    return net
+
+
+def trained_path(dataset: str, folded: bool = False) -> str:
+    """The file with the trained weights for a data set in TRAINED. Raises RuntimeError."""
+    name = TRAINED[dataset][folded]
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'weights', name)
+    if not os.path.exists(path):
+        raise RuntimeError(f'{path} is missing: copy it from weights/ in the repository')
+    _check_hash(path, f'weights/{name} in the repository')
+    return path
+
+
 def _folded(name, depth, pretrained, **kwargs):
     model = DiracNet(depth, **kwargs)
     if pretrained:
@@ -619,17 +688,11 @@ def _published_weights(name):
     """The folded state dict of a published file, downloaded to torch.hub's cache if needed."""
     url = model_urls[name]
     file_name = url.rsplit('/', 1)[1]
-    prefix = torch.hub.HASH_REGEX.search(file_name)[1]
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', file_name)
     if os.path.exists(path):
-        with open(path, 'rb') as file:
-            digest = hashlib.sha256(file.read()).hexdigest()
-        if not digest.startswith(prefix):  # torch.hub does not check a file that is in its cache
-            raise RuntimeError(
-                f'{path} is not the file from {url}: its SHA-256 begins with {digest[:8]} instead '
-                f'of {prefix}; remove it'
-            )
+        _check_hash(path, f'the file from {url}')  # torch.hub does not check what is in its cache
     else:
+        prefix = _hash_in(file_name)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, path, prefix)
@@ -639,6 +702,23 @@ def _published_weights(name):
                 f'SHA-256 begins with {prefix}, and save it as {path}'
             ) from error
     return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def _hash_in(file_name):
+    """The beginning of the SHA-256 that is part of a file's name."""
+    return torch.hub.HASH_REGEX.search(file_name)[1]
+
+
+def _check_hash(path, expected):
+    """Raise RuntimeError unless a file has the hash in its name, and so is what is expected."""
+    prefix = _hash_in(os.path.basename(path))
+    with open(path, 'rb') as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    if not digest.startswith(prefix):
+        raise RuntimeError(
+            f'{path} is not {expected}: its SHA-256 begins with {digest[:8]} instead of {prefix}; '
+            'remove it'
+        )
 
 
 # --- reading an architecture off tensors ------------------------------------------------------

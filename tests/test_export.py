@@ -17,7 +17,7 @@ from lab.runs import checkpoint
 from tools import export, int8, predict
 from tools.measure_file import ROOT, load_exported
 
-FORMATS = ('.pth', '.pt2', '.onnx', '.int8.onnx')
+FORMATS = ('.pth', '.unfolded.pth', '.pt2', '.onnx', '.int8.onnx')
 
 
 @pytest.fixture(scope='module')
@@ -102,6 +102,15 @@ def test_metadata(exported, onnx, digits_run):
         assert metadata['network'] == content['network'] == checkpoint.load(digits_run).network
 
 
+def test_unfolded(exported, digits_run):
+    content = torch.load(exported[0]['.unfolded.pth'], weights_only=True)
+    run = torch.load(digits_run / 'model.pt7', weights_only=True)
+    assert content.keys() == {'state_dict', 'network', 'classes', 'preprocessing'}
+    assert content['state_dict'].keys() == run['params'].keys()
+    for key, tensor in run['params'].items():
+        assert torch.equal(content['state_dict'][key], tensor)
+
+
 def test_onnx_graphs(exported, onnx):
     paths, _ = exported
     for suffix in ('.onnx', '.int8.onnx'):
@@ -128,6 +137,7 @@ def test_folded_checkpoint_and_force(exported, tmp_path, call, refused):
     out.write_text('mine')
     refused(2, ['again.onnx', '--force'], export.main, exported[0]['.pth'], out)
     assert out.read_text() == 'mine'
+    refused(1, 'folded', export.main, exported[0]['.pth'], tmp_path / 'again.unfolded.pth')
     assert call(export.main, exported[0]['.pth'], out, '--force').status == 0
     images = torch.randn(5, 1, 8, 8)
     expected = OnnxNetwork(exported[0]['.onnx'])(images)

@@ -12,6 +12,7 @@ from lab.data import datasets
 from lab.models import registry
 from lab.runs import checkpoint
 from lab.runs.pretrained import PUBLISHED, start_from
+from lab.training.options import complete
 
 DIGITS = ('--dataset', 'digits', '--device', 'cpu')
 
@@ -175,3 +176,13 @@ def test_two_processes(folded_file, tmp_path):
     assert result.status == 0, result.err
     [line] = (tmp_path / 'run' / 'log.txt').read_text().splitlines()
     assert json.loads(line.split('json_stats: ')[1])['train_acc'] > 99
+
+
+def test_recipe():
+    """Fine-tuning has defaults of its own, and what is given counts."""
+    options = complete({'dataset': 'folder', 'pretrained': 'digits'})
+    found = {name: options[name] for name in ('epochs', 'lr', 'schedule', 'batch_size')}
+    assert found == {'epochs': 30, 'lr': 0.1, 'schedule': 'linear', 'batch_size': 64}
+    given = {'schedule': 'step', 'epochs': 10, 'optim': 'adamw', 'pretrained': 'digits'}
+    options = complete({'dataset': 'digits', **given})
+    assert options['epoch_step'] == [5, 8, 9] and options['lr'] == 1e-3

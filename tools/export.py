@@ -7,6 +7,7 @@ The suffix chooses the format:
     .pth        a dict: `state_dict` (diracnet.DiracNet.from_state_dict makes the module),
                 `network` (its model, depth, width, dataset, num_classes and in_channels),
                 `classes` and `preprocessing`
+    .unfolded.pth  the same with the parameters before folding, to train the network further
     .pt2        torch.export; its extra file metadata.json has the last three of these
     .onnx       ONNX with input `images`, normalized floats (any batch size, C, H, W), and output
                 `logits`; metadata_props has the same three
@@ -35,8 +36,8 @@ from lab.runs import checkpoint
 from tools import int8
 from tools.measure_file import LATENCIES, measure, measure_content
 
-SUFFIXES = ('.pth', '.pt2', '.onnx', '.int8.onnx')
-INT8 = '.int8.onnx'
+SUFFIXES = ('.pth', '.unfolded.pth', '.pt2', '.onnx', '.int8.onnx')
+INT8, UNFOLDED = '.int8.onnx', '.unfolded.pth'
 FLOAT_LIMIT, INT8_LIMIT = 1e-4, 0.5  # relative error of the logits; points of top-1
 TEST_IMAGES, RANDOM_IMAGES = 10_000, 64  # compare on at most this many; on noise without data
 
@@ -47,7 +48,8 @@ TEST_IMAGES, RANDOM_IMAGES = 10_000, 64  # compare on at most this many; on nois
 def file_content(network, out):
     """The bytes of an exported file; the suffix of `out` chooses its format."""
     if out.name.endswith('.pth'):
-        return pth_content(network)
+        net = network.unfolded if out.name.endswith(UNFOLDED) else network.folded
+        return pth_content(net, network.facts)
     if out.name.endswith('.pt2'):
         return pt2_content(network)
     if out.name.endswith(INT8):
@@ -56,9 +58,9 @@ def file_content(network, out):
     return to_onnx(network.folded, network.input_shape, network.facts).SerializeToString()
 
 
-def pth_content(network):
+def pth_content(net, facts):
     file = io.BytesIO()
-    torch.save({'state_dict': network.folded.state_dict(), **network.facts}, file)
+    torch.save({'state_dict': net.state_dict(), **facts}, file)
     return file.getvalue()
 
 
@@ -158,7 +160,7 @@ def parse_arguments(arguments):
         metavar='OUT',
         type=path_argument,
         nargs='+',
-        help='files to write: .pth, .pt2, .onnx or .int8.onnx',
+        help='files to write: .pth, .unfolded.pth, .pt2, .onnx or .int8.onnx',
     )
     parser.add_argument('--force', action='store_true', help='replace OUT if it exists')
     parser.add_argument(
@@ -177,7 +179,7 @@ def parse_arguments(arguments):
     for out in args.outs:
         if not out.name.endswith(SUFFIXES):
             raise OptionError(
-                f'{out} must end in .pth, .pt2, .onnx or .int8.onnx, which chooses the format'
+                f'{out} must end in {", ".join(SUFFIXES)}, which chooses the format'
             )
         if out.exists() and not args.force:
             raise OptionError(f'{out} exists: replace it with --force')
@@ -186,6 +188,8 @@ def parse_arguments(arguments):
 
 def check_format(network, out):
     """Raise UserError for a format that the network cannot be written in."""
+    if out.name.endswith(UNFOLDED) and network.checkpoint.folded:
+        raise UserError(f'{out} is impossible: {network.checkpoint.path} is folded')
     if out.name.endswith(INT8) and network.data is None:
         raise UserError(
             f'{out} needs training images of {network.dataset} to calibrate: {network.missing}'

@@ -29,7 +29,7 @@ def load_exported(path):
     """The network in an exported file: a function from images (N, C, H, W) to logits."""
     name = Path(path).name
     if name.endswith('.pth'):
-        return checkpoint.load(path).fold()
+        return checkpoint.load(path).module()
     if name.endswith('.pt2'):
         return torch.export.load(path).module()
     return OnnxNetwork(path)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from diracnet import DATASETS, Network, copy_tensors
+from diracnet import DATASETS, TRAINED, Network, copy_tensors, trained_path
 from lab.errors import OptionError, UserError
 from lab.files import write_atomically
 from lab.models import registry
@@ -35,6 +35,8 @@ from lab.runs.archive import BrokenFile, read_archive
 from lab.runs.checkpoint_form import read_form
 
 FILE_NAME, PREVIOUS = 'model.pt7', 'previous.pt7'
+# What the networks in weights/ are called: as their files.
+TRAINED_NAMES = {names[0].split('-')[0]: dataset for dataset, names in TRAINED.items()}
 
 
 def describe_position(epoch, progress):
@@ -163,7 +165,8 @@ class Checkpoint:
 
 
 def load(path):
-    """Read a run folder, its model.pt7, or a file with a folded or unfolded state dict.
+    """Read a run folder, its model.pt7, or a file with a folded or unfolded state dict; or, if
+    there is none of this name, the trained network called digits or fashion.
 
     If a run's newest checkpoint is missing or broken, the previous one is read, with a warning on
     stderr.
@@ -172,6 +175,8 @@ def load(path):
         UserError: the file is missing, broken, not a checkpoint, or could run code.
     """
     path = Path(os.path.expanduser(path))
+    if str(path) in TRAINED_NAMES and not path.exists():
+        path = _find_trained(TRAINED_NAMES[str(path)])
     if os.path.isdir(path):
         path = path / FILE_NAME
     previous = path.with_name(PREVIOUS)
@@ -186,6 +191,13 @@ def load(path):
             raise UserError(f'{error}; and {other}') from None
         print(f'{error}; using {previous}, saved after {found.position}', file=sys.stderr)
         return found
+
+
+def _find_trained(dataset):
+    try:
+        return Path(trained_path(dataset))
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
 
 
 def load_file(path):

@@ -120,7 +120,13 @@ def start_from(module, found, classes, batches):
         _calibrate(module, own, params, batches)
     classifier = 'its classifier' if same else f'a new classifier for {len(classes)} classes'
     kind = 'folded ' if found.folded else ''
-    return f'starting from the {kind}network in {found.path}, with {classifier}'
+    frozen = sum(
+        tensor.numel()
+        for key, tensor in own.items()
+        if not tensor.requires_grad and 'running_' not in key
+    )
+    parts = f'; {frozen:,} parameters stay frozen' if frozen else ''
+    return f'starting from the {kind}network in {found.path}, with {classifier}{parts}'
 
 
 def _split(folded, own):

@@ -204,7 +204,7 @@ TRAINING = (
         'epochs',
         'number of epochs',
         200,
-        {'FashionMNIST': 60, 'digits': 60, 'imagenet': 100, 'fast digits': 40},
+        {'FashionMNIST': 60, 'digits': 60, 'imagenet': 100, 'fast digits': 40, 'pretrained': 30},
         number(int, 1),
         free_on_resume=True,
     ),
@@ -213,7 +213,13 @@ TRAINING = (
         'epochs, counted from 1, that begin with a lower learning rate; the defaults scale with '
         '--epochs',
         [60, 120, 160],
-        {'FashionMNIST': [20, 40, 50], 'digits': [30, 45, 55], 'imagenet': [30, 60, 90]},
+        {
+            'FashionMNIST': [20, 40, 50],
+            'digits': [30, 45, 55],
+            'imagenet': [30, 60, 90],
+            'fast digits': [20, 30, 36],
+            'pretrained': [15, 23, 27],
+        },
         epoch_list,
         metavar='[E,...]',
     ),
@@ -242,6 +248,7 @@ TRAINING = (
         {
             'digits': 0.2,
             'fast digits': 0.1,
+            'pretrained': 0.1,
             'rmsprop': 1e-2,
             'adadelta': 1.0,
             'adagrad': 1e-1,
@@ -254,7 +261,7 @@ TRAINING = (
         'how the learning rate falls: step, at each epoch of --epoch_step; or after each step, as '
         'half a cosine or a line that ends at 0 with the last one',
         'step',
-        {'fast': 'linear'},
+        {'fast': 'linear', 'pretrained': 'linear'},
         choices=('step', 'cosine', 'linear'),
     ),
     Option(
@@ -277,7 +284,7 @@ TRAINING = (
         'batch_size',
         'samples per step, of all processes together',
         128,
-        {'digits': 64, 'imagenet': 256},
+        {'digits': 64, 'imagenet': 256, 'pretrained imagenet': 64},
         number(int, 1),
         aliases=('--batchSize',),
     ),

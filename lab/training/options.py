@@ -49,6 +49,8 @@ def defaults_for(given):
         given.get(name, OPTIONS[name].default) for name in ('dataset', 'model', 'optim', 'recipe')
     )
     facts = {dataset, DATASETS[dataset][0], model, optimizer, recipe}
+    if given.get('pretrained'):
+        facts.add('pretrained')
     defaults = {}
     for name, option in OPTIONS.items():
         value = option.default_for(facts)
