@@ -579,8 +579,8 @@ model_urls = {  # the hexadecimal part is the beginning of the file's SHA-256
     'diracnet34': 'https://s3.amazonaws.com/modelzoo-networks/diracnet34v2folded-dfb15d34.pth',
 }
 TRAINED = {  # files in weights/, by data set, to train further and folded; names as above
-    'digits': ('digits-c8cb438d.pth', 'digits-folded-b4a40001.pth'),
-    'FashionMNIST': ('fashion-00000000.pth', 'fashion-folded-00000000.pth'),
+    'digits': ('digits-f40cea6a.pth', 'digits-folded-ab3e7afb.pth'),
+    'FashionMNIST': ('fashion-64bbe56e.pth', 'fashion-folded-252a3b75.pth'),
 }
 
 

@@ -31,7 +31,7 @@ NOT_RUN = {
         r'~/|/usr/|CIFAR|SVHN|ImageNet|FashionMNIST|--ngpu|torchrun|pytest|test\.py|NAME|'
         r'tools\.(benchmark|quantize|soak|study)'
     ),
-    'python': re.compile(r'pretrained=True|~/|torchvision'),
+    'python': re.compile(r'diracnet(18|34).*pretrained=True|~/|torchvision'),
 }
 PLACEHOLDER = re.compile(r'NAME|\.\.\.')
 TABLE = re.compile(r'<!-- options: .* -->\n(.*)\n<!-- end -->', re.DOTALL)
@@ -234,7 +234,7 @@ def test_blocks_run(path, workspace, interrupted_run):
 
 
 def test_readme_blocks_run():
-    assert [language for language, _ in runnable(ROOT / 'README.md')] == 6 * ['sh'] + 2 * ['python']
+    assert [language for language, _ in runnable(ROOT / 'README.md')] == 7 * ['sh'] + 3 * ['python']
 
 
 # --- what is generated -------------------------------------------------------------------------

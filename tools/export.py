@@ -178,9 +178,7 @@ def parse_arguments(arguments):
     args.outs = [Path(out) for out in args.outs]
     for out in args.outs:
         if not out.name.endswith(SUFFIXES):
-            raise OptionError(
-                f'{out} must end in {", ".join(SUFFIXES)}, which chooses the format'
-            )
+            raise OptionError(f'{out} must end in {", ".join(SUFFIXES)}, which chooses the format')
         if out.exists() and not args.force:
             raise OptionError(f'{out} exists: replace it with --force')
     return args
