@@ -619,7 +619,8 @@ def diracnet(
         depth, width, dataset: as for `define_diracnet`, like the further keyword arguments. The
             width is 1 unless it is given.
         pretrained: load the network for digits or FashionMNIST in weights/, which has its own depth
-            and width. weights/ also says how images become its inputs.
+            and width. Its attribute `classes` has the names of the classes, and `preprocessing`,
+            a dict, says how images become inputs.
         folded: return a DiracNet, for inference, instead of a Network, for training.
 
     Raises:
@@ -629,7 +630,7 @@ def diracnet(
     if pretrained:
         given = {'depth': depth, 'width': width, **kwargs}
         return _trained(dataset, folded, {k: v for k, v in given.items() if v is not None})
-    if depth is None:
+    if depth is None and dataset in DATASETS:
         raise ValueError('depth is missing; it is part of the file only with pretrained=True')
     width = 1 if width is None else width
     if folded:
@@ -643,8 +644,8 @@ def _trained(dataset, folded, given):
             f'{dataset} has no pretrained network here, only {" and ".join(TRAINED)} have; '
             'ImageNet has diracnet18 and diracnet34'
         )
-    params = torch.load(trained_path(dataset, folded), map_location='cpu', weights_only=True)
-    params = params['state_dict']
+    content = torch.load(trained_path(dataset, folded), map_location='cpu', weights_only=True)
+    params = content['state_dict']
     architecture = infer_architecture(params)
     for name, value in given.items():
         if getattr(architecture, name, None) != value:
@@ -653,9 +654,11 @@ def _trained(dataset, folded, given):
                 f'DiracNet-{architecture.depth}-{architecture.width:g}'
             )
     if folded:
-        return DiracNet.from_state_dict(params)
-    net = Network(*define_chain(architecture))
-    net.load_state_dict(params)
+        net = DiracNet.from_state_dict(params)
+    else:
+        net = Network(*define_chain(architecture))
+        net.load_state_dict(params)
+    net.classes, net.preprocessing = content['classes'], content['preprocessing']
     return net
 
 

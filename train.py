@@ -216,7 +216,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
         if stop.lost_output:
             raise UserError(f'the output cannot be written ({stop.lost_output}); the run is done')
     if options['report'] and distributed.rank() == 0:
-        write_report(folder.path, options['dataroot'])
+        print(printable(str(write_report(folder.path, options['dataroot']))))
 
 
 def evaluate(options, found, device, recalibrates=False):

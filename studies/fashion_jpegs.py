@@ -1,6 +1,6 @@
 """Write Fashion-MNIST as two folders of JPEG files, for studies of fine-tuning on image files.
 
-    python -m studies.fashion_jpegs OUT DATAROOT
+    python -m studies.fashion_jpegs OUT DATAROOT    # DATAROOT has Fashion-MNIST's four files
 
 OUT/source/ has the first five classes, with 1,000 training images each, OUT/target/ the other five,
 with 50 each. Both have 400 test images per class. Images are enlarged from 28 to 64 pixels.

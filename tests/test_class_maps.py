@@ -87,8 +87,10 @@ def test_a_picture_for_each_image(digits_run, digit_files, tmp_path, call):
         names = [file.stem for file in files] + [f'{files[0].stem}-2']
         assert [line['explanation'] for line in lines] == [str(out / f'{n}.png') for n in names]
         assert sorted(path.stem for path in out.iterdir()) == sorted(names)
-        pictures.append([cv2.imread(line['explanation']).astype(int) for line in lines])
-        assert all(picture.shape == (SIDE, 2 * SIDE, 3) for picture in pictures[-1])
+        whole = [cv2.imread(line['explanation']).astype(int) for line in lines]
+        assert all(picture.shape[1:] == (2 * SIDE, 3) for picture in whole)
+        assert all((picture[SIDE:] < 100).any() for picture in whole)  # the caption
+        pictures.append([picture[:SIDE] for picture in whole])
     for run, float_onnx in zip(*pictures[:2]):
         assert abs(run - float_onnx).max() <= 1
 

@@ -93,7 +93,7 @@ def test_files_without_a_run(digits_run, tmp_path, call):
     found = checkpoint.load(digits_run)
     torch.save(fold(found.params), tmp_path / 'folded.pth')
     page, _ = make(call, tmp_path, tmp_path / 'folded.pth')
-    absent = {'Training', 'Scales of the Dirac weights', 'Signal over depth', 'Options', 'Images'}
+    absent = {'Scales of the Dirac weights', 'Signal over depth', 'Options', 'Images'}
     assert page.headings == HEADINGS - absent and 'command' not in page.facts
 
 

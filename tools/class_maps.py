@@ -122,3 +122,13 @@ def draw(image, class_map):
     color = np.where(strength > 0, np.float32([220, 30, 30]), np.float32([30, 60, 220]))
     share = 0.7 * np.abs(strength)
     return np.hstack([image, ((1 - share) * gray + share * color).round().astype(np.uint8)])
+
+
+def add_caption(picture, *lines):
+    """A picture, uint8 (H, W, 3), with lines of text below it. OpenCV's font has ASCII only."""
+    height, size = 22, 0.5
+    strip = np.full((height * len(lines) + 6, picture.shape[1], 3), 255, np.uint8)
+    for i, line in enumerate(lines):
+        place = (6, height * (i + 1) - 4)
+        cv2.putText(strip, line, place, cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 1, cv2.LINE_AA)
+    return np.vstack([picture, strip])

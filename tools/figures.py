@@ -62,9 +62,9 @@ def use_log_scale(ax):
 
     def minor_label(y, _):
         bottom, top = ax.get_ylim()
-        first_digit = f'{y:e}'[0]
         # Over many decades these labels would overlap.
-        return f'{y:g}' if first_digit in '235' and top < 300 * bottom else ''
+        fits = top < 5 * bottom or (f'{y:e}'[0] in '235' and top < 300 * bottom)
+        return f'{y:.3g}' if fits else ''
 
     ax.set_yscale('log', nonpositive='mask')
     ax.yaxis.set_major_formatter('{x:g}')

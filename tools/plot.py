@@ -56,20 +56,23 @@ def curves(groups, out, errors_only=False):
     return figures.save(draw_curves(groups, errors_only), out)
 
 
-def draw_curves(groups, errors_only=False):
-    """The figure that `curves` saves."""
+def draw_curves(groups, errors_only=False, stacked=False):
+    """The figure that `curves` saves; `stacked`: with one panel below the other, for phones."""
     panels = [TEST_ERRORS] if errors_only else [LOSSES, ERRORS]
-    figure, [axes] = figures.new_figure(columns=len(panels))
-    for ax, panel in zip(axes, panels):
+    if stacked:
+        figure, axes = figures.new_figure(rows=len(panels), width=5.0, height=3.2)
+    else:
+        figure, axes = figures.new_figure(columns=len(panels))
+    for ax, panel in zip(axes.flat, panels):
         for g, (label, logs) in enumerate(groups.items()):
             draw_group(ax, g, label, logs, panel)
         ax.set_xlabel('epoch')
         ax.set_ylabel(panel.label)
         figures.use_log_scale(ax)
-        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.suptitle(title([log for logs in groups.values() for log in logs]), fontsize=10)
-    handles, labels = axes[0].get_legend_handles_labels()
-    add_legend_below(figure, dict(zip(labels, handles)), len(axes))
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    add_legend_below(figure, dict(zip(labels, handles)), axes.shape[1])
     return figure
 
 
@@ -90,7 +93,8 @@ def draw_group(ax, g, label, logs, panel):
     style, marker, color = figures.style_of(g)
     values = by_epoch(logs, panel.test)
     epochs, n = list(values), len(values)
-    markers = {'marker': marker, 'markevery': (g % n, max(1, n // 8))}
+    every = max(1, n // 8)
+    markers = {'marker': marker, 'markevery': (g % every, every)}
     ax.plot(
         epochs,
         [median(v) for v in values.values()],

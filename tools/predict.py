@@ -30,7 +30,7 @@ from lab.files import path_argument, write_atomically
 from lab.folded import check_channels, preprocessing_of
 from lab.onnx_models import OnnxNetwork
 from lab.runs import checkpoint
-from tools.class_maps import class_maps, draw
+from tools.class_maps import add_caption, class_maps, draw
 
 
 @dataclass
@@ -165,7 +165,7 @@ def main(arguments=None):
             print(f'tools.predict: {one_line(str(image))}', file=sys.stderr)
             status = 1
             continue
-        path = pictures and pictures.write(classifier, file, image, probabilities.argmax())
+        path = pictures and pictures.write(classifier, file, image, probabilities)
         print(_describe(file, probabilities, classifier.classes, args, path))
     return status
 
@@ -178,14 +178,20 @@ class Pictures:
         with self._one_line_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, classifier, file, image, index):
-        """Write the picture of an image with the map of the class `index`. Returns its path, which
-        has the file's name, and a number if another file has that name."""
+    def write(self, classifier, file, image, probabilities):
+        """Write the picture of an image with the map of its most probable class. Returns its path,
+        which has the file's name, and a number if another file has that name."""
+        index = probabilities.argmax().item()
+        label = classifier.classes[index] if classifier.classes else str(index)
         images = normalize(
             torch.from_numpy(image[None]), classifier.preprocessing, classifier.dtype
         )
         maps, _ = class_maps(classifier.net, images)
-        picture = draw(image, maps[0, index])
+        picture = add_caption(
+            draw(image, maps[0, index]),
+            f'{label}: {100 * probabilities[index]:.1f} %',
+            'red: for it, blue: against it',
+        )
         _, content = cv2.imencode('.png', cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         stem = name = Path(file).stem
         number = 1
@@ -220,7 +226,8 @@ def _describe(file, probabilities, classes, args, path):
             {'image': str(file), 'classes': names, 'probabilities': values, **picture}
         )
     percents = [f'{name} {100 * p:.1f} %' for name, p in zip(names, values)]
-    return printable(f'{file}: {", ".join(percents)}')
+    picture = f'; {path}' if path else ''
+    return printable(f'{file}: {", ".join(percents)}{picture}')
 
 
 if __name__ == '__main__':

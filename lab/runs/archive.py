@@ -44,7 +44,8 @@ def read_archive(path):
             return torch.load(file, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise BrokenFile(
-            f'{path} does not exist: pass a run folder, its model.pt7 or a state dict'
+            f'{path} does not exist: pass a run folder, its model.pt7, a state dict, or digits or '
+            'fashion for the networks in weights/'
         ) from None
     except UserError:
         raise

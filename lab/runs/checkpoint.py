@@ -35,8 +35,12 @@ from lab.runs.archive import BrokenFile, read_archive
 from lab.runs.checkpoint_form import read_form
 
 FILE_NAME, PREVIOUS = 'model.pt7', 'previous.pt7'
-# What the networks in weights/ are called: as their files.
-TRAINED_NAMES = {names[0].split('-')[0]: dataset for dataset, names in TRAINED.items()}
+# What the networks in weights/ are called: as their files, or as their data sets.
+TRAINED_NAMES = {
+    name: dataset
+    for dataset, files in TRAINED.items()
+    for name in (files[0].split('-')[0], dataset)
+}
 
 
 def describe_position(epoch, progress):

@@ -213,7 +213,7 @@ def read_commands(path):
 
 
 def write_report(path, dataroot):
-    """Write the report.html of a finished run. Raises UserError.
+    """Write the report.html of a finished run. Returns its path. Raises UserError.
 
     tools/ may import this package, and not the other way round, so this starts a process.
     """
@@ -224,6 +224,7 @@ def write_report(path, dataroot):
     if done.returncode:
         reason = done.stderr.strip().rpartition('\n')[2]
         raise UserError(f'{out} cannot be written ({reason}); the run is done')
+    return out
 
 
 def _is_other(name):

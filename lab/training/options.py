@@ -81,9 +81,11 @@ def complete(given, stored=None):
         differs = stored is not None and stored.get(name, value) != value
         is_free = name in FREE_ON_RESUME and (name != 'epochs' or options['schedule'] == 'step')
         if differs and not is_free:
+            depends = f' (its {options["schedule"]} schedule depends on it)'
+            reason = depends if name == 'epochs' else ''
             raise OptionError(
                 f'--{name} is {json.dumps(value)}, but the run to resume has '
-                f'{json.dumps(stored[name])}; leave the option out, or start a new run'
+                f'{json.dumps(stored[name])}; leave the option out, or start a new run{reason}'
             )
         options[name] = value
     reads_imagenetpath = stored is None or 'imagenetpath' in given

@@ -62,6 +62,10 @@ def describe(found, path, dataroot=None):
     log = [parse_line(line, 'its log') for line in found.log or []]
     if log:
         content.sections.append(_curves(log))
+    else:
+        content.sections.append(
+            Section('Training', f'{printable(str(found.path))} has no log of its training.')
+        )
     tested = None
     try:
         tested = _test(found, dataroot)
@@ -116,7 +120,7 @@ def _facts(found, path, log, tested):
 
 
 def _curves(log):
-    figure = draw_curves({'test': [log]})
+    figure = draw_curves({'test': [log]}, stacked=True)
     return Section('Training', 'Loss and error over the epochs.', figure_uri(figure))
 
 
@@ -288,7 +292,7 @@ def _signal(found, tested):
         lines[meaning] = (layers, [row[name] for row in rows if name in row], None, None)
     return Section(
         'Signal over depth',
-        'What is left of the signal at each layer, over 256 training images with the statistics of '
-        'this batch. docs/signal.md explains the measurements.',
+        f'What is left of the signal at each layer, over {len(tested.training_images[0])} training '
+        'images with the statistics of this batch. docs/signal.md explains the measurements.',
         lines_picture(lines, 'share', (0, 1.02)),
     )

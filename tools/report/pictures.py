@@ -40,8 +40,7 @@ def confusion_picture(confusion, classes):
         classes: K names.
     """
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    size = 6.0
-    figure, [[ax]] = new_figure(width=size, height=size)
+    figure, [[ax]] = new_figure(width=5.5, height=5.5)
     ax.grid(False)
     ax.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     ax.set_xlabel('predicted')
@@ -60,7 +59,7 @@ def confusion_picture(confusion, classes):
 def classes_picture(accuracies, classes):
     """Bars of the accuracy of each class in percent; of the worst MOST_NAMED of many."""
     order = np.argsort(accuracies, kind='stable')[:MOST_NAMED][::-1]
-    figure, [[ax]] = new_figure(width=6.0, height=1.0 + 0.25 * len(order))
+    figure, [[ax]] = new_figure(width=5.0, height=1.0 + 0.25 * len(order))
     ax.barh(range(len(order)), accuracies[order], color='#0b3d91')
     ax.set_yticks(range(len(order)), [plain(classes[index])[:24] for index in order])
     for position, value in enumerate(accuracies[order]):
@@ -93,7 +92,7 @@ def lines_picture(lines, label, limits=None):
     Args:
         lines: {name: (layers, values, low, high)}; low and high are the ends of a band, or None.
     """
-    figure, [[ax]] = new_figure(width=7.0, height=3.5)
+    figure, [[ax]] = new_figure(width=5.0, height=3.2)
     for g, (name, (layers, values, low, high)) in enumerate(lines.items()):
         style, marker, color = style_of(g)
         every = max(1, len(layers) // 10)
