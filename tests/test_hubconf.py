@@ -23,6 +23,13 @@ def test_entry_points():
     assert folded(torch.randn(2, 1, 8, 8)).shape == (2, 10)
 
 
+def test_networks_of_the_repository():
+    for dataset, size in (('digits', 8), ('FashionMNIST', 28)):
+        net = torch.hub.load(**HUB, model='diracnet', dataset=dataset, pretrained=True).eval()
+        assert len(net.classes) == 10 and net.preprocessing['image_size'] == size
+        assert net(torch.zeros(1, 1, size, size)).shape == (1, 10)
+
+
 def test_pretrained(tmp_path, monkeypatch):
     """Published weights, from torch.hub's cache."""
     weights = DiracNet(18).state_dict()
