@@ -578,7 +578,7 @@ model_urls = {  # the hexadecimal part is the beginning of the file's SHA-256
     'diracnet18': 'https://s3.amazonaws.com/modelzoo-networks/diracnet18v2folded-a2174e15.pth',
     'diracnet34': 'https://s3.amazonaws.com/modelzoo-networks/diracnet34v2folded-dfb15d34.pth',
 }
-TRAINED = {  # files in weights/, by data set, to train further and folded; names as above
+TRAINED = {  # files in weights/, by data set: before and after folding; named by hash, too
     'digits': ('digits-f40cea6a.pth', 'digits-folded-ab3e7afb.pth'),
     'FashionMNIST': ('fashion-64bbe56e.pth', 'fashion-folded-252a3b75.pth'),
 }
@@ -631,18 +631,18 @@ def diracnet(
         given = {'depth': depth, 'width': width, **kwargs}
         return _trained(dataset, folded, {k: v for k, v in given.items() if v is not None})
     if depth is None and dataset in DATASETS:
-        raise ValueError('depth is missing; it is part of the file only with pretrained=True')
-    width = 1 if width is None else width
+        raise ValueError('depth is missing: only pretrained networks have one of their own')
+    architecture = depth, 1 if width is None else width, dataset
     if folded:
-        return DiracNet(depth, width, dataset, **kwargs)
-    return Network(*define_diracnet(depth, width, dataset, **kwargs))
+        return DiracNet(*architecture, **kwargs)
+    return Network(*define_diracnet(*architecture, **kwargs))
 
 
 def _trained(dataset, folded, given):
     if dataset not in TRAINED:
         raise ValueError(
-            f'{dataset} has no pretrained network here, only {" and ".join(TRAINED)} have; '
-            'ImageNet has diracnet18 and diracnet34'
+            f'there is no pretrained network for {dataset}: choose {" or ".join(TRAINED)}, or '
+            'diracnet18 or diracnet34 for ImageNet'
         )
     content = torch.load(trained_path(dataset, folded), map_location='cpu', weights_only=True)
     params = content['state_dict']
@@ -713,7 +713,8 @@ def _hash_in(file_name):
 
 
 def _check_hash(path, expected):
-    """Raise RuntimeError unless a file has the hash in its name, and so is what is expected."""
+    """Raise RuntimeError unless a file has the SHA-256 that its name says. `expected` is what it
+    should be, for the message."""
     prefix = _hash_in(os.path.basename(path))
     with open(path, 'rb') as file:
         digest = hashlib.sha256(file.read()).hexdigest()

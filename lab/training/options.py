@@ -81,8 +81,9 @@ def complete(given, stored=None):
         differs = stored is not None and stored.get(name, value) != value
         is_free = name in FREE_ON_RESUME and (name != 'epochs' or options['schedule'] == 'step')
         if differs and not is_free:
-            depends = f' (its {options["schedule"]} schedule depends on it)'
-            reason = depends if name == 'epochs' else ''
+            reason = ''
+            if name == 'epochs':
+                reason = f', as --schedule {options["schedule"]} ends with the last epoch'
             raise OptionError(
                 f'--{name} is {json.dumps(value)}, but the run to resume has '
                 f'{json.dumps(stored[name])}; leave the option out, or start a new run{reason}'
