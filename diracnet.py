@@ -578,7 +578,8 @@ model_urls = {  # the hexadecimal part is the beginning of the file's SHA-256
     'diracnet18': 'https://s3.amazonaws.com/modelzoo-networks/diracnet18v2folded-a2174e15.pth',
     'diracnet34': 'https://s3.amazonaws.com/modelzoo-networks/diracnet34v2folded-dfb15d34.pth',
 }
-TRAINED = {  # files in weights/, by data set: before and after folding; named by hash, too
+# Files in weights/: (unfolded, folded). Their names have the beginning of their SHA-256, too.
+TRAINED = {
     'digits': ('digits-f40cea6a.pth', 'digits-folded-ab3e7afb.pth'),
     'FashionMNIST': ('fashion-64bbe56e.pth', 'fashion-folded-252a3b75.pth'),
 }

@@ -144,7 +144,7 @@ def test_version_1_folded_is_refused(tmp_path, refused):
 @pytest.mark.parametrize(
     'options, words',
     [
-        (('--dataset', 'CIFAR10'), ['channels', 'CIFAR10']),
+        (('--dataset', 'CIFAR10'), ['1 channel', 'CIFAR10', '3']),
         (('--dataset', 'folder'), ['small images', 'image files']),
         (('--depth', '34'), ['--depth', '34', '16']),
         (('--model', 'resnet'), ['--model', 'resnet', 'diracnet']),

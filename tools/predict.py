@@ -190,7 +190,7 @@ class Pictures:
         picture = add_caption(
             draw(image, maps[0, index]),
             f'{label}: {100 * probabilities[index]:.1f} %',
-            'red: for it, blue: against it',
+            'red: evidence for it, blue: against it',
         )
         _, content = cv2.imencode('.png', cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
         stem = name = Path(file).stem

@@ -79,8 +79,8 @@ def network_options(found, given):
         )
     if network['in_channels'] != ours[1]:
         raise OptionError(
-            f'--pretrained {given["pretrained"]} expects {network["in_channels"]} channels, but '
-            f'the images of --dataset {dataset} have {ours[1]}'
+            f'--pretrained {given["pretrained"]} needs images with {_channels(network)}, but those '
+            f'of --dataset {dataset} have {ours[1]}'
         )
     names = registry.network_option_names(network['model'])
     own = {name: network[name] for name in names if name in network and name != 'dataset'}
@@ -90,6 +90,11 @@ def network_options(found, given):
                 f'--{name} is {given[name]}, but --pretrained {given["pretrained"]} has {value}'
             )
     return own
+
+
+def _channels(network):
+    n = network['in_channels']
+    return '1 channel' if n == 1 else f'{n} channels'
 
 
 @torch.no_grad()
