@@ -25,11 +25,16 @@ def describe_start(arguments, device):
         'time': datetime.now().isoformat(timespec='seconds'),
         'commit': _commit(),
         'python': platform.python_version(),
-        'versions': {package: _version(package) for package in PACKAGES},
+        'versions': versions(PACKAGES),
         'device': name,
         'processes': world(),
         'threads': torch.get_num_threads(),
     }
+
+
+def versions(packages):
+    """{package: its version, or None if it is not installed under this name}."""
+    return {package: _version(package) for package in packages}
 
 
 def _commit():
@@ -53,5 +58,5 @@ def _git(*arguments):
 def _version(name):
     try:
         return version(name)
-    except PackageNotFoundError:  # installed under another name
+    except PackageNotFoundError:
         return None

@@ -4,10 +4,11 @@ import json
 import os
 import platform
 import statistics
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+
+from lab.runs.provenance import versions
 
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow')
 SPEED_COLUMNS = ['measurement', 'variant', 'median (quartiles)', 'ratio', 'goal']
@@ -24,7 +25,7 @@ def machine_facts():
         'cores': os.cpu_count(),
         'torch threads': torch.get_num_threads(),
         'python': platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **versions(PACKAGES),
     }
 
 
