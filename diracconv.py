@@ -44,20 +44,15 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
         and weight.is_contiguous(memory_format=torch.channels_last)
     )
     ordered = weight.movedim(1, -1) if channels_last else weight
-    flat = ordered.flatten(1)  # (out, taps)
-    # torch.jit cannot save a trace that contains a custom autograd function.
-    normalize = _normalized if torch.jit.is_tracing() else _Normalized.apply
-    effective = normalize(flat, beta)
-    # Add alpha to the diagonal of the central tap instead of building a delta tensor. This uses
-    # index_put_, because autograd copies the whole gradient for an addition to a view.
-    n = min(out // groups, inside)
-    rows = torch.arange(out, device=weight.device).view(groups, -1)[:, :n].reshape(-1)
-    columns = torch.arange(n, device=weight.device).repeat(groups)
+    rows = ordered.flatten(1)  # (out, taps)
     center, kernel = _central_tap(weight.shape[2:])
-    taps = center * inside + columns if channels_last else columns * kernel + center
-    diagonal = alpha.view(groups, -1)[:, :n].reshape(-1)
-    effective.index_put_((rows, taps), diagonal, accumulate=True)
-    effective = effective.view(ordered.shape)
+    if channels_last:
+        central_taps = slice(center * inside, (center + 1) * inside)
+    else:
+        central_taps = slice(center, None, kernel)
+    # torch.jit cannot save a trace that contains a custom autograd function.
+    compute = _dirac_rows if torch.jit.is_tracing() else _DiracRows.apply
+    effective = compute(rows, alpha, beta, groups, central_taps).view(ordered.shape)
     return effective.movedim(-1, 1) if channels_last else effective
 
 
@@ -74,33 +69,46 @@ def _norms(rows):
     return torch.where(norms > 0, norms, 1)
 
 
-def _normalized(rows, scale):
-    """Divide each row of (out, taps) by its l2 norm and multiply it by its scale, (out,)."""
-    return rows * (scale / _norms(rows))[:, None]
+def _diagonal(rows, groups, taps):
+    """View of the elements of (out, taps) where the delta is one, (groups, n)."""
+    return rows[:, taps].unflatten(0, (groups, -1)).diagonal(dim1=1, dim2=2)
 
 
-class _Normalized(torch.autograd.Function):
-    """`_normalized` with a backward pass that reads the weight half as often as autograd's."""
+def _dirac_rows(rows, alpha, beta, groups, central_taps):
+    """Normalize each row of (out, taps), multiply it by its beta, and add alpha at the deltas."""
+    effective = rows * (beta / _norms(rows))[:, None]
+    diagonal = _diagonal(effective, groups, central_taps)
+    diagonal.add_(alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]])
+    return effective
+
+
+class _DiracRows(torch.autograd.Function):
+    """`_dirac_rows` with a backward pass that reads the weight half as often as autograd's, and
+    copies no gradient to add the diagonal."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, scale):
-        return _normalized(rows, scale)
+    def forward(rows, alpha, beta, groups, central_taps):
+        return _dirac_rows(rows, alpha, beta, groups, central_taps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        rows, _, beta, ctx.groups, ctx.central_taps = inputs
+        ctx.save_for_backward(rows, beta)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, scale = ctx.saved_tensors
+        rows, beta = ctx.saved_tensors
+        diagonal = _diagonal(grad, ctx.groups, ctx.central_taps)
+        missing = rows.shape[0] // ctx.groups - diagonal.shape[1]  # outputs without identity
+        grad_alpha = torch.nn.functional.pad(diagonal, (0, missing)).flatten()
         norms = _norms(rows)
-        grad_scale = torch.linalg.vecdot(grad, rows) / norms
-        factor = scale / norms
-        along_rows = (grad_scale * factor / norms)[:, None]
+        grad_beta = torch.linalg.vecdot(grad, rows) / norms
+        factor = beta / norms
+        along_rows = (grad_beta * factor / norms)[:, None]
         grad_rows = (grad * factor[:, None]).addcmul_(rows, along_rows, value=-1)
-        return grad_rows, grad_scale
+        return grad_rows, grad_alpha, grad_beta, None, None
 
 
 @torch.no_grad()

@@ -54,9 +54,9 @@ def choose_device(given):
         )
     try:
         device = torch.device(name)
-        if device.type == 'cuda' and processes > 1:
-            device = torch.device('cuda', distributed.local_rank())
-        if device.type == 'cuda' and max(device.index or 0, processes - 1) >= n_devices:
+        if name == 'cuda':
+            device = torch.device(name, distributed.local_rank())
+        if device.type == 'cuda' and max(device.index, processes - 1) >= n_devices:
             wanted = name if processes == 1 else f'--ngpu {processes}'
             raise OptionError(
                 f'{wanted} is not available: this machine has {n_devices} CUDA devices; '

@@ -47,8 +47,8 @@ PEAKS = {
 }
 NETWORKS = [  # depth, width, data set, batch
     *((34, 2, 'CIFAR10', batch) for batch in (128, 512)),
-    *((28, 10, 'CIFAR10', batch) for batch in (128, 512)),
     (18, 1, 'ImageNet', 256),
+    *((28, 10, 'CIFAR10', batch) for batch in (128, 512)),
 ]
 SMALL = [(10, 0.25, 'CIFAR10', 8)]
 
@@ -211,6 +211,7 @@ def training_steps(network, part):
     *network, batch = network
     label = f'step of DiracNet-{network[0]}-{network[1]}, batch {batch}'
     inputs, targets = (t.to(part.device) for t in random_batch(network[2], batch))
+    ours = operations(make_diracnet, network, inputs, targets)
     medians = {}
     for name, build in variants(network, batch, part.on_cuda).items():
         with part.reporting(f'{label}, {name}'):
@@ -221,8 +222,10 @@ def training_steps(network, part):
             medians[name] = median(times)
             memory = f'{torch.cuda.max_memory_allocated() / 2**20:.0f}' if part.on_cuda else ''
             goal = GOALS.get(name, '') if network[:2] == [34, 2] else ''
-            make = make_resnet18 if name == 'ResNet-18' else make_diracnet
-            share = peak_share(part, operations(make, network, inputs, targets), name, times)
+            n_operations = ours
+            if name == 'ResNet-18':
+                n_operations = operations(make_resnet18, network, inputs, targets)
+            share = peak_share(part, n_operations, name, times)
             part.add(label, name, times, ratio(name, medians), goal, batch, memory, share)
 
 
@@ -285,7 +288,7 @@ def image_files(part):
         alone = decoding_time(data, part, workers=1)
         cores = f'{step_rate(part) * alone / 1000 / n:.1f} cores keep DiracNet-18 busy'
         part.add(label, 'one process', [alone], cores, images=n)
-        workers = min(16, os.cpu_count())
+        workers = min(16, len(os.sched_getaffinity(0)))
         together = decoding_time(data, part, workers)
         part.add(label, f'{workers} processes', [together], images=n)
 
