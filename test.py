@@ -16,6 +16,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from diracconv import DiracConv1d, DiracConv2d, DiracConv3d, dirac_weight
 from diracnet import DiracNet, define_diracnet, diracnet18, diracnet34, fold, infer_architecture
+from lab import cuda
 from lab.models.plain import define_plain
 from tools.benchmark.references import textbook, with_deltas
 
@@ -32,6 +33,11 @@ CASES = [  # dimensions, input size, arguments of the layer
     (3, 5, (3, 5, 3), {'padding': 1, 'padding_mode': 'replicate'}),
     (3, 6, (4, 4, (1, 3, 3), 2), {'groups': 2}),
 ]
+
+
+def setUpModule():
+    if torch.cuda.is_available():
+        cuda.set_up_for_equal_numbers()
 
 
 def formula(weight, alpha, beta, groups=1):

@@ -142,7 +142,8 @@ def test_one_process_communicates(device, monkeypatch, tmp_path):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def test_checkpoints_move(device, tmp_path, call):
+def test_checkpoints_move(device, monkeypatch, tmp_path, call):
+    monkeypatch.setattr(cuda, 'set_up', cuda.set_up_for_equal_numbers)
     train_digits(tmp_path / 'run', f'--device {device} --depth 10 --epochs 1')
     train.main(['--resume', str(tmp_path / 'run'), '--device', 'cpu', '--epochs', '2'])
     train.main(['--resume', str(tmp_path / 'run'), '--device', device, '--epochs', '3'])

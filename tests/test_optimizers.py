@@ -41,21 +41,26 @@ def test_two_steps_are_sgd_with_momentum(tmp_path):
         torch.testing.assert_close(actual[key], tensor.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_loss_scaling():
+@pytest.mark.parametrize('skipped', [0, 2])
+@pytest.mark.parametrize('optim', ['sgd', 'nesterov', 'adamw'])
+def test_loss_scaling(optim, skipped):
     """--dtype half scales its losses. The steps are those without scaling, and a step whose
-    gradients are not finite is left out."""
+    gradients are not finite is left out, the first one, too."""
     found = []
     for enabled in (False, True):
         torch.manual_seed(0)
         module = Network(*define_diracnet(16, 1, 'digits'))
         scaler = torch.amp.GradScaler('cpu', init_scale=1024, enabled=enabled)
-        optimizer = make_optimizer(module, {'lr': 0.1, 'weight_decay': 5e-4})
-        for step in range(3 if enabled else 2):
+        options = {'lr': 0.01, 'weight_decay': 5e-4, 'optim': optim, 'dtype': 'half'}
+        optimizer = make_optimizer(module, options)
+        for step in range(3):
+            if step == skipped and not enabled:
+                continue
             inputs = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(step))
             optimizer.zero_grad()
             loss = module(inputs).square().mean()
             scaler.scale(loss).backward()
-            if step == 2:
+            if step == skipped:
                 module.fc.bias.grad.fill_(float('inf'))
             scaler.step(optimizer)
             scaler.update()

@@ -45,7 +45,13 @@ def make_optimizer(module, options):
     groups = [{'params': decayed, 'weight_decay': options['weight_decay']}]
     if others:
         groups.append({'params': others, 'weight_decay': 0.0})
-    return OPTIMIZERS[options.get('optim', 'sgd')](groups, lr=options['lr'])
+    name = options.get('optim', 'sgd')
+    kwargs = {'lr': options['lr']}
+    if name in ('sgd', 'nesterov') and options.get('dtype') == 'half':
+        # If the scaling of the loss skips the first step, the fused kernel continues with a
+        # momentum that was never set (torch 2.14).
+        kwargs['fused'] = False
+    return OPTIMIZERS[name](groups, **kwargs)
 
 
 def learning_rate(options, step, epoch_steps):

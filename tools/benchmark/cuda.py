@@ -32,13 +32,13 @@ COLUMNS = [
     'peak',
 ]
 LEGEND = (
-    'Times of steps, batches and inference are medians of 50 after a warm-up, by CUDA events (with '
-    '--quick of 3; on the CPU by its clock). *DiracNet* is the step of train.py with '
-    '`--dtype bfloat16`, in channels_last; the other variants change one thing, except *textbook*: '
-    'the formula layer by layer, in float32 without TF32, contiguous. *float32* uses TF32. The '
-    'ratio is the median of DiracNet, or of its CUDA graph where that is named, divided by that of '
-    "the row. *MB* is the peak memory, *peak* the share of the card's dense peak in the type of "
-    'the convolutions, or - if it is not known.'
+    'Times of steps, batches and inference are medians of 50 after a warm-up, by CUDA events (of '
+    '10 if one takes more than 100 ms; with --quick of 3; on the CPU by its clock). *DiracNet* is '
+    'the step of train.py with `--dtype bfloat16`, in channels_last; the other variants change one '
+    'thing, except *textbook*: the formula layer by layer, in float32 without TF32, contiguous. '
+    '*float32* uses TF32. The ratio is the median of DiracNet, or of its CUDA graph where that is '
+    "named, divided by that of the row. *MB* is the peak memory, *peak* the share of the card's "
+    'dense peak in the type of the convolutions, or - if it is not known.'
 )
 
 

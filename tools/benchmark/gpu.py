@@ -6,6 +6,7 @@ prints each row, and each failure, as a line of JSON at once: what comes later c
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -55,7 +56,7 @@ SMALL = [(10, 0.25, 'CIFAR10', 8)]
 
 GOALS = {'plain': 'at most 1.02', 'plain, CUDA graph': 'at most 1.02', 'textbook': 'at most 0.5'}
 # The lines of a failed command that say why.
-TELLING = re.compile(r'FAILED|ERROR|\d+ failed|train\.py|\w*Error')
+TELLING = re.compile(r'(SUB)?FAILED|ERROR|\d+ failed|train\.py|\w*Error')
 
 
 class Part:
@@ -83,7 +84,8 @@ class Part:
         """Milliseconds of each call of a step."""
         warm_up, rounds = (1, 3) if self.quick else (10, 50)
         if self.on_cuda:
-            return cuda.milliseconds(step, warm_up, rounds)
+            [duration] = cuda.milliseconds(step, warm_up, 1)
+            return cuda.milliseconds(step, 0, 10 if duration > 100 else rounds)
         return [milliseconds(step) for _ in range(warm_up + rounds)][warm_up:]
 
 
@@ -113,15 +115,17 @@ def run_command(*command):
     lines = (result.stdout + result.stderr).splitlines()
     if result.returncode:
         telling = [line for line in lines if TELLING.match(line)]
-        raise UserError('; '.join([f'exit status {result.returncode}', *telling[:5]]))
+        raise UserError('; '.join([f'exit status {result.returncode}', *telling[-5:]]))
     return lines[-1], 1000 * (time.perf_counter() - start)
 
 
 def test_suite(part):
     """The tests that are marked for every device."""
     chosen = ['tests/test_diracconv.py'] if part.quick else []
-    # Without pyproject.toml's options, which need pytest-xdist.
+    # pyproject.toml's options need pytest-xdist, which may be missing.
     options = ['-q', '-o', 'addopts=', '-m', 'device', '--device', part.device.type]
+    if importlib.util.find_spec('xdist'):
+        options += ['-n', str(min(4, len(os.sched_getaffinity(0))))]
     last, duration = run_command('pytest', *options, '--continue-on-collection-errors', *chosen)
     part.add('tests on the device', last.strip('= '), [duration])
 
