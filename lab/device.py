@@ -1,7 +1,9 @@
 """The device to train on, floating-point types, and torch's settings for both."""
 
 import contextlib
+import functools
 import os
+from pathlib import Path
 
 import torch
 
@@ -17,6 +19,16 @@ DTYPES = {
     'bfloat16': (torch.float32, torch.bfloat16),
     'half': (torch.float32, torch.float16),
 }
+
+
+@functools.cache
+def has_bfloat16():
+    """Whether this machine has a CUDA GPU, or a CPU with instructions for bfloat16 (Linux says)."""
+    try:
+        flags = Path('/proc/cpuinfo').read_text().split()
+    except OSError:
+        flags = []
+    return torch.cuda.is_available() or not {'avx512_bf16', 'amx_bf16'}.isdisjoint(flags)
 
 
 def autocast(device, short):

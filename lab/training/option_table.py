@@ -21,7 +21,7 @@ from lab.training.option_types import (
 )
 from lab.training.run_options import DEVICE, MOST_PROCESSES, RUNS
 
-FAST = ('digits',)  # the data sets that have a fast recipe
+FAST = ('FashionMNIST', 'digits')  # the data sets that have a fast recipe
 
 
 def _models_with(name):
@@ -58,6 +58,7 @@ NETWORK = (
         'dtype',
         'floating-point type: float, double, or mixed precision with bfloat16 or half (CUDA)',
         'float',
+        {'fast FashionMNIST bfloat16-instructions': 'bfloat16'},
         choices=tuple(DTYPES),
     ),
     Option(
@@ -165,7 +166,7 @@ DATA = (
         'randomcrop_pad',
         'pixels of reflection padding around a small image before its random crop',
         4,
-        {'FashionMNIST': 0, 'digits': 0, 'imagenet': 0, 'fast digits': 1},
+        {'FashionMNIST': 0, 'digits': 0, 'imagenet': 0, 'fast FashionMNIST': 2, 'fast digits': 1},
         number(int, 0),
     ),
     Option(
@@ -204,7 +205,14 @@ TRAINING = (
         'epochs',
         'number of epochs',
         200,
-        {'FashionMNIST': 60, 'digits': 60, 'imagenet': 100, 'fast digits': 100, 'pretrained': 30},
+        {
+            'FashionMNIST': 60,
+            'digits': 60,
+            'imagenet': 100,
+            'fast FashionMNIST': 17,
+            'fast digits': 100,
+            'pretrained': 30,
+        },
         number(int, 1),
         free_on_resume=True,
     ),
@@ -217,6 +225,7 @@ TRAINING = (
             'FashionMNIST': [20, 40, 50],
             'digits': [30, 45, 55],
             'imagenet': [30, 60, 90],
+            'fast FashionMNIST': [9, 13, 15],
             'fast digits': [50, 75, 90],
             'pretrained': [15, 23, 27],
         },
@@ -247,6 +256,9 @@ TRAINING = (
         0.1,
         {
             'digits': 0.2,
+            'fast FashionMNIST': 0.2,
+            'fast FashionMNIST resnet': 0.1,
+            'fast FashionMNIST wrn': 0.1,
             'fast digits': 0.1,
             'pretrained': 0.1,
             'rmsprop': 1e-2,
@@ -269,7 +281,7 @@ TRAINING = (
         'ramp:STEPS: steps in which the learning rate rises to --lr in equal parts; without '
         'ramp: steps with a hundredth of --lr',
         0,
-        {'fast digits': 'ramp:100'},
+        {'fast FashionMNIST': 'ramp:200', 'fast digits': 'ramp:100'},
         type=warmup,
         metavar='STEPS',
     ),
@@ -325,6 +337,7 @@ TRAINING = (
         'tta',
         'test-time augmentation. flip: average the logits of an image and its mirror image',
         'none',
+        {'fast FashionMNIST': 'flip'},
         choices=('none', 'flip'),
     ),
     Option(

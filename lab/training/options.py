@@ -8,6 +8,7 @@ import json
 import math
 
 from diracnet import DATASETS
+from lab.device import has_bfloat16
 from lab.errors import OneLineParser, OptionError
 from lab.models.registry import CHAINS
 from lab.training.option import UNSET
@@ -51,6 +52,8 @@ def defaults_for(given):
     facts = {dataset, DATASETS[dataset][0], model, optimizer, recipe}
     if given.get('pretrained'):
         facts.add('pretrained')
+    if has_bfloat16():
+        facts.add('bfloat16-instructions')
     defaults = {}
     for name, option in OPTIONS.items():
         value = option.default_for(facts)
