@@ -103,7 +103,7 @@ def tell(**facts):
 
 
 def run_command(*command):
-    """Run Python in the repository's root. Returns the last line that it prints, and milliseconds.
+    """Run Python in the repository's root. Returns the lines that it prints, and milliseconds.
 
     Raises:
         UserError: it failed; with the lines that say why.
@@ -116,7 +116,7 @@ def run_command(*command):
     if result.returncode:
         telling = [line for line in lines if TELLING.match(line)]
         raise UserError('; '.join([f'exit status {result.returncode}', *telling[-5:]]))
-    return lines[-1], 1000 * (time.perf_counter() - start)
+    return lines, 1000 * (time.perf_counter() - start)
 
 
 def test_suite(part):
@@ -126,8 +126,9 @@ def test_suite(part):
     options = ['-q', '-o', 'addopts=', '-m', 'device', '--device', part.device.type]
     if importlib.util.find_spec('xdist'):
         options += ['-n', str(min(4, len(os.sched_getaffinity(0))))]
-    last, duration = run_command('pytest', *options, '--continue-on-collection-errors', *chosen)
-    part.add('tests on the device', last.strip('= '), [duration])
+    lines, duration = run_command('pytest', *options, '--continue-on-collection-errors', *chosen)
+    [summary] = (line.strip('= ') for line in lines if re.search(r'\d+ passed.* in ', line))
+    part.add('tests on the device', summary, [duration])
 
 
 def several_processes(part):
