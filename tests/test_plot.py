@@ -125,6 +125,20 @@ def test_epochs_are_aligned():
     assert list(map(median, values.values())) == [5, 7, 8]
 
 
+def test_seconds_are_those_of_the_run():
+    """They count from its beginning, and an epoch that was repeated counts once."""
+    logs = [
+        [
+            {'epoch': epoch, 'train_time': seconds, 'test_time': 1, 'test_acc': 100 - epoch}
+            for epoch, seconds in log
+        ]
+        for log in ([(1, 9), (2, 19)], [(1, 11), (2, 99), (2, 23)], [(1, 10), (2, 20)])
+    ]
+    figure = plot.draw_curves({'net': logs}, errors_only=True, x='seconds')
+    [line] = figure.axes[0].lines
+    assert list(line.get_xdata()) == [11, 32] and list(line.get_ydata()) == [1, 2]
+
+
 def test_graph(digits_run, tmp_path, call):
     out = tmp_path / 'graph.svg'
     assert call(plot.main, digits_run, '--graph', '--out', out).status == 0

@@ -12,6 +12,7 @@ median and a band from the minimum to the maximum.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
@@ -42,21 +43,22 @@ ERRORS = Panel('error, % (thin: training)', test_error, train_error)
 TEST_ERRORS = Panel('error, % (test)', test_error)
 
 
-def curves(groups, out, errors_only=False):
-    """Draw loss and error over the epochs, and save.
+def curves(groups, out, errors_only=False, x='epoch'):
+    """Draw loss and error over the epochs or the seconds, and save.
 
     Args:
         groups: maps a label to the logs of some runs. Their median is drawn, and a band from the
             minimum to the maximum.
         errors_only: draw only the test error.
+        x: 'epoch' or 'seconds', of training and tests, in the median of the runs.
 
     Returns:
         The paths of the figure.
     """
-    return figures.save(draw_curves(groups, errors_only), out)
+    return figures.save(draw_curves(groups, errors_only, x=x), out)
 
 
-def draw_curves(groups, errors_only=False, stacked=False):
+def draw_curves(groups, errors_only=False, stacked=False, x='epoch'):
     """The figure that `curves` saves; `stacked`: with one panel below the other, for phones."""
     panels = [TEST_ERRORS] if errors_only else [LOSSES, ERRORS]
     if stacked:
@@ -65,8 +67,8 @@ def draw_curves(groups, errors_only=False, stacked=False):
         figure, axes = figures.new_figure(columns=len(panels))
     for ax, panel in zip(axes.flat, panels):
         for g, (label, logs) in enumerate(groups.items()):
-            draw_group(ax, g, label, logs, panel)
-        ax.set_xlabel('epoch')
+            draw_group(ax, g, label, logs, panel, x)
+        ax.set_xlabel(x)
         ax.set_ylabel(panel.label)
         figures.use_log_scale(ax)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
@@ -88,15 +90,17 @@ def title(logs):
     return figures.plain(f'{network} on {" and ".join(sorted(datasets))}' if datasets else network)
 
 
-def draw_group(ax, g, label, logs, panel):
+def draw_group(ax, g, label, logs, panel, x):
     """Draw the g-th group of runs: its test curve with a band, and its training curve."""
     style, marker, color = figures.style_of(g)
     values = by_epoch(logs, panel.test)
-    epochs, n = list(values), len(values)
+    places, n = list(values), len(values)
+    if x == 'seconds':
+        places = [median(v) for v in seconds_by_epoch(logs).values()]
     every = max(1, n // 8)
     markers = {'marker': marker, 'markevery': (g % every, every)}
     ax.plot(
-        epochs,
+        places,
         [median(v) for v in values.values()],
         color=color,
         linestyle=style,
@@ -107,10 +111,10 @@ def draw_group(ax, g, label, logs, panel):
     )
     if len(logs) > 1:
         low, high = ([end(v) for v in values.values()] for end in (min, max))
-        ax.fill_between(epochs, low, high, color=color, alpha=0.15, linewidth=0)
+        ax.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
     if panel.train:
         medians = [median(v) for v in by_epoch(logs, panel.train).values()]
-        ax.plot(epochs, medians, color=color, linestyle=':', linewidth=1, markersize=2.5, **markers)
+        ax.plot(places, medians, color=color, linestyle=':', linewidth=1, markersize=2.5, **markers)
 
 
 def by_epoch(logs, measure):
@@ -120,6 +124,16 @@ def by_epoch(logs, measure):
         for epoch, line in {line['epoch']: line for line in log}.items():
             values.setdefault(epoch, []).append(measure(line))
     return dict(sorted(values.items()))
+
+
+def seconds_by_epoch(logs):
+    """{epoch: the seconds of training and tests in each of the logs, from its beginning}."""
+    totals = []
+    for log in logs:
+        lines = {line['epoch']: line for line in log}
+        seconds = accumulate(line['train_time'] + line['test_time'] for line in lines.values())
+        totals.append([{'epoch': epoch, 'total': total} for epoch, total in zip(lines, seconds)])
+    return by_epoch(totals, lambda line: line['total'])
 
 
 def add_legend_below(figure, handles, panels):

@@ -203,7 +203,7 @@ def variants(network, batch, on_cuda):
     }
     if network[2] == 'ImageNet':
         found['ResNet-18'] = partial(training_step, make_resnet18)
-    if on_cuda and batch < 512:  # compiling takes most of the time
+    if on_cuda and batch < 512 and network[1] < 10:  # compiling takes most of the time
         found['--compile'] = partial(training_step, make_compiled)
     if on_cuda:
         found['CUDA graph'] = lambda *args: cuda.graphed(found['DiracNet'](*args))

@@ -23,7 +23,7 @@ The YAML file has
     table         names of the options that distinguish the rows
     reported      heading of a column of numbers that others report; a run gives its number as
                   `reported`
-    figure        x: the name of an option in the table, or epoch
+    figure        x: the name of an option in the table, or epoch, or seconds
                   lines: the option that distinguishes the lines, or a list of options
                   y, panels: instead of lines, draw heat maps of the error over x and y, one for
                   each value of `panels`

@@ -205,7 +205,7 @@ def check_figure(study):
     if figure.keys() not in FIGURES:
         kinds = '; or '.join(', '.join(sorted(keys)) for keys in FIGURES)
         raise UserError(f'its figure has {", ".join(figure)}, but must have {kinds}')
-    possible = ['epoch', *study.table] if figure.keys() == {'x'} else study.table
+    possible = ['epoch', 'seconds', *study.table] if figure.keys() == {'x'} else study.table
     for part, names in figure.items():
         for name in names if isinstance(names, list) else [names]:
             if name not in possible:

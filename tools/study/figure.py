@@ -1,4 +1,4 @@
-"""The figure of a study: test error over an option, with its spread over seeds, or over epochs."""
+"""The figure of a study: test error over an option, with its spread over seeds, or over time."""
 
 import textwrap
 
@@ -10,8 +10,8 @@ from tools.study.table import text_of
 
 def draw_study(study, rows, runs, out):
     """Draw the figure, and save. Returns its paths."""
-    if study.figure['x'] == 'epoch':
-        return curves(logs_by_row(study, runs), out, errors_only=True)
+    if study.figure['x'] in ('epoch', 'seconds'):
+        return curves(logs_by_row(study, runs), out, errors_only=True, x=study.figure['x'])
     if 'panels' in study.figure:
         return draw_heat_maps(study, rows, out)
     return draw_errors(study, rows, out)
