@@ -83,6 +83,19 @@ def test_falls_scale_with_the_epochs(dataset, epochs, falls):
     assert complete(given)['epoch_step'] == [1]
 
 
+@pytest.mark.parametrize(('instructions', 'dtype'), [(True, 'bfloat16'), (False, 'float')])
+def test_the_fast_recipe_uses_bfloat16_where_it_is_fast(instructions, dtype, monkeypatch):
+    monkeypatch.setattr('lab.training.options.has_bfloat16', lambda: instructions)
+    given = {'dataset': 'FashionMNIST', 'recipe': 'fast'}
+    stored = complete(given)
+    assert stored['dtype'] == dtype
+    assert complete({'recipe': 'fast', 'dataset': 'digits'})['dtype'] == 'float'
+    assert complete({'dataset': 'FashionMNIST'})['dtype'] == 'float'
+    assert complete({**given, 'dtype': 'double'})['dtype'] == 'double'
+    monkeypatch.setattr('lab.training.options.has_bfloat16', lambda: not instructions)
+    assert complete({}, stored)['dtype'] == dtype  # a resumed run keeps it on another machine
+
+
 def test_a_resumed_cosine_keeps_its_end():
     stored = complete({'dataset': 'digits', 'schedule': 'cosine', 'epochs': 5})
     assert stored['epoch_step'] == []
