@@ -36,79 +36,63 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
 
     To compute several weights of one shape at once, concatenate them and make each a group.
     """
-    out, inside = weight.shape[:2]
-    # View the weight as rows of taps in memory order, so that nothing is copied.
-    channels_last = (
-        weight.ndim == 4
-        and not weight.is_contiguous()
-        and weight.is_contiguous(memory_format=torch.channels_last)
-    )
-    ordered = weight.movedim(1, -1) if channels_last else weight
-    rows = ordered.flatten(1)  # (out, taps)
-    center, kernel = _central_tap(weight.shape[2:])
-    if channels_last:
-        central_taps = slice(center * inside, (center + 1) * inside)
-    else:
-        central_taps = slice(center, None, kernel)
     # torch.jit cannot save a trace that contains a custom autograd function.
-    compute = _dirac_rows if torch.jit.is_tracing() else _DiracRows.apply
-    effective = compute(rows, alpha, beta, groups, central_taps).view(ordered.shape)
-    return effective.movedim(-1, 1) if channels_last else effective
+    compute = _dirac_weight if torch.jit.is_tracing() else _DiracWeight.apply
+    return compute(weight, alpha, beta, groups)
 
 
-def _central_tap(sizes):
-    """Index of the central tap in a flattened kernel, and the number of taps."""
-    center, kernel = 0, 1
-    for size in sizes:
-        center, kernel = center * size + size // 2, kernel * size
-    return center, kernel
-
-
-def _norms(rows):
-    norms = torch.linalg.vector_norm(rows, dim=1)
-    return torch.where(norms > 0, norms, 1)
-
-
-def _diagonal(rows, groups, taps):
-    """View of the elements of (out, taps) where the delta is one, (groups, n)."""
-    return rows[:, taps].unflatten(0, (groups, -1)).diagonal(dim1=1, dim2=2)
-
-
-def _dirac_rows(rows, alpha, beta, groups, central_taps):
-    """Normalize each row of (out, taps), multiply it by its beta, and add alpha at the deltas."""
-    effective = rows * (beta / _norms(rows))[:, None]
-    diagonal = _diagonal(effective, groups, central_taps)
+def _dirac_weight(weight, alpha, beta, groups):
+    effective = weight * _to_filters(beta / _norms(weight), weight)
+    diagonal = _central_diagonal(effective, groups)
     diagonal.add_(alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]])
     return effective
 
 
-class _DiracRows(torch.autograd.Function):
-    """`_dirac_rows` with a backward pass that reads the weight half as often as autograd's, and
+class _DiracWeight(torch.autograd.Function):
+    """`_dirac_weight` with a backward pass that reads the weight half as often as autograd's, and
     copies no gradient to add the diagonal."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(rows, alpha, beta, groups, central_taps):
-        return _dirac_rows(rows, alpha, beta, groups, central_taps)
+    def forward(weight, alpha, beta, groups):
+        return _dirac_weight(weight, alpha, beta, groups)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        rows, _, beta, ctx.groups, ctx.central_taps = inputs
-        ctx.save_for_backward(rows, beta)
+        weight, _, beta, ctx.groups = inputs
+        ctx.save_for_backward(weight, beta)
 
     @staticmethod
     def backward(ctx, grad):
-        rows, beta = ctx.saved_tensors
-        diagonal = _diagonal(grad, ctx.groups, ctx.central_taps)
-        missing = rows.shape[0] // ctx.groups - diagonal.shape[1]  # outputs without identity
-        grad_alpha = torch.nn.functional.pad(diagonal, (0, missing)).flatten()
-        norms = _norms(rows)
-        grad_beta = torch.linalg.vecdot(grad, rows) / norms
+        weight, beta = ctx.saved_tensors
+        diagonal = _central_diagonal(grad, ctx.groups)
+        missing = weight.shape[0] // ctx.groups - diagonal.shape[1]  # outputs without identity
+        grad_alpha = nn.functional.pad(diagonal, (0, missing)).flatten()
+        norms = _norms(weight)
+        grad_beta = torch.linalg.vecdot(*_rows(grad, weight)) / norms
         factor = beta / norms
-        along_rows = (grad_beta * factor / norms)[:, None]
-        grad_rows = (grad * factor[:, None]).addcmul_(rows, along_rows, value=-1)
-        return grad_rows, grad_alpha, grad_beta, None, None
+        along_filters = _to_filters(grad_beta * factor / norms, weight)
+        grad_weight = (grad * _to_filters(factor, weight)).addcmul_(weight, along_filters, value=-1)
+        return grad_weight, grad_alpha, grad_beta, None
+
+
+def _norms(weight):
+    """The l2 norms of the filters, (out,); 1 for a filter of zeros."""
+    norms = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)))
+    return torch.where(norms > 0, norms, 1)
+
+
+def _to_filters(values, weight):
+    """View (out,) as (out, 1, ...), to multiply each filter of a weight."""
+    return values.view(-1, *[1] * (weight.ndim - 1))
+
+
+def _rows(*weights):
+    """The filters of weights as rows, (out, taps), in the memory order of the last weight."""
+    if weights[-1].is_contiguous():
+        return [weight.flatten(1) for weight in weights]
+    return [weight.movedim(1, -1).flatten(1) for weight in weights]
 
 
 @torch.no_grad()
