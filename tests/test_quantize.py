@@ -29,7 +29,9 @@ def test_signal_to_noise():
 
 
 def test_recipes_and_layers(digits_run, tmp_path, call, monkeypatch):
-    recipes = {name: int8.RECIPES[name] for name in ('as folded', 'identity apart, equalized')}
+    exported = 'identity apart, equalized, first and last layer in float'
+    names = ('as folded', exported, 'identity apart, equalized')
+    recipes = {name: int8.RECIPES[name] for name in names}
     monkeypatch.setattr(quantize, 'RECIPES', recipes)
     find_layers = quantize.find_layers
     monkeypatch.setattr(quantize, 'find_layers', lambda net: find_layers(net)[-1:])
@@ -37,8 +39,9 @@ def test_recipes_and_layers(digits_run, tmp_path, call, monkeypatch):
     assert result.status == 0 and result.err == ''
     for words in ('512 images to calibrate', '100 held out', '360 of the test set'):
         assert words in result.out
-    _, _, unfolded, folded, improved, _, _, layer = rows(result.out)
-    assert [row[0] for row in (unfolded, folded, improved)] == ['(unfolded, float)', *recipes]
+    _, _, unfolded, *results, _, _, layer = rows(result.out)
+    assert [row[0] for row in (unfolded, *results)] == ['(unfolded, float)', *recipes]
+    folded, improved, _ = results
     for column in (1, 3):  # held out, test
         assert float(improved[column]) > float(folded[column]) + 3 > 13
     for column in (2, 4):
