@@ -23,7 +23,10 @@ DTYPES = {
 
 @functools.cache
 def has_bfloat16():
-    """Whether this machine has a CUDA GPU, or a CPU with instructions for bfloat16 (Linux says)."""
+    """Whether this machine has a CUDA GPU, or a CPU with instructions for bfloat16.
+
+    Only Linux says what the CPU has.
+    """
     try:
         flags = Path('/proc/cpuinfo').read_text().split()
     except OSError:

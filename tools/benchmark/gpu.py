@@ -216,21 +216,20 @@ def training_steps(network, part):
     *network, batch = network
     label = f'step of DiracNet-{network[0]}-{network[1]}, batch {batch}'
     inputs, targets = (t.to(part.device) for t in random_batch(network[2], batch))
-    ours = operations(make_diracnet, network, inputs, targets)
+    arguments = (network, inputs, targets)
+    ours = operations(make_diracnet, *arguments)
     medians = {}
     for name, build in variants(network, batch, part.on_cuda).items():
         with part.reporting(f'{label}, {name}'):
             if part.on_cuda:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            times = part.time(build(network, inputs, targets))
+            times = part.time(build(*arguments))
             medians[name] = median(times)
             memory = f'{torch.cuda.max_memory_allocated() / 2**20:.0f}' if part.on_cuda else ''
             goal = GOALS.get(name, '') if network[:2] == [34, 2] else ''
-            n_operations = ours
-            if name == 'ResNet-18':
-                n_operations = operations(make_resnet18, network, inputs, targets)
-            share = peak_share(part, n_operations, name, times)
+            its = operations(make_resnet18, *arguments) if name == 'ResNet-18' else ours
+            share = peak_share(part, its, name, times)
             part.add(label, name, times, ratio(name, medians), goal, batch, memory, share)
 
 
