@@ -25,7 +25,7 @@ DTYPES = {
 def has_bfloat16():
     """Whether this machine has a CUDA GPU, or a CPU with instructions for bfloat16.
 
-    Only Linux says what the CPU has.
+    The instructions are known only on Linux; elsewhere, only a GPU counts.
     """
     try:
         flags = Path('/proc/cpuinfo').read_text().split()

@@ -50,7 +50,7 @@ def curves(groups, out, errors_only=False, x='epoch'):
         groups: maps a label to the logs of some runs. Their median is drawn, and a band from the
             minimum to the maximum.
         errors_only: draw only the test error.
-        x: 'epoch', or 'seconds': those of training and tests, the median of the runs.
+        x: 'epoch', or 'seconds' (of training and tests together, the median over the runs).
 
     Returns:
         The paths of the figure.

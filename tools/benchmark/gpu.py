@@ -228,8 +228,8 @@ def training_steps(network, part):
             medians[name] = median(times)
             memory = f'{torch.cuda.max_memory_allocated() / 2**20:.0f}' if part.on_cuda else ''
             goal = GOALS.get(name, '') if network[:2] == [34, 2] else ''
-            its = operations(make_resnet18, *arguments) if name == 'ResNet-18' else ours
-            share = peak_share(part, its, name, times)
+            count = operations(make_resnet18, *arguments) if name == 'ResNet-18' else ours
+            share = peak_share(part, count, name, times)
             part.add(label, name, times, ratio(name, medians), goal, batch, memory, share)
 
 
