@@ -183,7 +183,9 @@ def train(options, resumed, pretrained, device, folder, arguments):
                 if tested is None:
                     continue
                 test = Pass(name, 'test', test_batches, meters, epoch)  # resets the meters
-                if options['recalibrate_bn']:  # in test_time
+                # Averaged weights have other activations than those at any step, so averages of
+                # running statistics do not fit them.
+                if options['recalibrate_bn'] or tested is not module:  # counts in the test's time
                     for _ in recalibrate(tested, train_batches, epoch, options):
                         recorder.save_if_due(finished, training.progress)
                 distributed.share_statistics(tested)

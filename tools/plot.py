@@ -32,13 +32,15 @@ class Panel:
     train: Callable | None = None
 
 
+def test_loss(line):
+    return line.get('ema_test_loss', line['test_loss'])
+
+
 def train_error(line):
     return 100 - line['train_acc']
 
 
-LOSSES = Panel(
-    'loss (thin: training)', lambda line: line['test_loss'], lambda line: line['train_loss']
-)
+LOSSES = Panel('loss (thin: training)', test_loss, lambda line: line['train_loss'])
 ERRORS = Panel('error, % (thin: training)', test_error, train_error)
 TEST_ERRORS = Panel('error, % (test)', test_error)
 

@@ -65,7 +65,8 @@ def build_network(options, arguments, device):
         f = partial(compiled_chain(), *f.args)
     norm = batch_norm(options)
     if options['bn_momentum'] != BN_MOMENTUM:
-        norm = BatchNorm(norm, options['bn_momentum'])
+        cumulative = options['bn_momentum'] == 'cumulative'  # then prepare_step sets it
+        norm = BatchNorm(norm, 1 if cumulative else options['bn_momentum'])
     module = Network(partial(f, norm=norm), params)
     dtype, _ = DTYPES[options['dtype']]
     return module.to(device, dtype, memory_format=torch.channels_last), norm

@@ -326,8 +326,8 @@ TRAINING = (
     ),
     Option(
         'ema',
-        'also keep exponential moving averages of the parameters and running statistics, with this '
-        'decay per step, and test them; with --evaluate: test these',
+        'also keep exponential moving averages of the parameters, with this decay per step (0.998 '
+        'if not given), and test them with recalibrated statistics; with --evaluate: test these',
         None,
         type=decay,
         alone=0.998,
