@@ -319,7 +319,7 @@ def describe_rate(options):
         return f'learning rate {options["lr"]:g} in all epochs'
     falls = ', '.join(map(str, options['epoch_step']))
     factor = f'times {options["lr_decay_ratio"]:g}'
-    return f'learning rate {options["lr"]:g}, {factor} at the beginning of the epochs {falls}'
+    return f'learning rate {options["lr"]:g}, {factor} when these epochs begin: {falls}'
 
 
 if __name__ == '__main__':

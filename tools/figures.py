@@ -63,7 +63,7 @@ def use_log_scale(ax):
     def minor_label(y, _):
         bottom, top = ax.get_ylim()
         # Over many decades these labels would overlap.
-        fits = top < 5 * bottom or (f'{y:e}'[0] in '235' and top < 300 * bottom)
+        fits = top < 6 * bottom or (f'{y:e}'[0] in '235' and top < 300 * bottom)
         return f'{y:.3g}' if fits else ''
 
     ax.set_yscale('log', nonpositive='mask')

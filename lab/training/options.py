@@ -117,8 +117,8 @@ def check_combination(options):
     """Raise OptionError for options that exclude each other, or that together are out of range."""
     if options['schedule'] != 'step' and options['epoch_step']:
         raise OptionError(
-            f'--schedule {options["schedule"]} and --epoch_step exclude each other: its learning '
-            'rate falls after every step'
+            f'--epoch_step and --schedule {options["schedule"]} exclude each other: the learning '
+            'rate falls at chosen epochs only with --schedule step'
         )
     try:
         last = options['lr'] * options['lr_decay_ratio'] ** len(options['epoch_step'])
