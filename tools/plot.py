@@ -18,7 +18,7 @@ from statistics import median
 
 from lab.errors import OneLineParser, OptionError, UserError, printable, run
 from lab.files import path_argument
-from lab.runs.log import log_file, read_log, test_error
+from lab.runs.log import log_file, read_log, seconds, test_error, test_loss
 from tools import figures
 from tools.network_graph import draw_graph
 
@@ -30,10 +30,6 @@ class Panel:
     label: str
     test: Callable
     train: Callable | None = None
-
-
-def test_loss(line):
-    return line.get('ema_test_loss', line['test_loss'])
 
 
 def train_error(line):
@@ -133,8 +129,8 @@ def seconds_by_epoch(logs):
     totals = []
     for log in logs:
         lines = {line['epoch']: line for line in log}
-        seconds = accumulate(line['train_time'] + line['test_time'] for line in lines.values())
-        totals.append([{'epoch': epoch, 'total': total} for epoch, total in zip(lines, seconds)])
+        sums = accumulate(map(seconds, lines.values()))
+        totals.append([{'epoch': epoch, 'total': total} for epoch, total in zip(lines, sums)])
     return by_epoch(totals, lambda line: line['total'])
 
 

@@ -75,6 +75,16 @@ def test_error(stats):
     return 100 - stats.get('ema_test_acc', stats['test_acc'])
 
 
+def test_loss(stats):
+    """The test loss of an epoch: that of the moving averages, if there are any."""
+    return stats.get('ema_test_loss', stats['test_loss'])
+
+
+def seconds(stats):
+    """The seconds of an epoch: of training and all tests."""
+    return sum(stats.get(name, 0) for name in ('train_time', 'test_time', 'ema_test_time'))
+
+
 # --- a log -----------------------------------------------------------------------------------
 
 

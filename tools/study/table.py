@@ -4,9 +4,7 @@ import csv
 from statistics import median
 
 from lab.errors import UserError
-from lab.runs.log import test_error
-
-TIMES = ('train_time', 'test_time', 'ema_test_time')
+from lab.runs.log import seconds, test_error
 
 
 def collect(study, runs):
@@ -37,7 +35,7 @@ def summarize(study, group):
         'most': max(errors, default=None),
         'train_error': median_or_none([100 - line['train_acc'] for line in last]),
         'parameters': first.get('n_parameters'),
-        'seconds': median_or_none([seconds(log) for log in logs]),
+        'seconds': median_or_none([sum(map(seconds, log)) for log in logs]),
         'preprocess': first.get('preprocess', ''),
         'reported': group[0].reported,
         'seeds': ' '.join(str(one.seed) for one in group),
@@ -47,10 +45,6 @@ def summarize(study, group):
 
 def median_or_none(values):
     return median(values) if values else None
-
-
-def seconds(log):
-    return sum(sum(line.get(name, 0) for name in TIMES) for line in log)
 
 
 def write_tables(study, rows, dataset, folder):
