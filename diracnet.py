@@ -45,7 +45,7 @@ DATASETS = {
     'CIFAR100': ('cifar', 3, 100),
     'SVHN': ('cifar', 3, 10),
     'ImageNet': ('imagenet', 3, 1000),
-    'folder': ('imagenet', 3, None),  # a folder of images: pass num_classes
+    'folder': ('imagenet', 3, None),  # a folder of images: pass num_classes; form='cifar' if small
 }
 BASE_WIDTHS = {'cifar': (16, 32, 64), 'imagenet': (64, 128, 256, 512)}
 # Blocks in each group of a ResNet of this depth; the groups of a DiracNet have twice as many.
@@ -190,6 +190,7 @@ def make_architecture(
     dataset: str,
     num_classes: int | None = None,
     in_channels: int | None = None,
+    form: str | None = None,
 ) -> Architecture:
     """The Architecture for these choices; the data set determines what is None.
 
@@ -198,13 +199,17 @@ def make_architecture(
     """
     if dataset not in DATASETS:
         raise ValueError(f'unknown dataset {dataset!r}: choose from {", ".join(DATASETS)}')
-    form, channels, classes = DATASETS[dataset]
+    own_form, channels, classes = DATASETS[dataset]
+    form = own_form if form is None else form
+    if form not in BASE_WIDTHS:
+        raise ValueError(f'form {form!r} is unknown: choose from {", ".join(BASE_WIDTHS)}')
     channels = channels if in_channels is None else in_channels
     classes = classes if num_classes is None else num_classes
     if classes is None:
         raise ValueError(f'{dataset} has one class per folder: pass num_classes')
     if form == 'imagenet' and depth not in IMAGENET_BLOCKS:
-        raise ValueError(f'depth {depth} is impossible for {dataset}: choose 18 or 34')
+        small = '; for small images pass form cifar' if dataset == 'folder' else ''
+        raise ValueError(f'depth {depth} is impossible for {dataset}: choose 18 or 34{small}')
     if form == 'cifar' and (depth != int(depth) or depth < 10 or (depth - 4) % 6):
         nearest = 6 * max(round((depth - 4) / 6), 1) + 4
         raise ValueError(
@@ -302,6 +307,7 @@ def define_diracnet(
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
+    form: str | None = None,
     bn_init: BnInit = 'paper',
     alpha: float | str | None = None,
     beta: float | str | None = None,
@@ -313,7 +319,8 @@ def define_diracnet(
         width: multiplies the channels of the groups, (16, 32, 64), or (64, 128, 256, 512) for
             ImageNet; the products are truncated to integers.
         dataset: a name in DATASETS; it determines the form, the channels and the classes.
-        num_classes, in_channels: override those of the data set.
+        num_classes, in_channels, form: override those of the data set. The form is 'cifar' (3x3
+            stem, three groups) or 'imagenet' (7x7 stem, four groups).
         bn_init, alpha, beta: initial scales, see `initialize_scales`. With 'shifted', beta is
             'depth' unless it is given.
 
@@ -325,7 +332,7 @@ def define_diracnet(
         ValueError: an impossible depth, width, data set or scale; the message says what is
             possible.
     """
-    architecture = make_architecture(depth, width, dataset, num_classes, in_channels)
+    architecture = make_architecture(depth, width, dataset, num_classes, in_channels, form)
     if bn_init == 'shifted' and beta is None:
         beta = 'depth'
     f, params = define_chain(architecture)
@@ -510,9 +517,10 @@ class DiracNet(nn.Module):
         *,
         num_classes: int | None = None,
         in_channels: int | None = None,
+        form: str | None = None,
     ) -> None:
         super().__init__()
-        self._build(make_architecture(depth, width, dataset, num_classes, in_channels))
+        self._build(make_architecture(depth, width, dataset, num_classes, in_channels, form))
 
     @classmethod
     def from_state_dict(cls, state_dict: Params) -> 'DiracNet':

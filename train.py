@@ -29,7 +29,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from lab import distributed
+from lab import cuda, distributed
 from lab.data.preprocessing import Preprocessing
 from lab.device import DTYPES, autocast, choose_device, set_up
 from lab.distributed import say, world
@@ -59,7 +59,7 @@ from lab.training.optimizers import (
 )
 from lab.training.options import check_combination, parse
 from lab.training.passes import Pass
-from lab.training.recalibration import recalibrate
+from lab.training.recalibration import describe_lag, recalibrate
 from lab.training.size import check_memory
 
 
@@ -106,13 +106,20 @@ def train(options, resumed, pretrained, device, folder, arguments):
         # The data.
         data = load_data(options)
         check_classes(data, resumed, options)
+        if resumed and resumed.is_run:  # not that of images which were added meanwhile
+            data = replace(data, preprocessing=Preprocessing.from_dict(resumed.preprocessing))
         network = network_arguments(options, data)
         size = check_memory(options, network, data, device)  # before anything large is allocated
         stop.say(size.describe(options['weight_decay']))
+        for note in () if resumed else data.notes:
+            stop.say(note)
         train_batches = make_batches(data, True, options, device)
         test_batches = make_batches(data, False, options, device)
         distributed.check_batches(train_batches.n, options['batch_size'])
         meters, broken = Meters(len(data.classes)), BrokenImages(stop.say)
+        for batches in (train_batches, test_batches):  # in memory; others are found while training
+            broken.check(batches)
+            broken.report(batches)
 
         # The network and its optimizer, new or from a checkpoint.
         module, norm = build_network(options, network, device)
@@ -143,7 +150,9 @@ def train(options, resumed, pretrained, device, folder, arguments):
         folder.write(PARAMETERS, '\n'.join(table) + '\n')
         folder.write_log(log)
         recorder = Recorder(folder, stop, facts, module, optimizer, scaler, averages, meters, log)
-        stop.say(describe_run(options, train_batches, test_batches, device, folder))
+        stop.say(describe_run(options, data, train_batches, test_batches, device, folder))
+        if resumed:
+            stop.say(f'resuming after {resumed.position}')
 
         first_epoch = resumed.epoch + 1 if resumed else 1
         progress = resumed.progress if resumed else None
@@ -152,7 +161,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
 
             module.train()
             label = f'epoch {epoch}/{options["epochs"]}'
-            with Pass('train', label, train_batches, meters, epoch, progress) as training:
+            with Pass('train', label, train_batches, meters, epoch, progress, stop.say) as training:
                 for inputs, targets in train_batches:
                     step = training.step
                     total_step = finished * len(train_batches) + step
@@ -182,7 +191,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
             for name, tested in (('test', module), ('ema_test', averages and averages.module)):
                 if tested is None:
                     continue
-                test = Pass(name, 'test', test_batches, meters, epoch)  # resets the meters
+                test = Pass(name, 'test', test_batches, meters, epoch, say=stop.say)
                 # Averaged weights have other activations than those at any step, so averages of
                 # running statistics do not fit them.
                 if options['recalibrate_bn'] or tested is not module:  # counts in the test's time
@@ -206,10 +215,17 @@ def train(options, resumed, pretrained, device, folder, arguments):
                 'epoch': epoch,
                 'num_classes': len(data.classes),
                 'n_parameters': size.parameters,
+                'train_images_per_second': train_batches.n / train_stats['train_time'],
+                **(
+                    {'train_peak_memory': cuda.peak_memory(device)} if device.type == 'cuda' else {}
+                ),
                 **broken.stats(train_batches, test_batches),
             }
             recorder.record_epoch(stats)
             stop.say(describe_epoch(stats, meters.topk[-1]))
+            lag = describe_lag(stats, len(train_batches))
+            if lag:
+                stop.say(lag)
             broken.check(train_batches)  # after saving: the run can resume once the data are fixed
             broken.check(test_batches)
         folder.finish()
@@ -291,22 +307,29 @@ def finished_already(found, options):
     say(f'{found.path} has finished its {found.epoch} epochs: nothing left to do')
 
 
+def peak_memory(device):
+    """What an epoch's line of the log says about memory: the most that a GPU's tensors took."""
+    return {'train_peak_memory': cuda.peak_memory(device)} if device.type == 'cuda' else {}
+
+
 def describe_epoch(stats, k):
     averages = f', of the averages {stats["ema_test_acc"]:.2f} %' if 'ema_test_acc' in stats else ''
+    memory = f', {stats["train_peak_memory"] / 1e9:.2f} GB' if 'train_peak_memory' in stats else ''
     return (
         f'epoch {stats["epoch"]}/{stats["epochs"]}: train loss {stats["train_loss"]:.4f}, '
         f'accuracy {stats["train_acc"]:.2f} %; test loss {stats["test_loss"]:.4f}, '
         f'accuracy {stats["test_acc"]:.2f} %, top-{k} {stats["test_top5"]:.2f} %{averages}; '
-        f'{stats["train_time"] + stats["test_time"]:.1f} s'
+        f'{stats["train_time"] + stats["test_time"]:.1f} s, '
+        f'{stats["train_images_per_second"]:,.0f} images/s{memory}'
     )
 
 
-def describe_run(options, train_batches, test_batches, device, folder):
+def describe_run(options, data, train_batches, test_batches, device, folder):
     name = f'{options["model"]}-{options["depth"]}-{options["width"]:g}'
     test_images = 'held-out training' if options['holdout'] else 'test'
     processes = f', {world()} processes' if world() > 1 else ''
     return (
-        f'{name} on {options["dataset"]}, {train_batches.n} training and {test_batches.n} '
+        f'{name} on {printable(data.name)}, {train_batches.n} training and {test_batches.n} '
         f'{test_images} images, {device}{processes}, in {printable(str(folder.path))}\n'
         f'{describe_rate(options)}'
     )

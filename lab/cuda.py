@@ -28,6 +28,13 @@ def memory(device):
     return torch.cuda.get_device_properties(device).total_memory
 
 
+def peak_memory(device):
+    """The most memory in bytes that tensors took on a device since the last call."""
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
 def send(tensor, device):
     """Start to copy a tensor from the CPU, through pinned memory; the CPU may change it meanwhile,
     because pinning copies, too."""

@@ -45,7 +45,8 @@ def choose_device(given):
     Raises:
         OptionError: there is no such device, or the options contradict each other.
     """
-    if 'dataset' in given and DATASETS[given['dataset']][0] == 'imagenet':
+    dataset = given.get('dataset', 'CIFAR10')
+    if (given.get('form') or DATASETS[dataset][0]) == 'imagenet':
         # Allocate large tensors in huge pages (Linux; torch reads this at its first allocation,
         # below). Otherwise the page faults of a batch of 224 x 224 images take several times as
         # long as its normalization. Small images do not gain, and would use more memory.

@@ -1,6 +1,5 @@
 """A trained network, folded and unfolded, with its data set."""
 
-import os
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,9 +8,10 @@ import numpy as np
 import torch
 
 from lab.data import datasets
-from lab.data.class_names import readable
+from lab.data.datasets import targets_of
 from lab.data.image_files import prepare, read_image
 from lab.data.image_folders import ImageFolder
+from lab.data.names import readable
 from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import UserError, one_line, printable
 from lab.runs.checkpoint import Checkpoint
@@ -78,14 +78,6 @@ class FoldedNetwork:
         return Reference(inputs, targets, compute_logits(self.unfolded, inputs))
 
 
-def targets_of(part):
-    """The classes (N,) of a training or test set."""
-    if isinstance(part, ImageFolder):
-        return part.targets
-    _, targets = part
-    return targets
-
-
 def read_pixels(part, chosen, preprocessing):
     """uint8 (N, H, W, C) of the images with the indices `chosen`, and those indices; without broken
     files, which are named on stderr."""
@@ -94,9 +86,9 @@ def read_pixels(part, chosen, preprocessing):
         return images.numpy()[chosen], chosen
     found = {}
     for index in chosen:
-        file = part.root / os.fsdecode(part.names[index])
+        path = part.path(index)
         try:
-            found[index] = prepare(read_image(file), preprocessing)
+            found[index] = prepare(read_image(path), preprocessing)
         except UserError as error:
             print(f'left out: {one_line(str(error))}', file=sys.stderr)
     if not found:
@@ -130,18 +122,31 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
         checkpoint.classes,
     )
     try:
-        network.data = datasets.load(
-            network.dataset,
-            dataroot or checkpoint.options.get('dataroot', './data'),
-            download=False,
-            image_size=preprocessing.image_size,
-        )
+        network.data = load_data(checkpoint, network.dataset, preprocessing, dataroot)
     except UserError as error:
         network.missing = str(error)
         return network
-    _check_classes(network)
+    check_classes(checkpoint, network.dataset, network.data)
     network.classes = list(network.classes or network.data.classes)
     return network
+
+
+def load_data(checkpoint, dataset, preprocessing, dataroot=None):
+    """The Data that a checkpoint was trained on, or that of another `dataset` or `dataroot`.
+
+    Raises:
+        UserError: it is missing or broken.
+    """
+    data = datasets.load(
+        dataset,
+        dataroot or checkpoint.options.get('dataroot', './data'),
+        download=False,
+        form=checkpoint.network['form'],
+        image_size=preprocessing.image_size,
+    )
+    if data.test is None:  # the test images are those that the training held out
+        data = data.holdout(checkpoint.options.get('holdout', 0))
+    return data
 
 
 def _dataset_name(checkpoint, given):
@@ -183,12 +188,13 @@ def check_channels(path, in_channels, preprocessing):
         )
 
 
-def _check_classes(network):
-    n_outputs, n_classes = network.folded.architecture.num_classes, len(network.data.classes)
+def check_classes(checkpoint, dataset, data):
+    """Raise UserError if the data do not have as many classes as the network."""
+    n_outputs, n_classes = checkpoint.network['num_classes'], len(data.classes)
     if n_outputs != n_classes:
         raise UserError(
-            f'{network.checkpoint.path} has {n_outputs} classes, but the {network.dataset} found '
-            f'here has {n_classes}: name another data set with --dataset or --dataroot'
+            f'{checkpoint.path} has {n_outputs} classes, but the {dataset} found here has '
+            f'{n_classes}: name another data set with --dataset or --dataroot'
         )
 
 

@@ -177,7 +177,7 @@ def without_times(folder):
         {
             key: value
             for key, value in line.items()
-            if not key.endswith('_time') and key not in ('save', 'resume')
+            if not key.endswith(('_time', '_per_second')) and key not in ('save', 'resume')
         }
         for line in read_log(folder)
     ]

@@ -11,7 +11,7 @@ from lab.data import datasets
 
 def cifar_like(n=300, **kwargs):
     source = datasets.Data(
-        'CIFAR10', small_set(n), small_set(50), (), datasets.PREPROCESSING['CIFAR10']
+        'CIFAR10', small_set(n), small_set(50), (), datasets.PREPROCESSING['CIFAR10'], mirrored=True
     )
     return source.batches(True, **{'batch_size': 64, 'seed': 3, 'pad': 4, **kwargs})
 

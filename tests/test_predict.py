@@ -10,7 +10,7 @@ from torchvision.models import ResNet18_Weights
 from conftest import python
 from diracnet import DiracNet
 from lab.data import datasets
-from lab.data.class_names import readable
+from lab.data.names import readable
 from lab.data.preprocessing import Preprocessing
 from tools import export, predict
 

@@ -16,6 +16,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
+from lab.data.names import display_name
 from lab.errors import OneLineParser, OptionError, UserError, printable, run
 from lab.files import path_argument
 from lab.runs.log import log_file, read_log, seconds, test_error, test_loss
@@ -83,7 +84,11 @@ def title(logs):
         for line, *_ in logs
         if {'model', 'depth', 'width'} <= line.keys()
     }
-    datasets = {line['dataset'] for line, *_ in logs if 'dataset' in line}
+    datasets = {
+        display_name(line['dataset'], line.get('dataroot', '.'))
+        for line, *_ in logs
+        if 'dataset' in line
+    }
     network = networks.pop() if len(networks) == 1 else f'{len(networks)} networks'
     return figures.plain(f'{network} on {" and ".join(sorted(datasets))}' if datasets else network)
 
@@ -201,15 +206,13 @@ def draw_checkpoint(path, out):
     """Draw the network of a checkpoint. Returns the paths of the figure."""
     import torch
 
-    from diracnet import DATASETS
     from lab.runs import checkpoint
 
     found = checkpoint.load(path)
     module = found.module()
     size = (found.preprocessing or {}).get('image_size')
     if not size:
-        form, _, _ = DATASETS[found.network['dataset']]
-        size = 224 if form == 'imagenet' else 32
+        size = 224 if found.network['form'] == 'imagenet' else 32
     inputs = torch.zeros(2, found.network['in_channels'], size, size)
     return draw_graph(module, inputs, out)
 

@@ -21,9 +21,9 @@ import cv2
 import numpy as np
 import torch
 
-from lab.data.class_names import readable
 from lab.data.datasets import PREPROCESSING
 from lab.data.image_files import find_images, prepare, read_image
+from lab.data.names import readable
 from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import OneLineParser, OptionError, UserError, one_line, printable, run
 from lab.files import path_argument, write_atomically

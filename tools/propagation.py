@@ -105,12 +105,22 @@ def define_untrained(text, dataroot=None):
         raise OptionError(
             f'--model {options["model"]} is not one of {", ".join(CHAINS + VERSION_1)}'
         )
-    source = datasets.load(options['dataset'], dataroot or options['dataroot'])
+    source = load_images(options, dataroot)
     try:
         found = untrained(options, network_arguments(options, source))
     except ValueError as error:
         raise OptionError(str(error)) from None
     return Chain(text, options, {0: found})
+
+
+def load_images(options, dataroot):
+    """The Data of a run's data set, in `dataroot` if it is given."""
+    return datasets.load(
+        options['dataset'],
+        dataroot or options['dataroot'],
+        form=options.get('form'),
+        image_size=options.get('image_size'),
+    )
 
 
 def is_chain(model):
@@ -166,7 +176,7 @@ def first_batch(chains, dataroot):
     names = sorted({chain.options['dataset'] for chain in chains})
     if len(names) > 1:
         raise UserError(f'{" and ".join(names)} cannot be measured together: pass chains of one')
-    source = datasets.load(options['dataset'], dataroot or options['dataroot'])
+    source = load_images(options, dataroot)
     return next(iter(source.batches(True, batch_size=IMAGES, seed=options['seed'])))
 
 

@@ -12,10 +12,10 @@ import math
 import numpy as np
 import torch
 
-from lab.data.datasets import PREPROCESSING
+from lab.data.datasets import PREPROCESSING, targets_of
 from lab.errors import OneLineParser, OptionError, UserError, printable, run
 from lab.files import path_argument
-from lab.folded import compute_logits, load_folded, targets_of, top1
+from lab.folded import compute_logits, load_folded, top1
 from lab.onnx_models import OnnxNetwork, require_onnx
 from lab.runs import checkpoint
 from tools.int8 import BEST, CALIBRATION, RECIPES, find_layers, int8_onnx, observe

@@ -4,6 +4,7 @@ No random state is stored. The order of an epoch follows from (seed, epoch), and
 a sample from (seed, epoch, index), so a run can resume at any batch with the same pixels.
 """
 
+import signal
 import warnings
 import weakref
 
@@ -14,6 +15,8 @@ from lab import cuda
 from lab.data.image_folders import ImageFolder
 from lab.data.preprocessing import normalize, whiten
 from lab.errors import OptionError, UserError
+
+PATIENCE = 300  # seconds
 
 
 class Batches:
@@ -63,6 +66,7 @@ class MemoryBatches(Batches):
         flip: whether to mirror half of the images, at random.
         cutout: side of the square that is set to the mean, 0, around a random pixel.
         shard: (rank, number of processes); each process gets its share of every batch.
+        broken: {path: message} of the image files that are not among the images.
 
     Raises:
         OptionError: pad is not smaller than the images.
@@ -82,6 +86,7 @@ class MemoryBatches(Batches):
         flip=False,
         cutout=0,
         shard=(0, 1),
+        broken=None,
     ):
         super().__init__(len(images), batch_size, seed, shuffle, shard)
         if pad >= min(images.shape[1:3]):
@@ -89,6 +94,7 @@ class MemoryBatches(Batches):
                 f'--randomcrop_pad {pad} is too large: it must be less than the size of the '
                 f'images, {min(images.shape[1:3])} pixels'
             )
+        self.broken = broken or {}
         self.images, self.targets = images.to(device), targets.to(device)
         if preprocessing.whitening:  # whitening takes whole images, so it comes before the crop
             self.images = whiten(self.images, preprocessing.whitening)
@@ -199,7 +205,7 @@ class FolderBatches(Batches):
             num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=self.PREFETCH if workers else None,
-            worker_init_fn=_use_one_opencv_thread,
+            worker_init_fn=_set_up_worker,
         )
 
     def __iter__(self):
@@ -266,7 +272,19 @@ class _SlotOrder(torch.utils.data.Sampler):
             yield number % batches.slots, places
 
 
-def _use_one_opencv_thread(*_):
+def _set_up_worker(_):
+    """Set up a worker process. It leaves signals to the main process, which may have to save first:
+    schedulers and terminals send them to all processes. It ends when the main process does."""
+    _use_one_opencv_thread()
+    for name in ('SIGINT', 'SIGHUP'):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # At its exit, Python sends SIGTERM to processes that are left, and waits for them. So this
+    # signal does end a worker, but late enough for the main process to save.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))
+
+
+def _use_one_opencv_thread():
     """Keep OpenCV to one thread, because the workers already run in parallel.
 
     This is also called before workers are forked: otherwise a child would inherit OpenCV's thread

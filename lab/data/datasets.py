@@ -6,20 +6,31 @@ Each reader imports the libraries that only it needs.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from lab.data.batches import FolderBatches, MemoryBatches
 from lab.data.digits import read_digits
 from lab.data.fashion_mnist import read_fashion_mnist
-from lab.data.image_folders import ImageFolder, list_classes
-from lab.data.preprocessing import Preprocessing, cached_whitening
+from lab.data.image_folders import (
+    ImageFolder,
+    class_names,
+    find_splits,
+    has_small_images,
+    list_classes,
+    list_images,
+    read_into_memory,
+)
+from lab.data.names import display_name
+from lab.data.preprocessing import Preprocessing, cached_whitening, mean_and_std
 from lab.data.torchvision_sets import read_cifar, read_in_child, read_svhn
-from lab.errors import OptionError
+from lab.errors import OptionError, UserError, printable
+from lab.memory import total_memory
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,8 @@ PREPROCESSING = {name: source.preprocessing for name, source in SOURCES.items()}
 class Data:
     """A data set: `train` and `test` are each (images, targets) in memory, or an `ImageFolder`.
 
-    Images in memory are uint8 (N, H, W, C), targets int64 (N,).
+    Images in memory are uint8 (N, H, W, C), targets int64 (N,). `test` is None for a folder without
+    test images: see `holdout`.
     """
 
     name: str
@@ -71,6 +83,14 @@ class Data:
     test: object
     classes: tuple
     preprocessing: Preprocessing
+    mirrored: bool = False  # whether training images are mirrored at random
+    from_files: bool = False  # whether the samples are sorted by class, as image files are
+    broken: tuple = ({}, {})  # {path: message} of the files left out of train and test in memory
+    notes: tuple = ()  # lines that a user should see
+
+    @property
+    def in_memory(self):
+        return not isinstance(self.train, ImageFolder)
 
     def batches(
         self, train, *, batch_size, device='cpu', seed=0, pad=0, cutout=0, workers=0, shard=(0, 1)
@@ -91,11 +111,10 @@ class Data:
             OptionError: cutout for image files, or an impossible crop.
         """
         source = self.train if train else self.test
-        if isinstance(source, ImageFolder):
+        if not self.in_memory:
             if cutout:
-                raise OptionError(
-                    f'--cutout needs images in memory, but {self.name} has image files'
-                )
+                raise self._needs_memory('--cutout')
+            source = source.changed(mirrored=self.mirrored)
             return FolderBatches(
                 source, batch_size, device=device, seed=seed, workers=workers, shard=shard
             )
@@ -108,67 +127,109 @@ class Data:
             shuffle=train,
             pad=pad if train else 0,
             cutout=cutout if train else 0,
-            flip=train and SOURCES[self.name].mirrored,
+            flip=train and self.mirrored,
             shard=shard,
+            broken=self.broken[0 if train else 1],
         )
 
-    def holdout(self, n):
-        """This data set with the last n training samples as its test set, to choose options on.
+    def _needs_memory(self, option):
+        return OptionError(
+            f'{option} needs images in memory, but {printable(self.name)} has image files '
+            '(--form cifar reads small ones into memory)'
+        )
+
+    def holdout(self, amount):
+        """This data set with a part of the training samples as its test set, to choose options on.
+
+        These are the last ones, as long as they are not sorted by class: of image files, they are
+        drawn at random, always the same.
+
+        Args:
+            amount: a number of samples, or a share such as '20%'.
 
         Raises:
-            OptionError: a folder of image files, or n is out of range.
+            OptionError: the number is out of range, or a class has no sample left.
         """
-        if isinstance(self.train, ImageFolder):
-            raise OptionError(f'--holdout needs images in memory, but {self.name} has image files')
-        images, targets = self.train
-        if not 0 < n < len(images):
+        targets = np.asarray(targets_of(self.train))
+        total = len(targets)
+        n = amount
+        if isinstance(amount, str):
+            n = round(total * float(amount.rstrip('%')) / 100)
+        if not 0 < n < total:
             raise OptionError(
-                f'--holdout {n} is impossible: {self.name} has {len(images)} training samples; '
-                f'choose 1 to {len(images) - 1}'
+                f'--holdout {amount} is impossible: {printable(self.name)} has {total} training '
+                f'samples; choose 1 to {total - 1}'
             )
-        return replace(self, train=(images[:-n], targets[:-n]), test=(images[-n:], targets[-n:]))
+        rest, held_out = slice(None, -n), slice(-n, None)
+        if self.from_files:
+            order = np.random.default_rng(0).permutation(total)
+            rest, held_out = np.sort(order[n:]), np.sort(order[:n])
+            left = np.bincount(targets[rest], minlength=len(self.classes))
+            if not left.all():
+                raise OptionError(
+                    f'--holdout {amount} leaves {printable(self.classes[left.argmin()])} without '
+                    'training samples: choose fewer'
+                )
+        test = _select(self.train, held_out, train=False)
+        return self._with_train(rest, test=test, broken=(self.broken[0], {}))
 
     def per_class(self, n):
         """This data set with the first n training samples of each class alone.
 
         Raises:
-            OptionError: a folder of image files, or a class has fewer.
+            OptionError: a class has fewer.
         """
-        if isinstance(self.train, ImageFolder):
-            raise OptionError(
-                f'--per_class needs images in memory, but {self.name} has image files'
-            )
-        images, targets = self.train
-        indices = [(targets == c).nonzero()[:n, 0] for c in range(len(self.classes))]
+        targets = np.asarray(targets_of(self.train))
+        indices = [np.flatnonzero(targets == c)[:n] for c in range(len(self.classes))]
         fewest = min(map(len, indices))
         if fewest < n:
             raise OptionError(
-                f'--per_class {n} is impossible: a class of {self.name} has {fewest} training '
-                'samples'
+                f'--per_class {n} is impossible: a class of {printable(self.name)} has {fewest} '
+                'training samples'
             )
-        chosen = torch.cat(indices).sort().values
-        return replace(self, train=(images[chosen], targets[chosen]))
+        return self._with_train(np.sort(np.concatenate(indices)))
+
+    def _with_train(self, indices, **changes):
+        """This data set with a part of its training set."""
+        changed = replace(self, train=_select(self.train, indices, train=True), **changes)
+        return changed.standardized() if self.in_memory and self.from_files else changed
+
+    def standardized(self):
+        """This data set with the mean and standard deviation of its own training images."""
+        mean, std = mean_and_std(self.train[0])
+        return replace(self, preprocessing=replace(self.preprocessing, mean=mean, std=std))
 
     def whitened(self, root):
         """This data set with ZCA whitening as its preprocessing, fitted to the training images.
 
         The whitening is cached under `root`. Raises OptionError for a folder of image files.
         """
-        if isinstance(self.train, ImageFolder):
-            raise OptionError(
-                f'--preprocess zca needs images in memory, but {self.name} has image files'
-            )
-        whitening = cached_whitening(self.train[0], _expanded(root), self.name)
+        if not self.in_memory:
+            raise self._needs_memory('--preprocess zca')
+        whitening = cached_whitening(self.train[0], _expanded(root))
         return replace(self, preprocessing=replace(self.preprocessing, whitening=whitening))
 
 
-def load(name, root, *, download=True, image_size=224):
+def targets_of(part):
+    """The classes (N,) of a training or test set."""
+    return part.targets if isinstance(part, ImageFolder) else part[1]
+
+
+def _select(part, indices, train):
+    if isinstance(part, ImageFolder):
+        return part.changed(names=part.names[indices], targets=part.targets[indices], train=train)
+    return tuple(tensor[indices] for tensor in part)
+
+
+def load(name, root, *, download=True, form=None, image_size=None):
     """Read a data set.
 
     Args:
         name: a key of SOURCES.
         root: the folder with its files. If `download`, small data sets are downloaded to it.
-        image_size: the network's input in pixels, for folders of image files.
+        form: for a folder of image files, 'imagenet' (the default), whose images stay in their
+            files, or 'cifar', whose small images are read into memory.
+        image_size: the network's input in pixels, for image files; None: 224, or 32 for form cifar.
 
     Returns:
         Data
@@ -182,9 +243,9 @@ def load(name, root, *, download=True, image_size=224):
     source = SOURCES[name]
     root = _expanded(root)
     if source.read is None:
-        return _load_folder(name, root, source.preprocessing, image_size)
+        return _load_folder(name, root, source.preprocessing, form, image_size)
     train, test, classes = source.read(name, root, download)
-    return Data(name, train, test, tuple(classes), source.preprocessing)
+    return Data(name, train, test, tuple(classes), source.preprocessing, source.mirrored)
 
 
 def _expanded(root):
@@ -193,10 +254,58 @@ def _expanded(root):
     return Path(os.path.expanduser(root))
 
 
-def _load_folder(name, root, preprocessing, image_size):
-    """The Data of root/train/CLASS/* and root/val/CLASS/*."""
-    resize = round(image_size * 256 / 224)
-    preprocessing = replace(preprocessing, image_size=image_size, resize=resize)
-    classes = list_classes(root)
-    train, test = (ImageFolder(root, part, classes, preprocessing) for part in ('train', 'val'))
-    return Data(name, train, test, tuple(classes), preprocessing)
+def _load_folder(name, root, preprocessing, form, image_size):
+    """The Data of image files under `root`, in the splits that `find_splits` finds."""
+    small = form == 'cifar'
+    size = image_size or (CIFAR if small else preprocessing).image_size
+    resize = size if small else round(size * 256 / 224)
+    preprocessing = replace(preprocessing, image_size=size, resize=resize)
+    folders = find_splits(root)
+    labels = list_classes(*folders)
+    classes = class_names(root, labels)
+    parts, ignored = [], Counter()
+    for folder, other in (folders, folders[::-1]):
+        if folder is None:
+            parts.append(None)
+            continue
+        names, targets, others = list_images(folder, labels, other)
+        parts.append(ImageFolder(folder, names, targets, preprocessing, train=not parts))
+        ignored += others
+    data = Data(
+        display_name(name, root), *parts, classes, preprocessing, mirrored=True, from_files=True
+    )
+    if ignored:
+        counts = ', '.join(f'{n} {suffix}' for suffix, n in ignored.most_common(5))
+        note = f'{ignored.total():,} files are ignored, as their names are not those of images'
+        data = replace(data, notes=(printable(f'{note}: {counts}'),))
+    if small:
+        return _in_memory(data)
+    if form is None and has_small_images(data.train):
+        note = 'these images are small: --form cifar trains the networks that are made for them'
+        data = replace(data, notes=(*data.notes, note))
+    return data
+
+
+def _in_memory(data):
+    """A Data of image files with its images in memory. Raises UserError."""
+    parts = [part for part in (data.train, data.test) if part]
+    size = data.preprocessing.image_size
+    n = sum(map(len, parts))
+    needed, available = n * size**2 * data.preprocessing.channels, total_memory()
+    if needed > available:
+        raise UserError(
+            f'{printable(data.name)} has {n:,} images, which need {needed / 1e9:,.1f} GB of memory '
+            f'as {size} x {size} pixels, but this machine has {available / 1e9:,.1f} GB: use a '
+            'smaller --image_size, or --form imagenet'
+        )
+    read, broken = zip(*map(read_into_memory, parts))
+    train, test = read if len(read) == 2 else (*read, None)
+    for part, folder in zip(read, parts):
+        counts = np.bincount(part[1], minlength=len(data.classes))
+        if not counts.all():
+            raise UserError(
+                f'{printable(str(folder.root))} has no image of {data.classes[counts.argmin()]} '
+                'that can be read'
+            )
+    data = replace(data, train=train, test=test, broken=(*broken, {})[:2])
+    return data.standardized()

@@ -18,7 +18,7 @@ import numpy as np
 from lab.errors import UserError, printable
 from lab.files import size_of
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.gif', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
+SUFFIXES = ('.jpg', '.jpeg', '.jfif', '.png', '.gif', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 LARGE_FILE = 150_000  # bytes; smaller JPEGs rarely have crops of twice the usual 224 pixels
 ORIENTATION = 0x0112  # a tag of EXIF
 TURNED = (5, 6, 7, 8)  # its values for images that lie on their side
@@ -42,30 +42,41 @@ def find_images(path):
     path = Path(path)
     if not path.is_dir():
         return [path]
-    files = sorted(Path(folder, name) for _, folder, names in walk_images([path]) for name in names)
+    files = sorted(
+        Path(folder, name) for _, folder, images, _ in walk_images([path]) for name in images
+    )
     if not files:
         raise UserError(f'{printable(str(path))} contains no images ({", ".join(SUFFIXES)})')
     return files
 
 
+def is_hidden(name):
+    """Whether a file or folder is none of the user's: its name begins with a dot, or it is what
+    macOS adds to archives."""
+    return name.startswith('.') or name == '__MACOSX'
+
+
 def walk_images(roots, apart=()):
-    """Yield (index of the root, folder, sorted names of its images) for all folders under `roots`.
+    """Yield (index of the root, folder, sorted names of its images, names of its other files) for
+    all folders under `roots`, without hidden files and folders.
 
     Links are followed. A folder is walked once, and one that contains a root or a folder walked
     before is not walked, so links cannot form loops. Nor do they lead to the folders `apart` or to
-    those that contain them. A file that has several names counts once.
+    those that contain them.
 
     Raises:
         UserError: a folder cannot be read.
     """
-    walked, seen = set(), set()
+    walked = set()
     for root in (*roots, *apart):
         walked.update(real_lineage(root))
     for index, root in enumerate(roots):
         for folder, inner, files in os.walk(root, onerror=_raise, followlinks=True):
             inner[:] = _new_folders(folder, inner, walked)
+            files = [name for name in files if not is_hidden(name)]
             images = sorted(name for name in files if name.lower().endswith(SUFFIXES))
-            yield index, folder, _new_files(folder, images, seen)
+            others = [name for name in files if not name.lower().endswith(SUFFIXES)]
+            yield index, folder, images, others
 
 
 def real_lineage(path):
@@ -77,26 +88,10 @@ def real_lineage(path):
 def _new_folders(folder, names, walked):
     """The names of folders whose real paths are not yet in the set `walked`; adds them to it."""
     new = []
-    for name in sorted(names):
+    for name in sorted(name for name in names if not is_hidden(name)):
         lineage = real_lineage(os.path.join(folder, name))
         if lineage[0] not in walked:
             walked.update(lineage)
-            new.append(name)
-    return new
-
-
-def _new_files(folder, names, seen):
-    """The names of files that are not yet in the set `seen`; adds them to it."""
-    new = []
-    for name in names:
-        path = os.path.join(folder, name)
-        try:
-            status = os.stat(path)
-            identity = (status.st_dev, status.st_ino)
-        except OSError:  # such as a broken link: reading it will report that
-            identity = path
-        if identity not in seen:
-            seen.add(identity)
             new.append(name)
     return new
 
@@ -143,7 +138,7 @@ def decode(content, path, reduce=1):
     silence = cv2.setLogLevel if hasattr(cv2, 'setLogLevel') else cv2.utils.logging.setLogLevel
     silence(0)  # the error below is enough
     with _opencv_errors(path), _silent_stderr():
-        image = _decode_bgr(content, reduce) if _is_whole(content) else None
+        image = _decode_bgr(content, path, reduce) if _is_whole(content) else None
     if image is None:
         raise UserError(
             f'{printable(str(path))} is not an image that OpenCV can read, or is truncated: '
@@ -186,8 +181,12 @@ def _silent_stderr():
         os.close(null)
 
 
-def _decode_bgr(content, reduce):
-    """BGR uint8 (H, W, 3), or None if OpenCV cannot decode the bytes."""
+def _decode_bgr(content, path, reduce):
+    """BGR uint8 (H, W, 3), or None if OpenCV cannot decode the bytes.
+
+    Raises UserError for pixels that are no bytes and no 16-bit integers: nothing says which of
+    their values is white.
+    """
     import cv2
 
     if _is_jpeg(content):
@@ -196,8 +195,13 @@ def _decode_bgr(content, reduce):
             flag = getattr(cv2, f'IMREAD_REDUCED_COLOR_{reduce}')
         return cv2.imdecode(content, flag)
     image = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
-    if image is None or image.dtype not in (np.uint8, np.uint16):
+    if image is None:
         return None
+    if image.dtype not in (np.uint8, np.uint16):
+        raise UserError(
+            f'{printable(str(path))} has pixels of the type {image.dtype}: save it with 8 or 16 '
+            'bits, or remove it'
+        )
     if image.ndim == 3 and image.shape[2] == 4:
         return _over_white(image)
     return cv2.imdecode(content, cv2.IMREAD_COLOR)
@@ -282,8 +286,9 @@ def crop_window(height, width, random):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def training_crop(path, size, random):
-    """A random crop of an image file, RGB uint8 (size, size, 3), mirrored half of the time.
+def training_crop(path, size, random, mirrored=True):
+    """A random crop of an image file, RGB uint8 (size, size, 3); if `mirrored`, half of the time a
+    mirror image.
 
     A JPEG whose crop is at least 2, 4 or 8 times the size is decoded at that fraction of its
     size, which is faster. Raises UserError as read_image does.
@@ -301,7 +306,7 @@ def training_crop(path, size, random):
     image = image[top // reduce : bottom, left // reduce : right]
     with _opencv_errors(path):  # the header may contradict the image
         image = cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
-    return cv2.flip(image, 1) if random.integers(0, 2) else image
+    return cv2.flip(image, 1) if mirrored and random.integers(0, 2) else image
 
 
 def _reduction(length, size):
@@ -314,6 +319,20 @@ def _reduction(length, size):
 
 def _jpeg_shape(content):
     """Height and width that a JPEG decodes to, from its header; None if Pillow cannot read it."""
+    size = _header_size(content)
+    return size and size[::-1]
+
+
+def image_size(path):
+    """Width and height of an image file, from its header; None if it cannot be read."""
+    try:
+        return _header_size(_read(path))
+    except UserError:
+        return None
+
+
+def _header_size(content):
+    """Width and height of the bytes of an image, uint8 (N,); None if Pillow cannot read them."""
     from PIL import Image
 
     try:
@@ -324,4 +343,4 @@ def _jpeg_shape(content):
                 turned = header.getexif().get(ORIENTATION, 1) in TURNED
     except Exception:  # Pillow raises many types for broken headers
         return None
-    return (width, height) if turned else (height, width)
+    return (height, width) if turned else (width, height)

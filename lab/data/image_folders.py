@@ -1,9 +1,8 @@
-"""Folders of image files, ROOT/train/CLASS/* and ROOT/val/CLASS/*: their lists and their images."""
+"""Folders of image files: their splits, their classes, the lists of their files, their images."""
 
-import io
+import copy
 import os
-import time
-from hashlib import sha256
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,8 @@ import torch
 
 from lab.data.image_files import (
     SUFFIXES,
+    image_size,
+    is_hidden,
     prepare,
     read_image,
     real_lineage,
@@ -18,39 +19,53 @@ from lab.data.image_files import (
     walk_images,
 )
 from lab.data.messages import missing_data
+from lab.data.names import read_names
+from lab.distributed import rank
 from lab.errors import UserError, printable
-from lab.files import cache_path, write_atomically
 
-VERSION = 3  # of the cached lists; it changes with the rules of which files a list has
-KEYS = ('version', 'names', 'targets', 'folders', 'times', 'classes')
+TEST_FOLDERS = ('val', 'validation', 'valid', 'test')  # the first that exists is the test set
+CLASS_NAMES = 'classes.txt'  # may be in the root: a line FOLDER<TAB>NAME for each class
+SMALL = 64  # pixels: images up to this width are better kept in memory
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """The images under root/part; `part` is train or val.
+    """The images of a training set (`train`) or a test set in the folder `root`.
 
     The index of an item is (seed, epoch, index). The item is (image, target, problems): uint8
     (size, size, 3), the class, and (path, message) of each broken file encountered. In training,
     the next intact image replaces a broken one. In testing, image is None for a broken file.
+
+    Args:
+        names, targets: arrays of the files relative to `root` (bytes), and of their classes
+            (int64). They are no lists, so that worker processes share their memory: counting
+            references to the items of a list would write to it, and so copy it.
+        mirrored: whether half of the training images are mirrored.
     """
 
     TRIES = 20  # this many broken files in a row, or in a batch: something else must be wrong
 
-    def __init__(self, root, part, classes, preprocessing):
-        self.root, self.train = Path(root) / part, part == 'train'
-        # Arrays, not lists, so that worker processes share their memory: counting references to
-        # the items of a list would write to it, and so copy it.
-        self.names, self.targets = list_files(Path(root), part, classes)
-        self.preprocessing = preprocessing
+    def __init__(self, root, names, targets, preprocessing, train, mirrored=True):
+        self.root, self.names, self.targets = Path(root), names, targets
+        self.preprocessing, self.train, self.mirrored = preprocessing, train, mirrored
 
     def __len__(self):
         return len(self.names)
+
+    def changed(self, **attributes):
+        """A copy with other attributes."""
+        other = copy.copy(self)
+        vars(other).update(attributes)
+        return other
+
+    def path(self, index):
+        return self.root / os.fsdecode(self.names[index])
 
     def __getitem__(self, place):
         seed, epoch, index = place
         problems = []
         for attempt in range(self.TRIES if self.train else 1):
             sample = (index + attempt) % len(self)
-            path = self.root / os.fsdecode(self.names[sample])
+            path = self.path(sample)
             try:
                 image = self._read(path, seed=(seed, epoch, 1, sample))
             except UserError as error:
@@ -64,139 +79,135 @@ class ImageFolder(torch.utils.data.Dataset):
     def _read(self, path, seed):
         if self.train:
             size = self.preprocessing.image_size
-            return training_crop(path, size, np.random.default_rng(seed))
+            return training_crop(path, size, np.random.default_rng(seed), self.mirrored)
         return prepare(read_image(path), self.preprocessing)
 
 
-def list_classes(root):
-    """The class names: the folders in root/train, which must also be those in root/val.
+def read_into_memory(folder):
+    """All images of an ImageFolder, as `prepare` makes them, without the broken ones.
+
+    Returns:
+        (images, targets): uint8 (N, size, size, channels), int64 (N,).
+        broken: {path: message} of the files that could not be used.
+    """
+    from tqdm import tqdm
+
+    size, channels = folder.preprocessing.image_size, folder.preprocessing.channels
+    images = np.empty((len(folder), size, size, channels), np.uint8)
+    whole, broken = np.ones(len(folder), bool), {}
+    label = f'reading {printable(folder.root.name)}'
+    disable = None if rank() == 0 else True  # None: if the output is not a terminal
+    for index in tqdm(range(len(folder)), label, unit='img', disable=disable, leave=False):
+        path = folder.path(index)
+        try:
+            images[index] = prepare(read_image(path), folder.preprocessing)
+        except UserError as error:
+            whole[index], broken[str(path)] = False, str(error)
+    if broken:
+        images = images[whole]
+    return (torch.from_numpy(images), torch.from_numpy(folder.targets[whole])), broken
+
+
+def has_small_images(folder):
+    """Whether the first hundred images of an ImageFolder, as far as they can be read, are small."""
+    sizes = [image_size(folder.path(index)) for index in range(min(100, len(folder)))]
+    widths = [size[0] for size in sizes if size]
+    return bool(widths) and max(widths) <= SMALL
+
+
+# --- splits and classes -----------------------------------------------------------------------
+
+
+def find_splits(root):
+    """The folders of the training and of the test images under `root`. The second is None if there
+    is none; then the first may be `root` itself."""
+    train = root / 'train'
+    test = next((root / name for name in TEST_FOLDERS if os.path.isdir(root / name)), None)
+    is_flat = test is None and not os.path.isdir(train) and os.path.isdir(root)
+    return (root if is_flat else train), test
+
+
+def list_classes(train, test=None):
+    """The class names: the folders in `train`, which must also be those in `test`.
 
     Raises:
-        UserError: the folders do not exist, or they differ.
+        UserError: the folders do not exist, or they differ, or there is only one class.
     """
-    found = {part: _class_folders(root, part) for part in ('train', 'val')}
-    for part, other in (('train', 'val'), ('val', 'train')):
-        missing = sorted(set(found[other]) - set(found[part]))
-        if missing:
-            more = f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''
-            raise UserError(
-                f'{root / part} has no folder {printable(missing[0])}{more}, '
-                f'but {root / other} has: '
-                'train and val need the same classes'
-            )
-    return found['train']
-
-
-def _class_folders(root, part):
-    """Sorted names of the folders in root/part, without hidden ones and links that lead back up."""
-    remedy = f'put {part}/CLASS/*.jpg under {root}'
-    above = real_lineage(root / part)
-    try:
-        folders = [
-            entry.name
-            for entry in os.scandir(root / part)
-            if os.path.isdir(entry) and real_lineage(entry)[0] not in above
-        ]
-    except OSError as error:
-        raise missing_data(f'{root / part} cannot be read ({error.strerror})', remedy) from None
-    classes = sorted(name for name in folders if not name.startswith('.'))
-    if not classes:
-        raise missing_data(f'{root / part} has no folders of classes', remedy)
+    classes = _class_folders(train)
+    if test is not None:
+        found = {train: classes, test: _class_folders(test)}
+        for folder, other in ((train, test), (test, train)):
+            missing = sorted(set(found[other]) - set(found[folder]))
+            if missing:
+                more = f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''
+                raise UserError(
+                    f'{folder} has no folder {printable(missing[0])}{more}, but {other} has: '
+                    f'{folder.name} and {other.name} need the same classes'
+                )
+    if len(classes) == 1:
+        raise UserError(
+            f'{train} has one class, {printable(classes[0])}: a network needs two or more to '
+            'choose from'
+        )
     return classes
 
 
-# --- the list of files and its cache ----------------------------------------------------------
+def _class_folders(folder):
+    """Sorted names of the folders in a folder, without hidden ones and links that lead back up."""
+    part = folder.name if folder.name in ('train', *TEST_FOLDERS) else 'train'
+    root = folder.parent if part == folder.name else folder
+    remedy = f'put {part}/CLASS/*.jpg under {printable(str(root))}'
+    above = real_lineage(folder)
+    try:
+        classes = [
+            entry.name
+            for entry in os.scandir(folder)
+            if os.path.isdir(entry)
+            and not is_hidden(entry.name)
+            and real_lineage(entry)[0] not in above
+        ]
+    except OSError as error:
+        raise missing_data(f'{folder} cannot be read ({error.strerror})', remedy) from None
+    if not classes:
+        raise missing_data(f'{folder} has no folders of classes', remedy)
+    return sorted(classes)
 
 
-def list_files(root, part, classes):
-    """The image files under root/part.
+def class_names(root, classes):
+    """The classes with the names that root/classes.txt gives them. Raises UserError."""
+    names = read_names(root / CLASS_NAMES)
+    return tuple(names.get(label, label) for label in classes)
 
-    The list is cached, because it takes minutes to read a million names from a slow disk. The cache
-    is used as long as no folder's modification time has changed: adding or removing a file changes
-    that of its folder.
+
+# --- the files --------------------------------------------------------------------------------
+
+
+def list_images(folder, classes, apart=None):
+    """The image files under folder/CLASS.
+
+    Args:
+        apart: the folder of the other split. Links to it are not followed.
 
     Returns:
-        Arrays: names relative to root/part (bytes), indices of their classes (int64).
+        names: array of the files relative to `folder`, bytes (N,).
+        targets: array of the indices of their classes, int64 (N,).
+        ignored: Counter of the suffixes of the other files.
 
     Raises:
         UserError: a folder cannot be read, or a class has no images.
     """
-    path = cache_path(root, f'.diracnets-{part}.npz')
-    listing = _read_cache(path)
-    if not listing or not _is_current(listing, root / part, classes):
-        listing = _list_folder(root, part, classes)
-        # A folder that changes twice within a tick of the file system's clock keeps its time. So
-        # the list of a folder that has just changed is not cached.
-        if listing['times'].max() < time.time_ns() - 2_000_000_000:
-            _write_cache(path, listing)
-    return listing['names'], listing['targets']
-
-
-def _list_folder(root, part, classes):
-    """The files, and what `_is_current` compares, as a dict of arrays."""
-    folder, other = root / part, root / {'train': 'val', 'val': 'train'}[part]
-    roots, apart = ([place / label for label in classes] for place in (folder, other))
-    names, targets, times = [], [], {}
-    for index, inside, images in walk_images(roots, apart):
+    roots, others = ([place / label for label in classes] for place in (folder, apart or folder))
+    names, targets, ignored = [], [], Counter()
+    for index, inside, images, rest in walk_images(roots, others):
         relative = os.path.relpath(inside, folder)
-        times[os.fsencode(relative)] = os.stat(inside).st_mtime_ns
         names.extend(os.fsencode(os.path.join(relative, image)) for image in images)
         targets.extend([index] * len(images))
+        ignored.update(os.path.splitext(name)[1].lower() or 'no suffix' for name in rest)
     targets = np.array(targets, np.int64)
     counts = np.bincount(targets, minlength=len(classes))
     if not counts.all():
         raise UserError(
             f'{printable(str(folder / classes[counts.argmin()]))} has no images of its own '
-            f'({", ".join(SUFFIXES)}): add some, or remove the class from train and val'
+            f'({", ".join(SUFFIXES)}): add some, or remove the class'
         )
-    return {
-        'version': np.array(VERSION),
-        'names': np.array(names),
-        'targets': targets,
-        'folders': np.array(list(times)),
-        'times': np.array(list(times.values())),
-        'classes': _encode(classes),
-    }
-
-
-def _encode(classes):
-    return np.array([os.fsencode(name) for name in classes])
-
-
-def _is_current(listing, folder, classes):
-    if listing['version'] != VERSION or not np.array_equal(listing['classes'], _encode(classes)):
-        return False
-    try:
-        return all(
-            os.stat(folder / os.fsdecode(name)).st_mtime_ns == time
-            for name, time in zip(listing['folders'], listing['times'])
-        )
-    except OSError:  # a folder is gone
-        return False
-
-
-def _read_cache(path):
-    """The cached list; None if the file is missing or broken."""
-    if not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            listing = {key: file[key] for key in KEYS}
-            is_whole = file['checksum'] == _checksum(listing)
-    except Exception:  # np.load raises many types for broken files
-        is_whole = False
-    return listing if is_whole else None
-
-
-def _checksum(listing):
-    return sha256(b''.join(listing[key].tobytes() for key in KEYS)).hexdigest()
-
-
-def _write_cache(path, listing):
-    content = io.BytesIO()
-    np.savez(content, checksum=_checksum(listing), **listing)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, content.getvalue())
-    except OSError:
-        pass  # without a cache the next run lists the files again
+    return np.array(names), targets, ignored

@@ -60,6 +60,22 @@ def normalize(images, preprocessing, dtype=torch.float32):
     return normalized.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
+def mean_and_std(images):
+    """The mean and standard deviation of each channel of uint8 images (N, H, W, C), as tuples.
+
+    Both are exact, from counts of the 256 values. A standard deviation is at least 1, so that
+    images of one color can be divided by it.
+    """
+    values, means, stds = torch.arange(256, dtype=torch.float64), [], []
+    for channel in images.unbind(3):
+        counts = torch.bincount(channel.reshape(-1), minlength=256).double()
+        mean = ((counts @ values) / counts.sum()).item()
+        variance = ((counts @ values.square()) / counts.sum()).item() - mean**2
+        means.append(mean)
+        stds.append(max(variance, 1) ** 0.5)
+    return tuple(means), tuple(stds)
+
+
 def contrast_normalized(images):
     """uint8 images (N, H, W, C) to floats (N, H W C); each image gets mean 0 and variance 1."""
     flat = images.reshape(len(images), -1).float()
@@ -95,10 +111,10 @@ def fit_whitening(images):
     return {'mean': mean, 'matrix': matrix.float()}
 
 
-def cached_whitening(images, root, name):
+def cached_whitening(images, root):
     """`fit_whitening(images)`, cached next to the data in a file named by the images' SHA-256."""
     digest = sha256(images.numpy().tobytes()).hexdigest()
-    path = cache_path(root, f'zca-{name}-{digest[:16]}.pt')
+    path = cache_path(root, f'zca-{digest[:16]}.pt')
     whitening = _read_cache(path)
     if whitening is None:
         whitening = fit_whitening(images)

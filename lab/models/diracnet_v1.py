@@ -124,6 +124,7 @@ def define_diracnet_v1(
     *,
     num_classes=None,
     in_channels=None,
+    form=None,
     bn_init='paper',
     alpha=None,
     beta=None,
@@ -133,7 +134,7 @@ def define_diracnet_v1(
     Without alpha and beta they are 5 and 0.001, whatever bn_init is. The paper applied weight
     decay to all parameters.
     """
-    architecture = make_architecture(depth, width, dataset, num_classes, in_channels)
+    architecture = make_architecture(depth, width, dataset, num_classes, in_channels, form)
     f, params = define_chain_v1(architecture)
     return f, initialize_scales(params, architecture.depth, bn_init, alpha, beta)
 

@@ -8,9 +8,12 @@ from lab.models import registry
 def network_flags(network):
     """The options of train.py that define a network, as on a command line."""
     flags = []
+    shown = {name: value for name, value in network.items() if name != 'form'}
+    if network['dataset'] == 'folder':
+        shown['form'] = registry.form_of(network)
     for name in registry.network_option_names(network['model']):
-        if name in network:
-            value = f'{network[name]:g}' if name == 'width' else network[name]
+        if name in shown:
+            value = f'{shown[name]:g}' if name == 'width' else shown[name]
             flags.append(f'--{name} {value}')
     return ' '.join(flags)
 

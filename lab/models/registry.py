@@ -46,26 +46,23 @@ FOLDABLE = (*CHAINS, *VERSION_1, 'repvgg')
 SCALES = ('bn_init', 'alpha', 'beta')  # the options of diracnet.initialize_scales
 
 
-def define(
-    model, depth, width, dataset, *, init=None, num_classes=None, in_channels=None, **options
-):
+def define(model, depth, width, dataset, *, init=None, **options):
     """f, params of a model.
 
     Args:
         model: a name in MODELS.
-        depth, width, dataset, num_classes, in_channels: as for `diracnet.define_diracnet`.
+        depth, width, dataset: as for `diracnet.define_diracnet`.
         init: a name in `initialization.INITS`, to initialize all convolutions in that way; None
             keeps the model's own initialization.
-        options: those that not all models share, see `own_options` and `initial_scales`.
+        options: num_classes, in_channels, form, as for `diracnet.define_diracnet`, and those that
+            not all models share, see `own_options` and `initial_scales`.
 
     Raises:
         ValueError: a choice is impossible; the message says what is possible.
     """
     if init == 'looks-linear' and model != 'plain-ncrelu':
         raise ValueError(f'--init {init} does not apply to --model {model}, only to plain-ncrelu')
-    f, params = MODELS[model](
-        depth, width, dataset, num_classes=num_classes, in_channels=in_channels, **options
-    )
+    f, params = MODELS[model](depth, width, dataset, **options)
     if init is not None:
         initialize_convolutions(params, init)
     return f, params
@@ -76,7 +73,7 @@ def own_options(model):
 
     Those that only choose its initial parameters are not among them: a checkpoint has its own.
     """
-    others = ('num_classes', 'in_channels', 'dirac', *SCALES)
+    others = ('num_classes', 'in_channels', 'form', 'dirac', *SCALES)
     return {name: value for name, value in _keywords(model).items() if name not in others}
 
 
@@ -100,9 +97,17 @@ def initialization(options):
     return {name: options[name] for name in names if name in options}
 
 
+def form_of(network):
+    """The form of a network, 'cifar' or 'imagenet': its own, or else that of its data set.
+
+    network: a dict with `dataset`, such as the options of a run.
+    """
+    return network.get('form') or DATASETS[network['dataset']][0]
+
+
 def network_option_names(model):
     """The options of train.py that define a network of this model."""
-    return ('model', 'depth', 'width', 'dataset', *own_options(model))
+    return ('model', 'depth', 'width', 'dataset', 'form', *own_options(model))
 
 
 def fold(model, params):
@@ -149,14 +154,14 @@ def recognize(params):
             original's files store (eye64_64_3_3) do not matter.
 
     Returns:
-        A dict of model, depth, width, num_classes, in_channels and dataset: arguments of
+        A dict of model, depth, width, num_classes, in_channels, dataset and form: arguments of
         `define`. If several data sets fit, `dataset` is the first of them.
 
     Raises:
         ValueError: no model fits; the message names the first key that is wrong.
     """
     form, network = _find_network(params)
-    return {**network, 'dataset': _fitting_dataset(form, network)}
+    return {**network, 'dataset': _fitting_dataset(form, network), 'form': form}
 
 
 def _find_network(params):

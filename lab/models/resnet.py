@@ -144,6 +144,7 @@ def define_resnet(
     *,
     num_classes=None,
     in_channels=None,
+    form=None,
     block=BLOCKS[0],
     dirac=False,
 ):
@@ -154,7 +155,7 @@ def define_resnet(
 
     Args:
         depth: 6n + 2 for small images (n >= 1); 18 or 34 for ImageNet.
-        width, dataset, num_classes, in_channels: as for `diracnet.define_diracnet`.
+        width, dataset, num_classes, in_channels, form: as for `diracnet.define_diracnet`.
         block: one of BLOCKS.
         dirac: the convolutions of the blocks have Dirac weights, with keys like
             layer1.0.conv1.alpha and layer1.0.conv1.beta.
@@ -165,7 +166,7 @@ def define_resnet(
     Raises:
         ValueError: a choice is impossible; the message says what is possible.
     """
-    architecture = architecture_of_width(width, dataset, num_classes, in_channels)
+    architecture = architecture_of_width(width, dataset, num_classes, in_channels, form)
     form, widths = architecture.form, architecture.widths
     check_depth('ResNet', form, depth, 2, IMAGENET_BLOCKS)
     if block not in BLOCKS:
@@ -194,6 +195,7 @@ def define_resnet_dirac(
     *,
     num_classes=None,
     in_channels=None,
+    form=None,
     block=BLOCKS[0],
     alpha=None,
     beta=None,
@@ -203,12 +205,22 @@ def define_resnet_dirac(
     alpha and beta are their initial scales, see `diracnet.initialize_scales`. Other arguments,
     returns and errors are those of `define_resnet`.
     """
-    define = partial(define_resnet, block=block, dirac=True)
-    f, params = define(depth, width, dataset, num_classes=num_classes, in_channels=in_channels)
+    f, params = define_resnet(
+        depth,
+        width,
+        dataset,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        form=form,
+        block=block,
+        dirac=True,
+    )
     return f, initialize_scales(params, depth, alpha=alpha, beta=beta)
 
 
-def define_wide_resnet(depth, width, dataset, *, num_classes=None, in_channels=None, dropout=0.0):
+def define_wide_resnet(
+    depth, width, dataset, *, num_classes=None, in_channels=None, form=None, dropout=0.0
+):
     """A Wide ResNet, WRN-DEPTH-WIDTH.
 
     On small images its blocks are preactivated. On ImageNet it is WRN-50-WIDTH-bottleneck: the
@@ -217,7 +229,7 @@ def define_wide_resnet(depth, width, dataset, *, num_classes=None, in_channels=N
 
     Args:
         depth: 6n + 4 for small images (n >= 1); 50 for ImageNet.
-        width, dataset, num_classes, in_channels: as for `diracnet.define_diracnet`.
+        width, dataset, num_classes, in_channels, form: as for `diracnet.define_diracnet`.
         dropout: probability between the two convolutions of a block, at least 0 and below 1.
             Bottleneck blocks have no dropout.
 
@@ -227,7 +239,7 @@ def define_wide_resnet(depth, width, dataset, *, num_classes=None, in_channels=N
     Raises:
         ValueError: a choice is impossible; the message says what is possible.
     """
-    architecture = architecture_of_width(width, dataset, num_classes, in_channels)
+    architecture = architecture_of_width(width, dataset, num_classes, in_channels, form)
     check_depth('Wide ResNet', architecture.form, depth, 4, BOTTLENECK_BLOCKS)
     if architecture.form == 'imagenet' and dropout != 0:
         raise ValueError(f'dropout {dropout} is impossible: bottleneck blocks have no dropout')
@@ -324,14 +336,14 @@ def bn_tree(channels):
     return {**bn_params(channels), 'weight': torch.ones(channels)}
 
 
-def architecture_of_width(width, dataset, num_classes, in_channels):
+def architecture_of_width(width, dataset, num_classes, in_channels, form):
     """The Architecture of a DiracNet of this width; all but its depth fits a residual network too.
 
     Raises ValueError for an impossible choice.
     """
-    form = DATASETS[dataset][0] if dataset in DATASETS else 'cifar'
-    depth = 18 if form == 'imagenet' else 10
-    return make_architecture(depth, width, dataset, num_classes, in_channels)
+    own_form = DATASETS[dataset][0] if dataset in DATASETS else 'cifar'
+    depth = 18 if (form or own_form) == 'imagenet' else 10
+    return make_architecture(depth, width, dataset, num_classes, in_channels, form)
 
 
 def check_depth(name, form, depth, remainder, imagenet_depths):

@@ -11,7 +11,7 @@ There are three kinds of files:
 
 import torch
 
-from diracnet import BASE_WIDTHS, DATASETS
+from diracnet import BASE_WIDTHS
 from lab.data.preprocessing import Preprocessing
 from lab.models import registry
 from lab.runs.training_form import check_training, is_valid_option
@@ -51,7 +51,7 @@ def read_form(content):
     network = registry.recognize(params)
     if 'network' in fields:
         _check_network(fields['network'], network, folded)
-        network = fields['network']
+        network = fields['network'] = {**fields['network'], 'form': network['form']}
     _check_facts(fields, network)
     if is_run:
         check_training(fields, params)
@@ -109,8 +109,10 @@ def _check_network(network, found, folded):
     `found`. Nothing of the size that the file says is made."""
     if not isinstance(network, dict) or network.get('model') not in tuple(registry.MODELS):
         raise ValueError('its network has no known model')
+    if network.get('form', 'cifar') not in tuple(BASE_WIDTHS):
+        raise ValueError(f'its network has form {short(network["form"])}')
     own = registry.own_options(network['model'])
-    if network.keys() != {*NETWORK, *own}:
+    if network.keys() - {'form'} != {*NETWORK, *own}:
         raise ValueError(f'its network must have exactly {", ".join((*NETWORK, *own))}')
     for name in ('depth', 'width', 'dataset', *own):
         if not is_valid_option(name, network[name]):
@@ -127,7 +129,7 @@ def _check_network(network, found, folded):
 
 def _shown_by_tensors(network, folded):
     """What the tensors show of a network."""
-    model, form = network['model'], DATASETS[network['dataset']][0]
+    model, form = network['model'], registry.form_of(network)
     if folded and model in registry.FOLDABLE:  # as `recognize` names them
         model = 'diracnet-v1' if model in registry.VERSION_1 else 'plain'
     return {
@@ -145,7 +147,7 @@ def _check_facts(fields, network):
     if 'classes' in fields:
         check_classes(fields['classes'], network['num_classes'])
     if 'preprocessing' in fields:
-        smallest = SMALLEST_IMAGE[DATASETS[network['dataset']][0]]
+        smallest = SMALLEST_IMAGE[network['form']]
         check_preprocessing(fields['preprocessing'], network['in_channels'], smallest)
     if not is_count(fields.get('epoch', 0)):
         raise ValueError(f'its epoch is {short(fields["epoch"])}')

@@ -17,6 +17,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from lab.data.names import display_name
 from lab.distributed import rank
 from lab.errors import OptionError, UserError
 from lab.files import size_of, write_atomically
@@ -99,7 +100,9 @@ class RunFolder:
             return Path(options['save']).expanduser()
         if _is_own(resumed) and (resumed.path.parent / COMMANDS).exists():
             return resumed.path.parent  # a copied checkpoint has no run.json next to it
-        name = f'{options["dataset"]}-{options["model"]}-{options["depth"]}-{options["width"]:g}'
+        data = display_name(options['dataset'], options['dataroot'])
+        data = os.fsdecode(os.fsencode(data)[:100])  # the name of a file has at most 255 bytes
+        name = f'{data}-{options["model"]}-{options["depth"]}-{options["width"]:g}'
         return Path('logs') / f'{name}-{datetime.now():%Y%m%d-%H%M%S}'
 
     def _check_content(self):

@@ -7,7 +7,7 @@ import torch
 
 from diracconv import split_weight
 from diracnet import BN_EPS, DATASETS
-from lab.data.class_names import readable
+from lab.data.names import readable
 from lab.errors import OptionError, UserError
 from lab.models import registry
 from lab.runs import checkpoint
@@ -70,20 +70,21 @@ def network_options(found, given):
         OptionError: an option in `given` contradicts them, or the images do not fit the network.
     """
     network, dataset = found.network, given.get('dataset', 'CIFAR10')
-    theirs, ours = DATASETS[network['dataset']], DATASETS[dataset]
-    if theirs[0] != ours[0]:
-        forms = {'cifar': 'small images', 'imagenet': 'image files'}
+    form, in_channels = registry.form_of({**given, 'dataset': dataset}), DATASETS[dataset][1]
+    if network['form'] != form:
+        hint = f': add --form {network["form"]}' if dataset == 'folder' else ''
         raise OptionError(
-            f'--pretrained {given["pretrained"]} is a network for {forms[theirs[0]]}, but '
-            f'--dataset {dataset} has {forms[ours[0]]}'
+            f'--pretrained {given["pretrained"]} is a network of the form {network["form"]}, but '
+            f'--dataset {dataset} has {form}{hint}'
         )
-    if network['in_channels'] != ours[1]:
+    if network['in_channels'] != in_channels:
         raise OptionError(
             f'--pretrained {given["pretrained"]} needs images with {_channels(network)}, but those '
-            f'of --dataset {dataset} have {ours[1]}'
+            f'of --dataset {dataset} have {in_channels}'
         )
     names = registry.network_option_names(network['model'])
-    own = {name: network[name] for name in names if name in network and name != 'dataset'}
+    own = {name: network[name] for name in names if name in network}
+    del own['dataset'], own['form']
     for name, value in own.items():
         if given.get(name, value) != value:
             raise OptionError(

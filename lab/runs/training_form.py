@@ -23,7 +23,7 @@ ADDED_LATER = (
     *('optim', 'init', 'warmup', 'bn_momentum', 'recompute', 'compile', 'sync_bn', 'tensorboard'),
     *('checkpoint_minutes', 'bn_init', 'alpha', 'beta', 'recalibrate_bn'),
     *('schedule', 'label_smoothing', 'clip', 'ema', 'tta', 'cutout', 'recipe'),
-    *('pretrained', 'freeze', 'per_class', 'report'),
+    *('pretrained', 'freeze', 'per_class', 'report', 'no_mirror'),
 )
 SIGNED = ('momentum_buffer', 'exp_avg')  # the others are sums of squares, and a count
 SCALER = {'scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'}
@@ -78,7 +78,7 @@ def check_options(options, network):
         if has_default and not option.bound_to_machine and name not in options:
             raise ValueError(f'its option {name} is missing')
     for name in registry.network_option_names(model):
-        if options[name] != network[name]:
+        if options.get(name, network['form']) != network[name]:  # only the form may be missing
             raise ValueError(
                 f'its option {name} is {options[name]}, but its network has {network[name]}'
             )

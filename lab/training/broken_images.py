@@ -10,30 +10,28 @@ class BrokenImages:
     LIMIT = 0.01  # of the images of a pass
 
     def __init__(self, say=distributed.say):
-        self.named, self.say = set(), say
+        self.named, self.logged, self.say = set(), set(), say
 
     def report(self, batches):
-        """Print the broken files of the last pass, in any process, that were not named before.
-
-        Returns (number of broken files, sorted paths of the new ones).
-        """
+        """Print the broken files of the last pass, in any process, that were not named before."""
         batches.broken = distributed.union(batches.broken)
         new = {path: text for path, text in batches.broken.items() if path not in self.named}
         for message in new.values():
             self.say(f'broken image: {message}')
         self.named.update(new)
-        return len(batches.broken), sorted(new)
 
     def stats(self, train_batches, test_batches):
         """What an epoch's log line says about broken files; nothing if there are none."""
-        n_train, new_train = self.report(train_batches)
-        n_test, new_test = self.report(test_batches)
-        if not n_train and not n_test:
+        for batches in (train_batches, test_batches):
+            self.report(batches)
+        if not train_batches.broken and not test_batches.broken:
             return {}
+        new = self.named - self.logged
+        self.logged.update(new)
         return {
-            'train_broken': n_train,
-            'test_broken': n_test,
-            'broken_images': new_train + new_test,
+            'train_broken': len(train_batches.broken),
+            'test_broken': len(test_batches.broken),
+            'broken_images': sorted(new),
         }
 
     def check(self, batches):

@@ -1,22 +1,39 @@
 """The data that the options describe."""
 
+from contextlib import nullcontext
+from dataclasses import replace
+
 from lab import distributed
 from lab.data import datasets
-from lab.data.class_names import readable
-from lab.data.image_folders import ImageFolder
+from lab.data.image_folders import TEST_FOLDERS
+from lab.data.names import readable
 from lab.distributed import world
-from lab.errors import UserError
+from lab.errors import OptionError, UserError, printable
 
 
 def load_data(options):
-    with distributed.first_on_this_machine():
-        root = options['dataroot']
-        source = datasets.load(options['dataset'], root, image_size=options['image_size'])
+    """The Data that the options describe. Raises UserError."""
+    root = options['dataroot']
+    # One process downloads or caches, and the others find the files. Image files have no need of
+    # that: all processes read them at once.
+    reads_files = options['dataset'] == 'folder' and options['preprocess'] != 'zca'
+    with nullcontext() if reads_files else distributed.first_on_this_machine():
+        source = datasets.load(
+            options['dataset'], root, form=options.get('form'), image_size=options['image_size']
+        )
         if options['holdout']:
             source = source.holdout(options['holdout'])
+        elif source.test is None:
+            folders = ', '.join(f'{name}/' for name in TEST_FOLDERS)
+            raise OptionError(
+                f'{printable(str(root))} has no test images ({folders}): add a folder of them, or '
+                'test on training images with --holdout 20%'
+            )
         if options['per_class']:
             source = source.per_class(options['per_class'])
-        return source.whitened(root) if options['preprocess'] == 'zca' else source
+        if options['preprocess'] == 'zca':
+            source = source.whitened(root)
+    return replace(source, mirrored=source.mirrored and not options['no_mirror'])
 
 
 def make_batches(source, training, options, device):
@@ -34,7 +51,7 @@ def make_batches(source, training, options, device):
 
 def check_classes(source, found, options):
     """Raise UserError if a checkpoint has other classes than the data, or other small images."""
-    if found and found.preprocessing and not isinstance(source.train, ImageFolder):
+    if found and found.preprocessing and source.in_memory:
         stored, size = found.preprocessing['image_size'], source.preprocessing.image_size
         if stored != size:
             raise UserError(

@@ -37,7 +37,8 @@ def network_arguments(options, source):
     """The arguments of registry.define for these options and this data set."""
     names = registry.network_option_names(options['model'])
     return {
-        **{name: options[name] for name in names},
+        **{name: options[name] for name in names if name in options},
+        'form': registry.form_of(options),
         'num_classes': len(source.classes),
         'in_channels': source.preprocessing.channels,
     }

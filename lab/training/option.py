@@ -11,7 +11,7 @@ class Option:
     """One option of train.py.
 
     `defaults` overrides `default` for some runs. A key is one or more words, each a data set, a
-    form of network (cifar, imagenet), a model, an optimizer, a recipe, pretrained, or
+    form of network (cifar, imagenet), a model, an optimizer, a recipe, pretrained, no_mirror, or
     bfloat16-instructions, if the machine has them. It applies to the runs that match all its words;
     if several keys apply, the last one counts.
     """

@@ -10,6 +10,7 @@ from lab.models.resnet import BLOCKS
 from lab.training.optimizers import OPTIMIZERS
 from lab.training.option import Option
 from lab.training.option_types import (
+    amount,
     bn_scales,
     decay,
     dirac_scale,
@@ -21,7 +22,7 @@ from lab.training.option_types import (
 )
 from lab.training.run_options import DEVICE, MOST_PROCESSES, RUNS
 
-FAST = ('FashionMNIST', 'digits')  # the data sets that have a fast recipe
+FAST = ('FashionMNIST', 'digits', 'CIFAR10', 'folder')  # the data sets that have a fast recipe
 
 
 def _models_with(name):
@@ -58,7 +59,10 @@ NETWORK = (
         'dtype',
         'floating-point type: float, double, or mixed precision with bfloat16 or half (CUDA)',
         'float',
-        {'fast FashionMNIST bfloat16-instructions': 'bfloat16'},
+        {
+            'fast cifar bfloat16-instructions': 'bfloat16',
+            'fast digits bfloat16-instructions': 'float',
+        },
         choices=tuple(DTYPES),
     ),
     Option(
@@ -154,7 +158,24 @@ DATA = (
         free_on_resume=True,
     ),
     Option(
-        'image_size', 'size of image files after cropping, in pixels', 224, type=number(int, 64)
+        'form',
+        'for --dataset folder: imagenet, the networks for large images, which are read from their '
+        'files at each use; or cifar, those for small images, which are read into memory',
+        choices=tuple(diracnet.BASE_WIDTHS),
+    ),
+    Option(
+        'image_size',
+        'size of image files after resizing and cropping, in pixels: at least 64, or 8 to 96 with '
+        '--form cifar',
+        224,
+        {'folder cifar': 32},
+        type=number(int, 8),
+    ),
+    Option(
+        'no_mirror',
+        'do not mirror training images at random, where left and right matter',
+        False,
+        type=bool,
     ),
     Option(
         'preprocess',
@@ -179,17 +200,18 @@ DATA = (
     ),
     Option(
         'per_class',
-        'small images: train on the first N images of each class; 0: on all',
+        'train on the first N images of each class; 0: on all',
         0,
         type=number(int, 0),
         metavar='N',
     ),
     Option(
         'holdout',
-        'test on the last N training samples instead of the test set, and train on the others; '
-        'for choosing options',
+        'test on N training samples, or a share such as 20%, instead of the test set, and train on '
+        'the others; for choosing options, or if there is no test set. They are the last ones, or, '
+        'of image files, drawn at random, always the same',
         0,
-        type=number(int, 0),
+        type=amount,
         metavar='N',
     ),
 )
@@ -197,7 +219,7 @@ TRAINING = (
     Option(
         'recipe',
         "which defaults the other options have. paper: the paper's; fast: those that studies here "
-        f'found, for {" and ".join(FAST)}',
+        f'found, for {", ".join(FAST[:-1])} and --form cifar',
         'paper',
         choices=('paper', 'fast'),
     ),
@@ -209,7 +231,7 @@ TRAINING = (
             'FashionMNIST': 60,
             'digits': 60,
             'imagenet': 100,
-            'fast FashionMNIST': 30,
+            'fast cifar': 30,
             'fast digits': 100,
             'pretrained': 30,
         },
@@ -225,7 +247,7 @@ TRAINING = (
             'FashionMNIST': [20, 40, 50],
             'digits': [30, 45, 55],
             'imagenet': [30, 60, 90],
-            'fast FashionMNIST': [15, 23, 27],
+            'fast cifar': [15, 23, 27],
             'fast digits': [50, 75, 90],
             'pretrained': [15, 23, 27],
         },
@@ -256,9 +278,9 @@ TRAINING = (
         0.1,
         {
             'digits': 0.2,
-            'fast FashionMNIST': 0.2,
-            'fast FashionMNIST resnet': 0.1,
-            'fast FashionMNIST wrn': 0.1,
+            'fast cifar': 0.2,
+            'fast cifar resnet': 0.1,
+            'fast cifar wrn': 0.1,
             'fast digits': 0.1,
             'pretrained': 0.1,
             'rmsprop': 1e-2,
@@ -281,7 +303,7 @@ TRAINING = (
         'ramp:STEPS: steps in which the learning rate rises to --lr in equal parts; without '
         'ramp: steps with a hundredth of --lr',
         0,
-        {'fast FashionMNIST': 'ramp:200', 'fast digits': 'ramp:100'},
+        {'fast cifar': 'ramp:200', 'fast digits': 'ramp:100'},
         type=warmup,
         metavar='STEPS',
     ),
@@ -337,7 +359,7 @@ TRAINING = (
         'tta',
         'test-time augmentation. flip: average the logits of an image and its mirror image',
         'none',
-        {'fast FashionMNIST': 'flip'},
+        {'fast cifar': 'flip', 'fast digits': 'none', 'fast no_mirror': 'none'},
         choices=('none', 'flip'),
     ),
     Option(

@@ -36,6 +36,17 @@ def number(kind, least, exclusive=False, most=None):
     return parse
 
 
+def amount(text):
+    """A number of samples, or a share of them such as 20%."""
+    share = text.removesuffix('%')
+    if share == text:
+        return number(int, 0)(text)
+    value = number(float, 0, exclusive=True)(share)
+    if value >= 100:
+        raise argparse.ArgumentTypeError(f'{text} must be below 100%: some samples must remain')
+    return text
+
+
 def epoch_list(text):
     try:
         epochs = json.loads(text)

@@ -10,7 +10,7 @@ import math
 from diracnet import DATASETS
 from lab.device import has_bfloat16
 from lab.errors import OneLineParser, OptionError
-from lab.models.registry import CHAINS
+from lab.models.registry import CHAINS, form_of
 from lab.training.option import UNSET
 from lab.training.option_table import FAST, GROUPS, OPTIONS
 from lab.training.option_types import LARGEST
@@ -49,9 +49,9 @@ def defaults_for(given):
     dataset, model, optimizer, recipe = (
         given.get(name, OPTIONS[name].default) for name in ('dataset', 'model', 'optim', 'recipe')
     )
-    facts = {dataset, DATASETS[dataset][0], model, optimizer, recipe}
-    if given.get('pretrained'):
-        facts.add('pretrained')
+    form = form_of({**given, 'dataset': dataset})
+    facts = {dataset, form, model, optimizer, recipe}
+    facts.update(name for name in ('pretrained', 'no_mirror') if given.get(name))
     if has_bfloat16():
         facts.add('bfloat16-instructions')
     defaults = {}
@@ -95,8 +95,12 @@ def complete(given, stored=None):
     reads_imagenetpath = stored is None or 'imagenetpath' in given
     if options['dataset'] == 'ImageNet' and 'dataroot' not in given and reads_imagenetpath:
         options['dataroot'] = options['imagenetpath']
-    if options['recipe'] == 'fast' and options['dataset'] not in FAST:
-        raise OptionError(f'--recipe fast exists for {" and ".join(FAST)} only')
+    if options['recipe'] == 'fast' and (
+        options['dataset'] not in FAST or form_of(options) != 'cifar'
+    ):
+        raise OptionError(
+            f'--recipe fast exists for {", ".join(FAST[:-1])}, and folder with --form cifar'
+        )
     if options['width'] == int(options['width']):
         options['width'] = int(options['width'])  # so that logs and names say 2, not 2.0
     if stored is None and 'epoch_step' not in given:
@@ -128,6 +132,18 @@ def check_combination(options):
         raise OptionError(
             f'--lr {options["lr"]:g} and --lr_decay_ratio {options["lr_decay_ratio"]:g}: after all '
             f'epochs of --epoch_step, the learning rate would be {last:g}; the most is {LARGEST:g}'
+        )
+    own_form = DATASETS[options['dataset']][0]
+    if options['dataset'] != 'folder' and form_of(options) != own_form:
+        raise OptionError(
+            f'--form {options["form"]} is impossible for {options["dataset"]}, whose form is '
+            f'{own_form}: only --dataset folder can choose'
+        )
+    least, most = (8, 96) if form_of(options) == 'cifar' else (64, 2**16)
+    if own_form == 'imagenet' and not least <= options['image_size'] <= most:
+        raise OptionError(
+            f'--image_size {options["image_size"]} is out of range for --form '
+            f'{form_of(options)}: choose {least} to {most}'
         )
     if options['freeze'] and not options['pretrained']:
         raise OptionError('--freeze needs --pretrained: new parameters have to be trained')

@@ -17,16 +17,25 @@ def bar_format(columns):
 
 
 class ProgressBar:
-    """tqdm's bar over the images of a pass, with loss and accuracy if there are meters. Only shown
-    in a terminal."""
+    """tqdm's bar over the images of a pass, with loss and accuracy if there are meters. Where the
+    output is not a terminal, it is a line every few minutes instead.
 
-    def __init__(self, label, n, meters=None, done=0):
+    Args:
+        label: what to call the pass.
+        batches: Batches; the pass begins with their batch number `start`.
+        say: prints a line, in rank 0 only.
+    """
+
+    INTERVAL = 300  # seconds between two lines
+
+    def __init__(self, label, batches, meters=None, say=distributed.say):
         from tqdm import tqdm
 
         columns = shutil.get_terminal_size().columns
+        self.first = min(batches.start * batches.batch_size, batches.n)
         self.bar = tqdm(
-            total=n,
-            initial=done,
+            total=batches.n,
+            initial=self.first,
             desc=label,
             unit='img',
             unit_scale=True,
@@ -35,21 +44,42 @@ class ProgressBar:
             dynamic_ncols=True,
             bar_format=bar_format(columns),
         )
-        self.meters, self.shown = meters, 0.0
+        self.label, self.batches, self.meters, self.say = label, batches, meters, say
+        self.done = self.first
+        self.started = self.shown = time.monotonic()
 
     def update(self, n):
-        if self.meters and not self.bar.disable and time.monotonic() - self.shown > 0.5:
-            self.shown = time.monotonic()
-            self._show_meters()
+        self.done += n
+        now = time.monotonic()
+        if self.bar.disable:
+            if now - self.shown > self.INTERVAL:
+                self.shown = now
+                self.say(self._line(now - self.started))
+            return
+        if self.meters and now - self.shown > 0.5:
+            self.shown = now
+            self.bar.set_postfix_str(self._measured(3, 'acc'), refresh=False)
         self.bar.update(n)
 
-    def _show_meters(self):
+    def _line(self, elapsed):
+        """The position, what was measured, the speed and the time left, in words."""
+        rate = (self.done - self.first) / elapsed
+        left = self.bar.format_interval((self.batches.n - self.done) / rate)
+        step = -(-self.done // self.batches.batch_size)
+        parts = [f'{self.label}: step {step} of {len(self.batches)}']
+        if self.meters:
+            parts.append(self._measured(4, 'accuracy'))
+        return ', '.join((*parts, f'{rate:,.0f} images/s', f'{left} left'))
+
+    def _measured(self, digits, name):
+        """Mean loss and accuracy so far, in words."""
         if distributed.world() == 1:  # several processes must flush together
             self.meters.flush()
-        if self.meters.batches:
-            loss = self.meters.loss.value()[0]
-            top1 = self.meters.accuracy.value(self.meters.topk[0])
-            self.bar.set_postfix_str(f'loss {loss:.3f}, acc {top1:.1f} %', refresh=False)
+        if not self.meters.batches:
+            return ''
+        loss = self.meters.loss.value()[0]
+        top1 = self.meters.accuracy.value(self.meters.topk[0])
+        return f'loss {loss:.{digits}f}, {name} {top1:.{digits - 2}f} %'
 
     def close(self):
         self.bar.close()
@@ -66,11 +96,12 @@ class Pass:
         batches: Batches; the pass sets their epoch and the batch to start from.
         epoch: counted from 1.
         progress: what `progress()` returned when the pass was interrupted.
+        say: prints a line, in rank 0 only.
     """
 
-    def __init__(self, name, label, batches, meters, epoch, progress=None):
+    def __init__(self, name, label, batches, meters, epoch, progress=None, say=distributed.say):
         self.name, self.label, self.batches, self.meters = name, label, batches, meters
-        self.final_progress = None
+        self.say, self.final_progress = say, None
         meters.reset()
         self.step, elapsed, batches.broken_before = 0, 0, {}
         if progress:
@@ -81,9 +112,7 @@ class Pass:
         self.started = time.perf_counter() - elapsed
 
     def __enter__(self):
-        n = self.batches.n
-        done = min(self.step * self.batches.batch_size, n)
-        self.bar = ProgressBar(self.label, n, self.meters, done)
+        self.bar = ProgressBar(self.label, self.batches, self.meters, self.say)
         return self
 
     def __exit__(self, *_):

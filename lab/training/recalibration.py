@@ -47,7 +47,7 @@ def recalibrate(module, batches, epoch, options):
     batches.epoch, batches.start, batches.broken_before = epoch, 0, batches.broken
     norm = BatchStatistics(batch_norm(options), momentum=1)
     done = 0  # images
-    with closing(ProgressBar('recalibrate', batches.n)) as bar:
+    with closing(ProgressBar('recalibrate', batches)) as bar:
         for inputs, size in joined(batches):
             done += size
             norm.momentum = size / done
@@ -76,3 +76,28 @@ def joined(batches):
 def uncompiled(options):
     """A context without torch.compile, which would compile the blocks for every momentum."""
     return torch.compiler.set_stance('force_eager') if options['compile'] else nullcontext()
+
+
+FEW_STEPS = 100  # the running statistics still hold 0.9 ** 100 of their initial values
+
+
+def describe_lag(stats, steps):
+    """A hint, in words, if the running statistics seem to lag behind the network.
+
+    Args:
+        stats: what an epoch's line of the log has.
+        steps: of an epoch.
+
+    Returns:
+        '' if there is no sign of it: only in a short first epoch may a network be near chance in
+        the test although it is not in training.
+    """
+    chance = 100 / stats['num_classes']
+    training, test = ((stats[name] - chance) / (100 - chance) for name in ('train_acc', 'test_acc'))
+    lags = stats['epoch'] == 1 and steps < FEW_STEPS and test < 0.1 and training > 0.2
+    if not lags or stats['recalibrate_bn']:
+        return ''
+    return (
+        f'the test is near chance, as the running statistics of batch norm lag after {steps} '
+        'steps; more epochs mend that, or --recalibrate_bn'
+    )

@@ -5,7 +5,6 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from diracnet import DATASETS
 from lab import cuda
 from lab.device import DTYPES
 from lab.distributed import local_world, world
@@ -61,6 +60,8 @@ def check_memory(options, arguments, data, device):
         raise OptionError(str(error)) from None
     images = samples * arguments['in_channels'] * pixels**2
     needed, activations = step_memory(options, size, images)
+    if data.in_memory:
+        needed += sum(part[0].nbytes for part in (data.train, data.test))
     if device.type == 'cuda':
         available = cuda.memory(device)
     else:
@@ -103,7 +104,7 @@ def network_size(arguments, samples, image_size):
     depth = arguments['depth']
     arguments = {**arguments, 'width': min(arguments['width'], WIDEST)}
     batch = (min(samples, LARGEST_BATCH), *2 * (min(image_size, LARGEST_IMAGE),))
-    if depth <= DEEPEST or DATASETS[arguments['dataset']][0] == 'imagenet':
+    if depth <= DEEPEST or registry.form_of(arguments) == 'imagenet':
         return _measure(arguments, batch)
     # One more block of each kind adds 6 layers, and always the same numbers.
     base = 12 + depth % 6

@@ -55,7 +55,7 @@ def cifar_batches(root, sums):
 
     read = partial(read_made_cifar, json.loads(sums))
     train, test, classes = read_in_child(read, 'CIFAR10', Path(root), download=False)
-    data = Data('CIFAR10', train, test, classes, PREPROCESSING['CIFAR10'])
+    data = Data('CIFAR10', train, test, classes, PREPROCESSING['CIFAR10'], mirrored=True)
     return data.batches(True, batch_size=128, pad=4)
 
 

@@ -267,7 +267,7 @@ def data_on_the_device(part):
     """Batches of CIFAR-10's size, without and with training."""
     n = 1000 if part.quick else 50_000
     preprocessing = datasets.PREPROCESSING['CIFAR10']
-    data = datasets.Data('CIFAR10', random_cifar(n), None, (), preprocessing)
+    data = datasets.Data('CIFAR10', random_cifar(n), None, (), preprocessing, mirrored=True)
     batches = data.batches(True, batch_size=128, device=part.device, pad=4)
     batches.epoch = 1
     alone = part.time(partial(read, batches))

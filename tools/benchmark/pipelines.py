@@ -12,9 +12,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 def our_batches(n):
     """Training batches of n random images of CIFAR-10's size."""
     preprocessing = datasets.PREPROCESSING['CIFAR10']
-    source = datasets.Data(
-        name='CIFAR10', train=random_cifar(n), test=None, classes=(), preprocessing=preprocessing
-    )
+    source = datasets.Data('CIFAR10', random_cifar(n), None, (), preprocessing, mirrored=True)
     return source.batches(True, batch_size=128, pad=4)
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.data import datasets
-from lab.data.class_names import readable
+from lab.data.datasets import targets_of
 from lab.data.image_folders import ImageFolder
+from lab.data.names import display_name, readable
 from lab.data.preprocessing import normalize
 from lab.errors import UserError, printable
-from lab.folded import FILE_IMAGES, preprocessing_of, read_pixels, targets_of
+from lab.folded import FILE_IMAGES, check_classes, load_data, preprocessing_of, read_pixels
 from lab.models.registry import FOLDABLE
 from lab.runs.folder import COMMANDS, read_commands
 from lab.runs.log import parse_line
@@ -53,8 +53,9 @@ class Content:
 def describe(found, path, dataroot=None):
     """The Content of the report of a Checkpoint that was read from `path`. Raises UserError."""
     network = found.network
+    name = display_name(network['dataset'], found.options.get('dataroot', '.'))
     content = Content(
-        title=f'{network["model"]}-{network["depth"]}-{network["width"]:g} on {network["dataset"]}',
+        title=printable(f'{network["model"]}-{network["depth"]}-{network["width"]:g} on {name}'),
         facts=[],
         sections=[],
         options=[(name, _as_text(value)) for name, value in sorted(found.options.items())],
@@ -147,17 +148,8 @@ def _test(found, dataroot):
     Raises UserError if the data set is missing or does not fit the network.
     """
     preprocessing = preprocessing_of(found, found.network['dataset'])
-    data = datasets.load(
-        found.network['dataset'],
-        dataroot or found.options.get('dataroot', './data'),
-        download=False,
-        image_size=preprocessing.image_size,
-    )
-    if len(data.classes) != found.network['num_classes']:
-        raise UserError(
-            f'{found.path} has {found.network["num_classes"]} classes, but the '
-            f'{found.network["dataset"]} found here has {len(data.classes)}'
-        )
+    data = load_data(found, found.network['dataset'], preprocessing, dataroot)
+    check_classes(found, found.network['dataset'], data)
     pixels, targets = _sample(data.test, FILE_IMAGES, preprocessing)
     module = found.module().float()
     predicted, probabilities = [], []

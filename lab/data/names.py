@@ -1,0 +1,62 @@
+"""Names of classes and data sets for people."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+from lab.errors import UserError, printable
+
+# ImageNet's 1,000 classes: WordNet's ids, and the names that torchvision gives them.
+IMAGENET = Path(__file__).with_name('imagenet_classes.txt')
+
+
+def readable(classes, n):
+    """The names of n classes. ImageNet's names replace WordNet's ids, such as n01440764, of any of
+    its 1,000 classes, and stand for 1,000 classes without names.
+
+    Args:
+        classes: a list, or None.
+    """
+    names = imagenet_names()
+    if not classes:
+        return list(names.values()) if n == len(names) else classes
+    return [names[label] for label in classes] if set(classes) <= names.keys() else classes
+
+
+@cache
+def imagenet_names():
+    """{WordNet's id: name}, in the order of the ids, which is that of the classes."""
+    return read_names(IMAGENET)
+
+
+def read_names(path):
+    """{folder: name} in a file with a line FOLDER<TAB>NAME for each class; {} if it is missing.
+
+    Raises:
+        UserError: the file cannot be read, or a line has another form.
+    """
+    try:
+        lines = path.read_text('utf-8-sig').splitlines()
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        reason = getattr(error, 'strerror', None) or 'it is not UTF-8'
+        raise UserError(f'{printable(str(path))} cannot be read ({reason})') from None
+    names = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        label, _, name = (part.strip() for part in line.partition('\t'))
+        if not (label and name):
+            raise UserError(
+                f'{printable(str(path))}, line {number}: {printable(line)!r} is not a folder, a '
+                'tab and a name'
+            )
+        names[label] = name
+    return names
+
+
+def display_name(dataset, root):
+    """What to call a data set in `root`: a folder of images has the name of the folder."""
+    name = Path(os.path.expanduser(root)).resolve().name
+    return name or dataset if dataset == 'folder' else dataset
