@@ -40,7 +40,13 @@ from lab.runs.folder import PARAMETERS, RunFolder, log_lines, write_report
 from lab.runs.log import format_line
 from lab.runs.pretrained import find_pretrained, start_from
 from lab.runs.recorder import Recorder
-from lab.runs.resume import find_resumed, options_to_evaluate, options_to_train, restore
+from lab.runs.resume import (
+    find_resumed,
+    options_to_evaluate,
+    options_to_train,
+    restore,
+    started_anew,
+)
 from lab.runs.signals import Stop
 from lab.training.broken_images import BrokenImages
 from lab.training.inputs import check_classes, load_data, make_batches
@@ -79,6 +85,7 @@ def main(arguments=None):
         else:
             if not to_launch:  # otherwise the launched processes lock it
                 distributed.from_first(folder.lock)
+            given = distributed.from_first(lambda: started_anew(given))
             found = distributed.from_first(lambda: find_resumed(given))
             if not found:
                 pretrained = distributed.from_first(lambda: find_pretrained(given))
@@ -100,7 +107,8 @@ def main(arguments=None):
 def train(options, resumed, pretrained, device, folder, arguments):
     """Train to the last epoch: a run that was stopped, a pretrained network, or a new one. Write
     checkpoints, log and command line to `folder`."""
-    folder.settle(options, resumed, auto=options.pop('resume', None) == 'auto')
+    options.pop('resume', None)
+    folder.settle(options, resumed)
     options['save'] = str(folder.path)
     with Stop() as stop:
         # The data.

@@ -22,13 +22,14 @@ def test_unknown_name_is_refused(tmp_path):
 
 
 def test_digits_and_svhn_are_not_mirrored():
+    mirrored = {name for name, row in datasets.SOURCES.items() if row.mirrored}
+    assert mirrored == {'FashionMNIST', 'CIFAR10', 'CIFAR100'}
+    assert not datasets.load('digits', '.').mirrored
     facts = datasets.PREPROCESSING['CIFAR10']
-    for name, row in datasets.SOURCES.items():
-        if row.read is None:  # image files
-            continue
-        source = datasets.Data(name, small_set(), small_set(), (), facts)
+    for flip in (True, False):
+        source = datasets.Data('CIFAR10', small_set(), small_set(), (), facts, mirrored=flip)
         train, test = (source.batches(mode, batch_size=9, pad=4) for mode in (True, False))
-        assert train.flip == (name not in ('digits', 'SVHN')) and train.pad == 4
+        assert train.flip == flip and train.pad == 4
         assert not test.flip and not test.pad
 
 

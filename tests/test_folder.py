@@ -45,16 +45,27 @@ def test_auto(short_run, tmp_path, call, refused):
     refused(2, ['--seed', '3', '4'], train.main, *SHORT_RUN, '--seed', 4, *auto)
 
 
-def test_auto_after_a_kill_before_the_first_checkpoint(tmp_path, refused):
+@pytest.mark.parametrize(
+    'again', [['--resume'], [*SHORT_RUN, '--save'], [*SHORT_RUN, '--resume', 'auto', '--save']]
+)
+def test_run_that_ended_before_its_first_checkpoint(again, short_run, tmp_path, stop_at):
+    """It starts anew, with the options that it had, however it is started again."""
+
+    class Crash(Exception):
+        pass
+
+    def crash():
+        raise Crash
+
     folder = tmp_path / 'run'
-    folder.mkdir()
-    for name in ('log.txt', 'model.pt7.tmp'):
-        (folder / name).write_text('')
-    (folder / 'run.json').write_text('[]')
-    refused(2, folder, train.main, *SHORT_RUN, '--save', folder)
-    train.main([*SHORT_RUN, '--epochs', '1', '--save', str(folder), '--resume', 'auto'])
-    assert [line['epoch'] for line in read_log(folder)] == [1]
-    assert len(json.loads((folder / 'run.json').read_text())) == 1
+    for command in ([*SHORT_RUN, '--save'], ['--resume']):  # crashes twice
+        stop_at(7, act=crash)
+        with pytest.raises(Crash):
+            train.main([*command, str(folder)])
+        assert not list(folder.glob('*.pt7'))
+    train.main([*again, str(folder)])
+    assert same(short_run, folder) and without_times(short_run) == without_times(folder)
+    assert len(json.loads((folder / 'run.json').read_text())) == 3
 
 
 def test_leftovers_of_a_killed_process_are_removed(tmp_path):

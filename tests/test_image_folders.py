@@ -1,17 +1,19 @@
-"""Folders of images: their list and its cache, training on them, and what is wrong with them."""
+"""Folders of images: their list, training on them, and what is wrong with them."""
 
 import contextlib
+import json
 import os
 import shutil
-import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from data_helpers import epoch_of, folder_batches, own_memory, run_folder
 
 import train
 from conftest import python, read_log, write_idx
-from lab.data import image_folders
+from lab.data import datasets, image_folders
 from lab.data.fashion_mnist import IDX_FILES
 
 
@@ -40,103 +42,218 @@ def test_other_classes_are_refused(many_files, tmp_path, refused):
         refused(1, ['a, b', 'a, c'], train.main, *command)
 
 
-def test_options_that_folders_do_not_have(many_files, tmp_path, refused):
-    for options in (('--holdout', 10), ('--preprocess', 'zca')):
-        refused(2, options[0], train.main, *run_folder(many_files, tmp_path / 'run', *options))
+def test_options_that_image_files_do_not_have(many_files, tmp_path, refused):
+    for options in (('--cutout', 10), ('--preprocess', 'zca')):
+        command = run_folder(many_files, tmp_path / 'run', *options)
+        refused(2, [options[0], '--form cifar'], train.main, *command)
 
 
-# --- the list of files and its cache ----------------------------------------------------------
+def test_without_mirror_images(many_files):
+    """The same crops, none of them mirrored."""
+    data = datasets.load('folder', many_files, image_size=64)
+    mirrored, plain = (
+        epoch_of(replace(data, mirrored=flip).batches(True, batch_size=50), 1)[0]
+        for flip in (True, False)
+    )
+    same, flipped = (
+        torch.stack([(a == b).all() for a, b in zip(mirrored, other)])
+        for other in (plain, plain.flip(3))
+    )
+    assert (same | flipped).all() and 50 < same.sum() < 100
 
 
-def age(root):
-    """Make the folders an hour old: the list of a folder that has just changed is not cached."""
-    for folder, _, _ in os.walk(root):
-        os.utime(folder, (time.time() - 3600,) * 2)
+# --- the list of files ------------------------------------------------------------------------
 
 
 @pytest.fixture
-def listed(many_files, monkeypatch):
-    """listed(): names, targets, and whether the folders were walked."""
-    walks, walk = [], os.walk
+def listed(many_files):
+    """listed(): the names and targets of the training files."""
 
-    def counted(*args, **kwargs):
-        walks.append(args)
-        return walk(*args, **kwargs)
-
-    def listed():
-        with monkeypatch.context() as patch:
-            patch.setattr(os, 'walk', counted)
-            walks.clear()
-            names, targets = image_folders.list_files(many_files, 'train', ['a', 'b'])
-        return [os.fsdecode(name) for name in names], targets.tolist(), bool(walks)
+    def listed(root=many_files):
+        part = datasets.load('folder', root).train
+        return [os.fsdecode(name) for name in part.names], part.targets.tolist()
 
     return listed
 
 
-def test_list_is_cached(many_files, listed):
-    cache = many_files / '.diracnets-train.npz'
-    fresh = listed()
-    assert fresh[2] and not cache.exists()
-    names, targets, _ = fresh
-    assert len(names) == 150 and names[0] == 'a/000.png' and targets == [0] * 75 + [1] * 75
-    age(many_files / 'train')
-    assert listed() == fresh and cache.exists()
-    assert listed() == (names, targets, False)
-    for broken in (b'nothing', b'', cache.read_bytes()[:500]):
-        cache.write_bytes(broken)
-        assert listed()[2] and not listed()[2]
-    # the same folders as other classes
-    assert image_folders.list_files(many_files, 'train', ['b'])[1].tolist() == [0] * 75
-
-
-def test_list_follows_changes(many_files, listed):
-    a, b = many_files / 'train' / 'a', many_files / 'train' / 'b'
-    age(many_files / 'train')
-    listed()
-    (a / '000.png').rename(b / 'new.PNG')
-    names, targets, walked = listed()
-    assert walked and len(names) == 150 and sum(targets) == 76
-    assert names[0] == 'a/001.png' and names[-1] == 'b/new.PNG'
-    age(many_files / 'train')
-    listed()
-    (b / 'deeper').mkdir()
-    (b / '001.png').rename(b / 'deeper' / '001.png')
-    assert 'b/deeper/001.png' in listed()[0]
-    age(many_files / 'train')
-    assert listed()[2] and not listed()[2]
-    shutil.rmtree(b / 'deeper')
-    assert 'b/deeper/001.png' not in listed()[0]
-
-
-def test_order_does_not_depend_on_the_file_system(many_files, listed, monkeypatch):
+def test_list(many_files, listed):
+    names, targets = listed()
+    assert names[0] == 'a/000.png' and len(names) == 150 and targets == [0] * 75 + [1] * 75
     for name in ('z', 'y', 'x'):
         (many_files / 'train' / 'a' / name).mkdir()
         shutil.copy(many_files / 'train' / 'a' / '000.png', many_files / 'train' / 'a' / name)
-    names = [name for name in listed()[0] if name.count('/') == 2]
-    assert names == ['a/x/000.png', 'a/y/000.png', 'a/z/000.png']
+    (many_files / 'train' / 'b' / '000.png').rename(many_files / 'train' / 'b' / 'new.JFIF')
+    names = listed()[0]
+    assert names[75:78] == ['a/x/000.png', 'a/y/000.png', 'a/z/000.png']
+    assert names[-1] == 'b/new.JFIF'
 
 
-def test_list_of_an_older_version_is_not_used(many_files, listed):
-    age(many_files / 'train')
-    names, targets, _ = listed()
-    cache = many_files / '.diracnets-train.npz'
-    content = dict(np.load(cache))
-    for changed in (
-        {'version': np.array(1)},
-        {'names': content['names'][:5], 'targets': content['targets'][:5]},
-        {'targets': np.zeros_like(content['targets'])},
-        {'targets': np.array('x')},
-        {'checksum': np.array('x')},
-    ):
-        np.savez(cache, **{**content, **changed})
-        assert listed() == (names, targets, True)
-    np.savez(cache, **{key: content[key] for key in content if key != 'version'})
-    assert listed() == (names, targets, True)
-    cache.write_bytes(cache.read_bytes()[:-40])
-    assert listed() == (names, targets, True)
-    cache.unlink()
-    os.mkfifo(cache)  # nobody writes to it
-    assert listed()[0] == names
+def test_odd_names(many_files, tmp_path, listed, call):
+    """Spaces, umlauts, 200 characters, bytes that are not UTF-8, a nested folder."""
+    folder = many_files / 'train' / 'a'
+    odd = [
+        ' a b .png',
+        'Äöü ß.PNG',
+        f'{"x" * 196}.png',
+        os.fsdecode(b'\xff\xfe.png'),
+        'new\nline.png',
+    ]
+    (folder / 'in here').mkdir()
+    for name in odd:
+        shutil.copy(folder / '000.png', folder / name)
+        shutil.copy(folder / '000.png', folder / 'in here' / name)
+    names = listed()[0]
+    assert {f'a/{name}' for name in odd} | {f'a/in here/{name}' for name in odd} <= set(names)
+    root = many_files.rename(tmp_path / f'{"Bilder ü " * 15}')
+    command = run_folder(root, tmp_path / 'run', '--epochs', 1, '--nthread', 0)
+    assert call(train.main, *command).status == 0
+    (root / 'train' / 'a' / odd[-1]).write_text('not an image')
+    result = call(train.main, *run_folder(root, tmp_path / 'other', '--epochs', 1, '--nthread', 0))
+    assert 'new\\nline.png is not an image' in result.out and not result.err
+
+
+def test_leftovers_of_macos_are_no_images(many_files, listed):
+    expected = listed()
+    for part in ('train', 'val'):
+        for folder in (many_files / part / '__MACOSX' / 'a', many_files / part / 'a' / '.thumbs'):
+            folder.mkdir(parents=True)
+            (folder / '0.png').write_bytes(b'\0\5\x16\7')
+        (many_files / part / 'b' / '._000.png').write_bytes(b'\0\5\x16\7')
+    assert listed() == expected
+    assert datasets.load('folder', many_files, form='imagenet').notes == ()
+
+
+def test_other_suffixes_are_counted(many_files, tmp_path, call):
+    for name in ('1.heic', '2.HEIC', 'list'):
+        (many_files / 'train' / 'a' / name).write_text('')
+    (many_files / 'val' / 'b' / '3.heic').write_text('')
+    command = run_folder(many_files, tmp_path / 'run', '--epochs', 1, '--nthread', 0)
+    lines = call(train.main, *command).out.splitlines()
+    [line] = [line for line in lines if 'ignored' in line]
+    assert line.startswith('4 files') and '3 .heic' in line and '1 no suffix' in line
+
+
+@pytest.mark.parametrize('name', image_folders.TEST_FOLDERS)
+def test_names_of_the_test_folder(name, many_files):
+    (many_files / 'val').rename(many_files / name)
+    data = datasets.load('folder', many_files)
+    assert (len(data.train), len(data.test)) == (150, 20)
+    (many_files / 'test').mkdir(exist_ok=True)  # a second one does not count
+    if name != 'test':
+        assert len(datasets.load('folder', many_files).test) == 20
+
+
+@pytest.mark.parametrize('form', ['imagenet', 'cifar'])
+@pytest.mark.parametrize('amount', ['30', '20%'])
+def test_folder_without_a_split(form, amount, many_files, tmp_path, call, refused):
+    """It is tested on held-out images, also by the programs that read the run."""
+    from tools.report.__main__ import main as report
+
+    flat = (many_files / 'train').rename(tmp_path / 'flat')
+    depth = {'cifar': 10, 'imagenet': 18}[form]
+    options = ('--form', form, '--depth', depth, '--epochs', 1, '--nthread', 0)
+    command = run_folder(flat, tmp_path / 'run', *options)
+    refused(1, [flat, '--holdout'], train.main, *command)
+    assert call(train.main, *command, '--holdout', amount).status == 0
+    result = call(train.main, '--evaluate', tmp_path / 'run', '--nthread', 0)
+    stats = json.loads(result.out.removeprefix('json_stats: '))
+    assert stats['n'] == 30 and stats['test_acc'] == read_log(tmp_path / 'run')[-1]['test_acc']
+    page = tmp_path / 'report.html'
+    call(report, tmp_path / 'run', '--out', page)
+    assert 'on flat' in page.read_text() and 'of 30 images' in page.read_text()
+
+
+@pytest.mark.parametrize('form', ['imagenet', 'cifar'])
+def test_holdout_and_per_class(form, many_files, tmp_path):
+    """Held-out images are the same at each call, from all classes, and none is trained on."""
+    data = datasets.load('folder', many_files, form=form, image_size=64)
+
+    def samples(part):
+        """Something that identifies each sample."""
+        if form == 'cifar':
+            return [image.numpy().tobytes() for image in part[0]]
+        return part.names.tolist()
+
+    held = data.holdout(50)
+    assert samples(held.test) == samples(data.holdout(50).test)
+    assert sorted(samples(held.test) + samples(held.train)) == sorted(samples(data.train))
+    assert 15 < sum(datasets.targets_of(held.test)) < 35
+    assert len(datasets.targets_of(data.holdout('10%').test)) == 15
+    few = held.per_class(7)
+    assert list(datasets.targets_of(few.train)) == [0] * 7 + [1] * 7
+    assert samples(few.train)[:7] == samples(held.train)[:7]
+    inputs, _ = epoch_of(held.batches(False, batch_size=20), 1)
+    again, _ = epoch_of(held.batches(False, batch_size=20), 2)
+    assert torch.equal(inputs, again)  # not augmented
+
+
+@pytest.mark.parametrize(
+    'options, words',
+    [
+        (['--holdout', '100%'], '100%'),
+        (['--holdout', '0%'], '0%'),
+        (['--holdout', 'half'], 'half'),
+        (['--holdout', '150'], ['150', '149']),
+        (['--holdout', '149'], 'without'),
+        (['--per_class', '76'], ['76', '75']),
+        (['--form', 'vgg'], 'vgg'),
+        (['--form', 'cifar', '--image_size', '7'], '7'),
+        (['--form', 'cifar', '--image_size', '97'], ['97', '96']),
+        (['--image_size', '63'], ['63', '64']),
+        (['--form', 'cifar', '--depth', '18'], ['18', '16']),
+        (['--depth', '16'], ['16', 'form cifar']),
+        (['--recipe', 'fast'], '--form cifar'),
+    ],
+)
+def test_bad_options(options, words, many_files, tmp_path, refused):
+    refused(2, words, train.main, *run_folder(many_files, tmp_path / 'run', *options))
+
+
+@pytest.mark.parametrize('dataset, form', [('digits', 'imagenet'), ('ImageNet', 'cifar')])
+def test_form_of_other_data_sets(dataset, form, tmp_path, refused):
+    command = ('--dataset', dataset, '--form', form, '--save', tmp_path / 'run')
+    refused(2, ['--form', dataset], train.main, *command)
+
+
+def test_one_class(many_files, tmp_path, refused):
+    for part in ('train', 'val'):
+        shutil.rmtree(many_files / part / 'b')
+    refused(1, ['one class', 'a'], train.main, *run_folder(many_files, tmp_path / 'run'))
+
+
+# --- names of classes -------------------------------------------------------------------------
+
+
+def rename_classes(root, names):
+    for part in ('train', 'val'):
+        for old, new in zip('ab', names):
+            (root / part / old).rename(root / part / new)
+
+
+def test_wordnet_ids(many_files, tmp_path, call):
+    from tools import predict
+
+    rename_classes(many_files, ('n01440764', 'n13133613'))
+    options = ('--form', 'cifar', '--depth', 10, '--epochs', 1)
+    train.main(run_folder(many_files, tmp_path / 'run', *options))
+    out = call(predict.main, tmp_path / 'run', many_files / 'val').out
+    assert out.count('tench') == out.count('ear') == 20 and 'n01440764' not in out.replace(
+        str(many_files / 'val' / 'n01440764'), ''
+    )
+
+
+def test_classes_txt(many_files, tmp_path, call, refused):
+    from tools import predict
+
+    names = many_files / 'classes.txt'
+    names.write_text('\ufeffb\tweiße Blüte\n\nz\tunused\n', 'utf-8')
+    options = ('--form', 'cifar', '--depth', 10, '--epochs', 1)
+    assert call(train.main, *run_folder(many_files, tmp_path / 'run', *options)).status == 0
+    out = call(predict.main, tmp_path / 'run', many_files / 'val').out
+    assert out.count(' a ') == out.count('weiße Blüte') == 20
+    names.write_text('b white flower\n')
+    words = [names, 'line 1', 'b white flower']
+    refused(1, words, train.main, *run_folder(many_files, tmp_path / 'other', *options))
 
 
 # --- links ------------------------------------------------------------------------------------
@@ -147,16 +264,16 @@ def test_list_of_an_older_version_is_not_used(many_files, listed):
     ['..', '../../train', '../..', '../../..', '/', '../b', 'loop', '../../val', '../../val/b'],
 )
 def test_links_that_lead_back_are_not_followed(target, many_files, listed):
-    expected = listed()[:2]
+    expected = listed()
     (many_files / 'train' / 'a' / 'loop').symlink_to(target)
-    assert listed()[:2] == expected
+    assert listed() == expected
 
 
 def test_classes_that_lead_back(many_files):
     for part in ('train', 'val'):
         (many_files / part / 'loop').symlink_to('..')
         (many_files / part / 'itself').symlink_to('itself')
-    assert image_folders.list_classes(many_files) == ['a', 'b']
+    assert image_folders.list_classes(*image_folders.find_splits(many_files)) == ['a', 'b']
 
 
 def test_links_to_other_folders_are_followed_once(many_files, tmp_path, listed):
@@ -167,38 +284,17 @@ def test_links_to_other_folders_are_followed_once(many_files, tmp_path, listed):
     for name in ('first', 'second'):
         (a / name).symlink_to(tmp_path / 'more')
     (tmp_path / 'more' / 'up').symlink_to(many_files)
-    names, targets, _ = listed()
+    names, targets = listed()
     assert targets == [0] * 150 + [1] * 75
     assert [name for name in names if '/first/' in name] == names[75:150]
-
-
-def test_names_of_one_file_count_once(many_files, listed):
-    a, b = many_files / 'train' / 'a', many_files / 'train' / 'b'
-    names, targets, _ = listed()
-    (a / 'link.png').symlink_to('000.png')
-    os.link(a / '000.png', a / 'hard.png')
-    os.link(a / '000.png', b / 'hard.png')
-    (b / 'link.png').symlink_to('../a/000.png')
-    shutil.copy(b / '000.png', b / 'copy.png')  # another file
-    assert listed()[:2] == (sorted([*names, 'b/copy.png']), [*targets, 1])
 
 
 def test_two_classes_of_one_folder(many_files, tmp_path, refused):
     for part in ('train', 'val'):
         shutil.rmtree(many_files / part / 'b')
         (many_files / part / 'b').symlink_to('a')
-    words = [many_files / 'train' / 'b', 'no images']
+    words = [many_files / 'train' / 'b', 'same folder']
     refused(1, words, train.main, *run_folder(many_files, tmp_path / 'run'))
-
-
-def test_read_only_folder_is_cached_elsewhere(many_files, tmp_path, monkeypatch):
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    # the tests may run as root, who may write everywhere
-    monkeypatch.setattr(os, 'access', lambda path, mode: mode != os.W_OK)
-    age(many_files)
-    image_folders.list_files(many_files, 'val', ['a', 'b'])
-    assert not list(many_files.glob('.diracnets*'))
-    assert len(list((tmp_path / 'cache' / 'diracnets').iterdir())) == 1
 
 
 def test_structure_of_folders(many_files, tmp_path, refused):

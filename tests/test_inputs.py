@@ -98,7 +98,7 @@ def test_broken_gzip(fault, fashion_mnist, refuse):
 
 def test_folder_without_images(image_folder, tmp_path, refuse):
     shutil.rmtree(image_folder / 'val')
-    refuse(image_folder / 'val', 'ImageNet', image_folder)
+    refuse('val/', 'ImageNet', image_folder)
     (tmp_path / 'empty').mkdir()
     refuse(tmp_path / 'empty', 'ImageNet', tmp_path / 'empty')
 

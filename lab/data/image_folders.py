@@ -170,7 +170,12 @@ def _class_folders(folder):
         raise missing_data(f'{folder} cannot be read ({error.strerror})', remedy) from None
     if not classes:
         raise missing_data(f'{folder} has no folders of classes', remedy)
-    return sorted(classes)
+    names = {}
+    for name in sorted(classes):
+        first = names.setdefault(os.path.realpath(folder / name), name)
+        if first != name:
+            raise UserError(f'{printable(str(folder / name))} is the same folder as {first}')
+    return list(names.values())
 
 
 def class_names(root, classes):

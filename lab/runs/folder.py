@@ -80,14 +80,13 @@ class RunFolder:
                 )
             time.sleep(0.1)
 
-    def settle(self, options, resumed, auto):
+    def settle(self, options, resumed):
         """Choose the folder for these options. Raises OptionError if it has another run, or files
         that are no run's."""
         path = self._choose(options, resumed)
         if path != self.path:
             self.close()
             self.path = path
-        self.auto = auto
         self.continues = _is_own(resumed) and path.exists() and path.samefile(resumed.path.parent)
         if resumed and resumed.is_run:
             self.last_save = f'{resumed.path}, saved after {resumed.position}'
@@ -112,8 +111,10 @@ class RunFolder:
             names = set(os.listdir(self.path))
         except OSError as error:
             raise UserError(f'--save {self.path} cannot be read ({error.strerror})') from None
-        # --resume auto restarts a run that was killed before its first checkpoint.
-        if names & ({checkpoint.FILE_NAME} if self.auto else {checkpoint.FILE_NAME, LOG}):
+        # A run that was stopped before its first checkpoint has one line in its log at most, and
+        # starts anew.
+        has_log = LOG in names and (self.path / LOG).read_bytes().count(b'\n') > 1
+        if has_log or {checkpoint.FILE_NAME, checkpoint.PREVIOUS} & names:
             raise OptionError(
                 f'{self.path} already has a run; resume it with --resume {self.path}, or choose '
                 'another --save'

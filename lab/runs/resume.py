@@ -5,10 +5,31 @@ from pathlib import Path
 
 from diracnet import copy_tensors
 from lab.distributed import launched_here, local_world, say, world
-from lab.errors import OptionError, UserError
+from lab.errors import OptionError, UserError, printable
 from lab.runs import checkpoint
+from lab.runs.folder import COMMANDS, read_commands
 from lab.runs.pretrained import network_options
-from lab.training.options import BOUND_TO_MACHINE, complete, defaults_for
+from lab.training.options import BOUND_TO_MACHINE, complete, defaults_for, parse
+
+
+def started_anew(given):
+    """The given options, or, if --resume names a run that was stopped before its first checkpoint,
+    those that it was last started with."""
+    folder = Path(given.get('resume', 'auto')).expanduser()
+    if _has_checkpoint(folder):
+        return given
+    for entry in reversed(read_commands(folder / COMMANDS) or []):
+        _, _, *arguments = shlex.split(entry['command'])
+        begun = parse(arguments)
+        if begun.pop('resume', 'auto') == 'auto':
+            say(f'{printable(str(folder))} was stopped before its first checkpoint: it starts anew')
+            begun = {name: value for name, value in begun.items() if name not in BOUND_TO_MACHINE}
+            return {**begun, **given, 'save': str(folder), 'resume': 'auto'}
+    return given
+
+
+def _has_checkpoint(folder):
+    return any((folder / name).exists() for name in (checkpoint.FILE_NAME, checkpoint.PREVIOUS))
 
 
 def find_resumed(given):
@@ -20,9 +41,7 @@ def find_resumed(given):
     if 'save' not in given:
         raise OptionError('--resume auto looks for a run in the folder of --save: add --save')
     folder = Path(given['save']).expanduser()
-    names = (checkpoint.FILE_NAME, checkpoint.PREVIOUS)
-    exists = any((folder / name).exists() for name in names)
-    return checkpoint.load(folder) if exists else None
+    return checkpoint.load(folder) if _has_checkpoint(folder) else None
 
 
 def resume_command(options, folder):

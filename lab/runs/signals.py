@@ -15,8 +15,8 @@ class Stop:
     torchrun and other programs may send a signal twice, so a repeated signal is ignored for
     IGNORE_REPETITION seconds. After that, it ends the process.
 
-    The first one is answered at once, by a line on stderr: a step can take long. At the end of the
-    block, `last_words` is printed: the progress bar has gone by then.
+    The first one is answered at once, because a step can take long. At the end of the block,
+    `last_words` is printed: the progress bar has gone by then.
     """
 
     IGNORE_REPETITION = 5  # seconds
@@ -48,7 +48,7 @@ class Stop:
             if rank() == 0:
                 with contextlib.suppress(OSError):  # print() may be what the signal interrupted
                     line_end = b'\n' if os.isatty(2) else b''  # of the progress bar
-                    os.write(2, line_end + b'stopping after this step ...\n')
+                    os.write(1, line_end + b'stopping after this step ...\n')
         elif time.monotonic() > self.received_at + self.IGNORE_REPETITION:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

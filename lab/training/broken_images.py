@@ -38,6 +38,7 @@ class BrokenImages:
         """Raise UserError if too many files were broken in the last pass."""
         if len(batches.broken) > self.LIMIT * batches.n:
             raise UserError(
-                f'{len(batches.broken)} of {batches.n} image files could not be used, such as '
-                f'{printable(next(iter(batches.broken)))}: fix the data, then resume with --resume'
+                f'{len(batches.broken)} image files, more than 1 %, cannot be used, such as '
+                f'{printable(next(iter(batches.broken)))}: fix or remove them; a run that has '
+                'begun resumes with --resume'
             )

@@ -8,7 +8,7 @@ from lab.data import datasets
 from lab.data.image_folders import TEST_FOLDERS
 from lab.data.names import readable
 from lab.distributed import world
-from lab.errors import OptionError, UserError, printable
+from lab.errors import UserError, printable
 
 
 def load_data(options):
@@ -25,7 +25,7 @@ def load_data(options):
             source = source.holdout(options['holdout'])
         elif source.test is None:
             folders = ', '.join(f'{name}/' for name in TEST_FOLDERS)
-            raise OptionError(
+            raise UserError(
                 f'{printable(str(root))} has no test images ({folders}): add a folder of them, or '
                 'test on training images with --holdout 20%'
             )

@@ -41,9 +41,8 @@ def amount(text):
     share = text.removesuffix('%')
     if share == text:
         return number(int, 0)(text)
-    value = number(float, 0, exclusive=True)(share)
-    if value >= 100:
-        raise argparse.ArgumentTypeError(f'{text} must be below 100%: some samples must remain')
+    if not 0 < float(plain_digits(share)) < 100:
+        raise argparse.ArgumentTypeError(f'{text} must be above 0% and below 100%')
     return text
 
 
