@@ -26,6 +26,7 @@ class Batches:
 
     Attributes:
         n, batch_size: samples in an epoch and in a batch, of all processes together.
+        n_files: n, and the files that were left out when the images were read into memory.
         broken: {path: message} of the files of this epoch that could not be used.
         broken_before: the same for the batches before `start`; set it when resuming.
     """
@@ -34,7 +35,7 @@ class Batches:
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.rank, self.world = shard
         self.epoch, self.start = 0, 0
-        self.broken, self.broken_before = {}, {}
+        self.n_files, self.broken, self.broken_before = n, {}, {}
 
     def __len__(self):
         return -(-self.n // self.batch_size)
@@ -95,6 +96,7 @@ class MemoryBatches(Batches):
                 f'images, {min(images.shape[1:3])} pixels'
             )
         self.broken = broken or {}
+        self.n_files += len(self.broken)
         self.images, self.targets = images.to(device), targets.to(device)
         if preprocessing.whitening:  # whitening takes whole images, so it comes before the crop
             self.images = whiten(self.images, preprocessing.whitening)

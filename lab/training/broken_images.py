@@ -36,9 +36,9 @@ class BrokenImages:
 
     def check(self, batches):
         """Raise UserError if too many files were broken in the last pass."""
-        if len(batches.broken) > self.LIMIT * batches.n:
+        if len(batches.broken) > self.LIMIT * batches.n_files:
             raise UserError(
-                f'{len(batches.broken)} image files, more than 1 %, cannot be used, such as '
-                f'{printable(next(iter(batches.broken)))}: fix or remove them; a run that has '
-                'begun resumes with --resume'
+                f'{len(batches.broken)} of {batches.n_files} image files could not be used, such '
+                f'as {printable(next(iter(batches.broken)))}: fix or remove them; --resume resumes '
+                'a run that has begun'
             )
