@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+from data_helpers import run_folder
 
 import train
 from conftest import ROOT, SHORT_RUN, read_log, same, start, without_times
@@ -164,3 +165,21 @@ def test_worker_that_is_killed(image_folder, tmp_path, stop_at, refused):
     command = '--dataset folder --image_size 64 --batch_size 1 --epochs 3 --width 0.25 --nthread 1'
     data = ('--dataroot', image_folder, '--save', tmp_path / 'run')
     refused(1, ['decodes images', '--nthread'], train.main, *command.split(), *data)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_all_processes(number, many_files, tmp_path):
+    """As schedulers and terminals send it: the processes that decode images leave it to the main
+    process, which saves, and they end with it."""
+    folder = tmp_path / 'run'
+    options = ('--epochs', 500, '--nthread', 2)
+    process = start('train.py', *run_folder(many_files, folder, *options), start_new_session=True)
+    while not (folder / 'model.pt7').exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + number, '') and 'stopped by' in out
+    assert checkpoint.load(folder).position in out
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

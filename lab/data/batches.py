@@ -4,7 +4,9 @@ No random state is stored. The order of an epoch follows from (seed, epoch), and
 a sample from (seed, epoch, index), so a run can resume at any batch with the same pixels.
 """
 
+import os
 import signal
+import threading
 import warnings
 import weakref
 
@@ -15,8 +17,6 @@ from lab import cuda
 from lab.data.image_folders import ImageFolder
 from lab.data.preprocessing import normalize, whiten
 from lab.errors import OptionError, UserError
-
-PATIENCE = 300  # seconds
 
 
 class Batches:
@@ -276,14 +276,21 @@ class _SlotOrder(torch.utils.data.Sampler):
 
 def _set_up_worker(_):
     """Set up a worker process. It leaves signals to the main process, which may have to save first:
-    schedulers and terminals send them to all processes. It ends when the main process does."""
+    schedulers and terminals send them to all processes."""
     _use_one_opencv_thread()
     for name in ('SIGINT', 'SIGHUP'):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # At its exit, Python sends SIGTERM to processes that are left, and waits for them. So this
-    # signal does end a worker, but late enough for the main process to save.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(PATIENCE))
+    if hasattr(signal, 'sigwaitinfo'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_the_signal_of_the_parent, daemon=True).start()
+
+
+def _end_at_the_signal_of_the_parent():
+    """At its exit, the main process sends SIGTERM to the workers, and waits for them to end."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _use_one_opencv_thread():
