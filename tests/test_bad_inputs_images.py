@@ -90,7 +90,7 @@ INPUTS = [
     ('cut.png', write(PNG[:-20]), 'truncated'),
     ('cut.jpg', write(jpeg(small_image())[:-100]), 'truncated'),
     ('cut.gif', cut_gif, 'truncated'),
-    ('floats.tif', write(encoded('.tiff', np.ones((8, 8, 4), np.float32))), 'not an image'),
+    ('floats.tif', write(encoded('.tiff', np.ones((8, 8, 4), np.float32))), 'float32'),
     ('empty.png', write(b''), 'not an image'),
     ('text.png', write(b'no image'), 'not an image'),
     ('pipe.png', os.mkfifo, 'not a regular file'),
@@ -148,7 +148,7 @@ def test_predict_names_that_are_no_images(net, good, tmp_path, refused):
 
 
 def test_predict_all_in_a_folder(net, good, tmp_path, call):
-    """More images than a batch; links count once, and lead nowhere."""
+    """More images than a batch; links to files are images, and those to folders lead nowhere."""
     for index in range(70):
         small_image().rotate(index).save(tmp_path / f'{index:02}.png')
     for index in (3, 68):
@@ -160,9 +160,10 @@ def test_predict_all_in_a_folder(net, good, tmp_path, call):
     assert result.status == 1 and result.err.count('\n') == 2
     files = [json.loads(line)['image'] for line in result.out.splitlines()]
     expected = [f'{i:02}.png' for i in range(70) if i not in (3, 68)]
-    assert files == [str(tmp_path / name) for name in [*expected, 'good.png']]
+    expected += ['good.png', 'link1.png', 'link2.png']
+    assert files == [str(tmp_path / name) for name in expected]
     single = call(predict.main, net, tmp_path / '69.png', '--json', '--dataset', 'digits')
-    last = json.loads(result.out.splitlines()[-2])['probabilities']
+    last = json.loads(result.out.splitlines()[-4])['probabilities']
     np.testing.assert_allclose(json.loads(single.out)['probabilities'], last, rtol=1e-5)
 
 

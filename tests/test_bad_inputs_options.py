@@ -131,7 +131,7 @@ def make_file(folder):
 FOLDERS = [
     (make_home, [], 2, 'thesis.tex'),
     (make_home, ['--resume', 'auto'], 2, 'thesis.tex'),
-    (make_log_of_another, [], 2, '--resume'),
+    (make_log_of_another, [], 2, 'log.txt'),
     (make_log_of_another, ['--resume', 'auto'], 2, 'log.txt'),
     (make_run_of_another, [], 2, 'run.json'),
     (make_pipe, [], 2, 'run.json'),

@@ -134,6 +134,7 @@ def test_published_imagenet_layout(tmp_path):
         'dataset': 'ImageNet',
         'num_classes': 1000,
         'in_channels': 3,
+        'form': 'imagenet',
     }
     x = torch.randn(2, 3, 64, 64)
     expected = f(x, params, False)

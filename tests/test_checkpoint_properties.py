@@ -292,6 +292,7 @@ def check_accepted(kind, content, found):
     """The logits are those of the tensors of the sound file, in the network that the changed file
     says; its training goes on from the state in the file."""
     stated = content.get('network') or found.network
+    stated = {'form': found.network['form'], **stated}  # older files do not say it
     network = tuple((name, stated[name]) for name in found.network)
     expected = expected_logits(kind, network)
     tolerance = TOLERANCE[found.dtype]

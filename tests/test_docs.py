@@ -249,9 +249,9 @@ def test_recipes_are_those_of_the_options():
     text = (ROOT / 'docs' / 'training.md').read_text()
     rows = re.findall(r'^\| (`\w+`.*) \| DiracNet-(\d+)-1 \| (\d+; .*) \|$', text, re.MULTILINE)
     recipes = {name: row[1:] for row in rows for name in re.findall('`(.*?)`', row[0])}
-    assert set(recipes) == set(DATASETS)
+    assert set(recipes) == {*DATASETS, 'folder --form cifar'}
     for name, recipe in recipes.items():
-        options = complete({'dataset': name})
+        options = complete(parse(['--dataset', *name.split()]))
         falls = ', '.join(map(str, options['epoch_step']))
         rate = f'{options["lr"]:g}, times {options["lr_decay_ratio"]:g} at epochs {falls}'
         assert recipe == (str(options['depth']), f'{options["epochs"]}; {rate}')

@@ -35,12 +35,14 @@ EXAMPLES = {
     'dataroot': ('~/data', '~/data'),
     'imagenetpath': ('/images', '/images'),
     'nthread': ('0', 0),
+    'form': ('imagenet', 'imagenet'),
     'image_size': ('64', 64),
+    'no_mirror': (None, True),
     'preprocess': ('zca', 'zca'),
     'randomcrop_pad': ('2', 2),
     'cutout': ('4', 4),
     'per_class': ('10', 10),
-    'holdout': ('100', 100),
+    'holdout': ('20%', '20%'),
     'epochs': ('3', 3),
     'epoch_step': ('[1,2]', [1, 2]),
     'schedule': ('cosine', 'cosine'),
@@ -150,6 +152,7 @@ GENERAL = {
     'nthread': 4,
     'seed': 1,
     'holdout': 0,
+    'no_mirror': False,
     'ngpu': 1,
     'recompute': False,
     'compile': False,
@@ -247,8 +250,8 @@ def test_which_options_a_resumed_run_may_change():
     assert set(expected.split()) == FREE_ON_RESUME
 
 
-# A run does not store `evaluate`.
-@pytest.mark.parametrize('name', [name for name in EXAMPLES if name != 'evaluate'])
+# A run does not store `evaluate`. Its network decides about `form`.
+@pytest.mark.parametrize('name', [name for name in EXAMPLES if name not in ('evaluate', 'form')])
 def test_resume_check(name):
     """A changed value is refused unless it is free to change; the stored one is always accepted."""
     model = {'block': 'resnet', 'dropout': 'wrn'}.get(name, 'diracnet')

@@ -10,7 +10,7 @@ from torchvision.models import ResNet18_Weights
 from conftest import python
 from diracnet import DiracNet
 from lab.data import datasets
-from lab.data.names import readable
+from lab.data.names import imagenet_names, readable
 from lab.data.preprocessing import Preprocessing
 from tools import export, predict
 
@@ -83,5 +83,7 @@ def test_imagenet_form(photographs, tmp_path, call):
     assert call(export.main, tmp_path / 'net.pth', tmp_path / 'net.onnx').status == 0
     again = call(predict.main, tmp_path / 'net.onnx', tmp_path / 'photo.png', '--json')
     assert json.loads(again.out)['classes'] == names
-    assert readable([f'n{number:08}' for number in range(1000)], 1000) == categories
+    ids = list(imagenet_names())
+    assert readable(ids, 1000) == categories and readable(ids[5:7], 2) == categories[5:7]
+    assert readable([*ids[5:7], 'n00000001'], 3) == [*ids[5:7], 'n00000001']
     assert readable(['a', 'b'], 2) == ['a', 'b'] and readable(None, 10) is None

@@ -145,7 +145,7 @@ def test_version_1_folded_is_refused(tmp_path, refused):
     'options, words',
     [
         (('--dataset', 'CIFAR10'), ['1 channel', 'CIFAR10', '3']),
-        (('--dataset', 'folder'), ['small images', 'image files']),
+        (('--dataset', 'folder'), ['cifar', '--form']),
         (('--depth', '34'), ['--depth', '34', '16']),
         (('--model', 'resnet'), ['--model', 'resnet', 'diracnet']),
         (('--freeze', 'group3'), ['group3', 'group2']),

@@ -89,6 +89,7 @@ def test_infer_recognizes_params(model, dataset, width):
         'dataset': 'ImageNet' if dataset == 'folder' else dataset,
         'num_classes': len(params['fc.bias']),
         'in_channels': 1 if dataset == 'digits' else 3,
+        'form': 'imagenet' if dataset in ('ImageNet', 'folder') else 'cifar',
     }
     assert infer(params) == expected
     if model in FOLDABLE:

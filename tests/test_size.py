@@ -95,7 +95,7 @@ def test_limit(monkeypatch):
     arguments = arguments_of('diracnet', 16, 'digits')
     images = SimpleNamespace(image_size=8)
     for samples, memory, fits in ((96, usual, True), (96, usual - 1, False), (32, usual - 1, True)):
-        data = SimpleNamespace(train=(None, range(samples)), preprocessing=images)
+        data = SimpleNamespace(train=(None, range(samples)), preprocessing=images, in_memory=False)
         monkeypatch.setattr(size, 'total_memory', lambda memory=memory: memory)
         check = partial(
             size.check_memory, complete({'dataset': 'digits'}), arguments, data, torch.device('cpu')

@@ -84,6 +84,7 @@ def test_what_a_run_writes(digits_run):
         'depth': 16,
         'width': 1,
         'dataset': 'digits',
+        'form': 'cifar',
         'num_classes': 10,
         'in_channels': 1,
     }

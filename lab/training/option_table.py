@@ -159,8 +159,9 @@ DATA = (
     ),
     Option(
         'form',
-        'for --dataset folder: imagenet, the networks for large images, which are read from their '
-        'files at each use; or cifar, those for small images, which are read into memory',
+        'for --dataset folder: imagenet (the default), the networks for large images, which are '
+        'read from their files at each use; or cifar, those for small images, which are read into '
+        'memory',
         choices=tuple(diracnet.BASE_WIDTHS),
     ),
     Option(
@@ -218,8 +219,8 @@ DATA = (
 TRAINING = (
     Option(
         'recipe',
-        "which defaults the other options have. paper: the paper's; fast: those that studies here "
-        f'found, for {", ".join(FAST[:-1])} and --form cifar',
+        "which defaults the other options have. paper: the paper's; fast: those for a short "
+        f'training, with {", ".join(FAST[:-1])} and --form cifar',
         'paper',
         choices=('paper', 'fast'),
     ),

@@ -139,11 +139,12 @@ def check_combination(options):
             f'--form {options["form"]} is impossible for {options["dataset"]}, whose form is '
             f'{own_form}: only --dataset folder can choose'
         )
-    least, most = (8, 96) if form_of(options) == 'cifar' else (64, 2**16)
+    least, most = (8, 96) if form_of(options) == 'cifar' else (64, math.inf)
     if own_form == 'imagenet' and not least <= options['image_size'] <= most:
+        possible = f'{least} to {most}' if form_of(options) == 'cifar' else f'{least} or more'
         raise OptionError(
-            f'--image_size {options["image_size"]} is out of range for --form '
-            f'{form_of(options)}: choose {least} to {most}'
+            f'--image_size {options["image_size"]} is out of range for form {form_of(options)}: '
+            f'choose {possible}'
         )
     if options['freeze'] and not options['pretrained']:
         raise OptionError('--freeze needs --pretrained: new parameters have to be trained')

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from lab.data import datasets
+from tools.benchmark.children import cifar_batches
 from tools.benchmark.made_data import write_cifar, write_photographs
 from tools.benchmark.pipelines import our_batches, per_sample_batches, torchvision_folder_batches
 from tools.benchmark.processes import measure_in_child
 from tools.benchmark.report import Report, spread
-from tools.benchmark.timing import alternate
+from tools.benchmark.timing import alternate, ratio_of_medians
 
 COLUMNS = ['measurement', 'ours', 'torchvision', 'ratio', 'goal']
 LEGEND = (
@@ -36,6 +37,7 @@ def bench_data(args):
         compare_image_files(report, folder, args)
         measure_folder_memory(report, folder)
         measure_cifar_memory(report, folder / 'cifar')
+        compare_small_files(report, folder, args)
     return report
 
 
@@ -102,6 +104,34 @@ def measure_folder_memory(report, folder):
         f'{late - early:+.0f} MB',
         'no growth',
     )
+
+
+def compare_small_files(report, folder, args):
+    """Small images in files, read into memory once, against as many in CIFAR's own files."""
+    n = 30 * args.images  # 30,720 by default, and as many to test on
+    write_photographs(folder / 'files', n, (32, 32), quality=75)
+    read = partial(datasets.load, 'folder', folder / 'files', form='cifar')
+    label = f'reading {2 * n:,} JPEGs of 32 x 32'
+    rates = [2 * n / seconds for seconds in alternate({'read': read}, args.rounds)['read']]
+    report.samples[label] = rates
+    report.add(label, spread(rates), '', '', 'at least 3000')
+
+    sums = json.dumps(write_cifar(folder / 'as many', n // 5))
+    batches = {
+        'files': read().batches(True, batch_size=128, pad=4),
+        'CIFAR': cifar_batches(folder / 'as many', sums),
+    }
+    passes = {name: partial(consume, own) for name, own in batches.items()}
+    rates = {
+        name: [n / seconds for seconds in samples]
+        for name, samples in alternate(passes, 5 * args.rounds).items()
+    }
+    label = (
+        "small images, 32 x 32 x 3, batch 128, from JPEGs; instead of torchvision: CIFAR's files"
+    )
+    report.samples[label] = rates
+    ratio = '{:.3f} ({:.3f} to {:.3f})'.format(*ratio_of_medians(rates['files'], rates['CIFAR']))
+    report.add(label, spread(rates['files']), spread(rates['CIFAR']), ratio, '0.98 to 1.02')
 
 
 def measure_cifar_memory(report, root):

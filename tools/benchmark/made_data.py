@@ -19,24 +19,26 @@ def random_cifar(n):
     return torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8), torch.arange(n) % 10
 
 
-def write_photographs(folder, n):
-    """Write n JPEGs of one class to each of train/ and val/.
+def write_photographs(folder, n, size=(500, 375), quality=90):
+    """Write n JPEGs of two classes to each of train/ and val/.
 
-    They are crops of 500 x 375 pixels, quality 90, of scikit-learn's two photographs.
+    They are crops of `size`, (width, height) in pixels, of scikit-learn's two photographs.
     """
     import cv2
     import numpy as np
     from sklearn.datasets import load_sample_images
 
     photographs, random = load_sample_images().images, np.random.default_rng(0)
+    width, height = size
     for part in ('train', 'val'):
-        target = folder / part / 'all'
-        target.mkdir(parents=True)
+        for label in ('0', '1'):
+            (folder / part / label).mkdir(parents=True)
         for i in range(n):
-            top, left = random.integers(0, 427 - 375 + 1), random.integers(0, 640 - 500 + 1)
-            crop = photographs[i % 2][top : top + 375, left : left + 500]
+            top, left = random.integers(0, 427 - height + 1), random.integers(0, 640 - width + 1)
+            crop = photographs[i % 2][top : top + height, left : left + width]
+            path = folder / part / str(i % 2) / f'{i:05}.jpg'
             bgr = crop[..., ::-1]  # OpenCV's order
-            cv2.imwrite(str(target / f'{i:04}.jpg'), bgr, [cv2.IMWRITE_JPEG_QUALITY, 90])
+            cv2.imwrite(str(path), bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])
 
 
 def write_cifar(root, images_per_file=10_000):
