@@ -115,7 +115,11 @@ def test_resumes_to_the_bit_after_sigkill(device, monkeypatch, tmp_path):
     result = python('-c', KILLED, '--dataset', 'digits', *options.split(), '--save', cut)
     assert result.status == -signal.SIGKILL, result.err
     train_digits(cut, options)
-    train_digits(tmp_path / 'whole', options)
+    log = train_digits(tmp_path / 'whole', options)
+    # A GPU's memory: more than the parameters and their momentum, less than a gigabyte.
+    peaks = [line['train_peak_memory'] for line in log if device == 'cuda']
+    assert all(2 * 4 * log[0]['n_parameters'] < peak < 1e9 for peak in peaks)
+    assert all('train_peak_memory' not in line for line in log if device == 'cpu')
     whole, cut = (checkpoint.load(tmp_path / name).params for name in ('whole', 'cut'))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 

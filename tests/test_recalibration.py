@@ -17,6 +17,7 @@ from lab.runs import checkpoint
 from lab.training import recalibration
 from lab.training.broken_images import BrokenImages
 from lab.training.passes import ProgressBar
+from lab.training.recalibration import describe_lag
 
 DOUBLE = '--dtype double --width 0.25 --epochs 2 --randomcrop_pad 1 --seed 3 --recalibrate_bn'
 DEPTHS = {'resnet': 8, 'resnet-dirac': 8}
@@ -203,3 +204,32 @@ def test_killed(whole, tmp_path, monkeypatch):
     train.main(['--resume', str(folder), '--checkpoint_minutes', '10'])
     assert same(whole, folder)
     assert without_times(whole) == without_times(folder)
+
+
+def test_lagging_statistics_are_named(tmp_path, call):
+    """With a momentum of 0.001, the test is at chance after the first epoch; one line says why."""
+    options = ['--dataset', 'digits', '--depth', '10', '--epochs', '1', '--bn_momentum', '0.001']
+    result = call(train.main, *options, '--save', tmp_path / 'lags')
+    [line] = read_log(tmp_path / 'lags')
+    assert line['test_acc'] < 15 < 60 < line['train_acc']
+    assert result.out.count('--recalibrate_bn') == 1
+    for i, other in enumerate((['--recalibrate_bn'], ['--bn_momentum', '0.5'])):
+        result = call(train.main, *options, *other, '--save', tmp_path / f'{i}')
+        assert '--recalibrate_bn' not in result.out
+
+
+@pytest.mark.parametrize(
+    'changed, steps, lags',
+    [
+        ({}, 99, True),
+        ({}, 100, False),
+        ({'epoch': 2}, 99, False),
+        ({'test_acc': 20}, 99, False),
+        ({'train_acc': 25}, 99, False),
+        ({'num_classes': 2, 'train_acc': 65, 'test_acc': 52}, 99, True),
+    ],
+)
+def test_what_counts_as_lagging(changed, steps, lags):
+    stats = {'epoch': 1, 'num_classes': 10, 'train_acc': 40, 'test_acc': 12}
+    stats['recalibrate_bn'] = False
+    assert bool(describe_lag({**stats, **changed}, steps)) == lags

@@ -204,12 +204,16 @@ def test_broken_files_are_left_out_named_and_counted(small_files, tmp_path, call
         (folder / f'copy{i}.png').write_bytes((folder / '00.png').read_bytes())
     bad = folder / '05.png'
     bad.write_bytes(bad.read_bytes()[:50])
+    dangling = folder / 'dangling.png'
+    dangling.symlink_to('nowhere')
+    (folder / 'link.png').symlink_to('01.png')
     result = call(train.main, *run_small(small_files, tmp_path / 'run'))
-    assert result.status == 0 and result.out.count(f'{bad} ') == 1
-    assert '219 training' in result.out
+    assert result.status == 0
+    assert [result.out.count(f'{file} ') for file in (bad, dangling)] == [1, 1]
+    assert '220 training' in result.out
     first, second = read_log(tmp_path / 'run')
-    assert (first['train_broken'], first['broken_images']) == (1, [str(bad)])
-    assert (second['train_broken'], second['broken_images']) == (1, [])
+    assert (first['train_broken'], first['broken_images']) == (2, [str(bad), str(dangling)])
+    assert (second['train_broken'], second['broken_images']) == (2, [])
 
 
 def test_many_broken_files_end_the_run_before_it_trains(small_files, tmp_path, refused):
