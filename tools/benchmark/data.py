@@ -124,7 +124,7 @@ def compare_small_files(report, folder, args):
     passes = {name: partial(consume, own) for name, own in batches.items()}
     rates = {
         name: [n / seconds for seconds in samples]
-        for name, samples in alternate(passes, 5 * args.rounds).items()
+        for name, samples in alternate(passes, 20 * args.rounds).items()
     }
     label = (
         "small images, 32 x 32 x 3, batch 128, from JPEGs; instead of torchvision: CIFAR's files"
