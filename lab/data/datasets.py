@@ -135,7 +135,7 @@ class Data:
     def _needs_memory(self, option):
         return OptionError(
             f'{option} needs images in memory, but {printable(self.name)} has image files '
-            '(--form cifar reads small ones into memory)'
+            '(--dataset folder --form cifar reads small ones into memory)'
         )
 
     def holdout(self, amount):
@@ -288,9 +288,8 @@ def _load_folder(name, root, preprocessing, form, image_size):
 
 def _in_memory(data):
     """A Data of image files with its images in memory. Raises UserError."""
-    parts = [part for part in (data.train, data.test) if part]
     size = data.preprocessing.image_size
-    n = sum(map(len, parts))
+    n = len(data.train) + len(data.test or ())
     needed, available = n * size**2 * data.preprocessing.channels, total_memory()
     if needed > available:
         raise UserError(
@@ -298,14 +297,9 @@ def _in_memory(data):
             f'as {size} x {size} pixels, but this machine has {available / 1e9:,.1f} GB: use a '
             'smaller --image_size, or --form imagenet'
         )
-    read, broken = zip(*map(read_into_memory, parts))
-    train, test = read if len(read) == 2 else (*read, None)
-    for part, folder in zip(read, parts):
-        counts = np.bincount(part[1], minlength=len(data.classes))
-        if not counts.all():
-            raise UserError(
-                f'{printable(str(folder.root))} has no image of {data.classes[counts.argmin()]} '
-                'that can be read'
-            )
-    data = replace(data, train=train, test=test, broken=(*broken, {})[:2])
+    (train, train_broken), (test, test_broken) = (
+        read_into_memory(part, data.classes) if part else (None, {})
+        for part in (data.train, data.test)
+    )
+    data = replace(data, train=train, test=test, broken=(train_broken, test_broken))
     return data.standardized()

@@ -83,12 +83,15 @@ class ImageFolder(torch.utils.data.Dataset):
         return prepare(read_image(path), self.preprocessing)
 
 
-def read_into_memory(folder):
+def read_into_memory(folder, classes):
     """All images of an ImageFolder, as `prepare` makes them, without the broken ones.
 
     Returns:
         (images, targets): uint8 (N, size, size, channels), int64 (N,).
         broken: {path: message} of the files that could not be used.
+
+    Raises:
+        UserError: all images of a class are broken.
     """
     from tqdm import tqdm
 
@@ -105,7 +108,12 @@ def read_into_memory(folder):
             whole[index], broken[str(path)] = False, str(error)
     if broken:
         images = images[whole]
-    return (torch.from_numpy(images), torch.from_numpy(folder.targets[whole])), broken
+    targets = folder.targets[whole]
+    counts = np.bincount(targets, minlength=len(classes))
+    if not counts.all():
+        label = printable(classes[counts.argmin()])
+        raise UserError(f'{printable(str(folder.root))} has no image of {label} that can be read')
+    return (torch.from_numpy(images), torch.from_numpy(targets)), broken
 
 
 def has_small_images(folder):
@@ -154,9 +162,7 @@ def list_classes(train, test=None):
 
 def _class_folders(folder):
     """Sorted names of the folders in a folder, without hidden ones and links that lead back up."""
-    part = folder.name if folder.name in ('train', *TEST_FOLDERS) else 'train'
-    root = folder.parent if part == folder.name else folder
-    remedy = f'put {part}/CLASS/*.jpg under {printable(str(root))}'
+    remedy = 'put train/CLASS/*.jpg and val/CLASS/*.jpg under the folder of the data'
     above = real_lineage(folder)
     try:
         classes = [
