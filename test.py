@@ -216,6 +216,20 @@ class TestDefinitions(unittest.TestCase):
             _, params = define_diracnet(depth, width, dataset)
             self.assertEqual(sum(t.numel() for t in params.values() if t.requires_grad), expected)
 
+    def test_form(self):
+        """The form of CIFAR's networks for a folder of small images, whole and folded."""
+        form = {'form': 'cifar', 'num_classes': 10}
+        f, params = define_diracnet(34, 2, 'folder', **form)
+        self.assertEqual(sum(t.numel() for t in params.values() if t.requires_grad), 1_854_378)
+        params = randomized(params)
+        x = torch.randn(2, 3, 32, 32)
+        folded = DiracNet(34, 2, 'folder', **form).eval()
+        folded.load_state_dict(fold(params))
+        with torch.no_grad():
+            self.assertLess(relative_error(folded(x), f(x, params, False)), 1e-4)
+        with self.assertRaisesRegex(ValueError, 'vgg'):
+            define_diracnet(34, 2, 'CIFAR10', form='vgg')
+
     def test_keys(self):
         f, params = define_diracnet(10, 1, 'CIFAR10')
         bn = ['bn.weight', 'bn.bias', 'bn.running_mean', 'bn.running_var']
