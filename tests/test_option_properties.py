@@ -64,6 +64,8 @@ def is_valid(name, value):
         return True
     if name == 'bn_init':
         return len(value) == 2 and all(map(math.isfinite, value))
+    if name == 'holdout' and isinstance(value, str):
+        return value.endswith('%') and 0 < float(value[:-1]) < 100
     if name == 'warmup':
         steps = str(value).removeprefix('ramp:') if isinstance(value, str) else value
         return int(steps) >= 0

@@ -42,7 +42,7 @@ EXAMPLES = {
     'randomcrop_pad': ('2', 2),
     'cutout': ('4', 4),
     'per_class': ('10', 10),
-    'holdout': ('20%', '20%'),
+    'holdout': ('100', 100),
     'epochs': ('3', 3),
     'epoch_step': ('[1,2]', [1, 2]),
     'schedule': ('cosine', 'cosine'),
