@@ -208,12 +208,12 @@ def make_architecture(
     if classes is None:
         raise ValueError(f'{dataset} has one class per folder: pass num_classes')
     if form == 'imagenet' and depth not in IMAGENET_BLOCKS:
-        small = '; for small images pass form cifar' if dataset == 'folder' else ''
+        small = '; for small images choose the form cifar' if dataset == 'folder' else ''
         raise ValueError(f'depth {depth} is impossible for {dataset}: choose 18 or 34{small}')
     if form == 'cifar' and (depth != int(depth) or depth < 10 or (depth - 4) % 6):
         nearest = 6 * max(round((depth - 4) / 6), 1) + 4
         raise ValueError(
-            f'depth {depth} is impossible for {dataset}: it must be 6n + 4 with n >= 1 '
+            f'depth {depth} is impossible for small images: it must be 6n + 4 with n >= 1 '
             f'(10, 16, 22, 28, 34, ...); the nearest is {nearest}'
         )
     base = BASE_WIDTHS[form][0]

@@ -126,8 +126,8 @@ def train(options, resumed, pretrained, device, folder, arguments):
         distributed.check_batches(train_batches.n, options['batch_size'])
         meters, broken = Meters(len(data.classes)), BrokenImages(stop.say)
         for batches in (train_batches, test_batches):  # in memory; others are found while training
-            broken.check(batches)
             broken.report(batches)
+            broken.check(batches)
 
         # The network and its optimizer, new or from a checkpoint.
         module, norm = build_network(options, network, device)

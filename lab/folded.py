@@ -132,7 +132,8 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
 
 
 def load_data(checkpoint, dataset, preprocessing, dataroot=None):
-    """The Data that a checkpoint was trained on, or that of another `dataset` or `dataroot`.
+    """The Data that a checkpoint was trained and tested on, or that of another `dataset` or
+    `dataroot`.
 
     Raises:
         UserError: it is missing or broken.
@@ -144,9 +145,12 @@ def load_data(checkpoint, dataset, preprocessing, dataroot=None):
         form=checkpoint.network['form'],
         image_size=preprocessing.image_size,
     )
-    if data.test is None:  # the test images are those that the training held out
-        data = data.holdout(checkpoint.options.get('holdout', 0))
-    return data
+    return data.tested_on(checkpoint.options.get('holdout'))
+
+
+def images_tested(checkpoint):
+    """What kind of images `load_data` tests on, in a word."""
+    return 'held-out' if checkpoint.options.get('holdout') else 'test'
 
 
 def _dataset_name(checkpoint, given):

@@ -119,3 +119,11 @@ def test_data_that_vanish(many_files):
     shutil.rmtree(many_files / 'train')
     with pytest.raises(UserError, match=str(many_files / 'train')):
         epoch_of(source.batches(True, batch_size=15), 1)
+
+
+def test_images_that_are_all_broken(many_files, tmp_path, refused):
+    """Also if they are few."""
+    for file in many_files.glob('*/*/*.png'):
+        file.write_text('not an image') if file.name == '000.png' else file.unlink()
+    command = run_folder(many_files, tmp_path / 'run', '--nthread', 0)
+    refused(1, ['2 image files', 'train', '000.png is not an image'], train.main, *command)

@@ -39,7 +39,7 @@ def test_other_classes_are_refused(many_files, tmp_path, refused):
         ('--evaluate', tmp_path / 'run'),
         ('--resume', tmp_path / 'run', '--epochs', 3),
     ):
-        refused(1, ['a, b', 'a, c'], train.main, *command)
+        refused(1, ['other classes', 'b instead of c'], train.main, *command)
 
 
 def test_options_that_image_files_do_not_have(many_files, tmp_path, refused):
@@ -130,17 +130,21 @@ def test_other_suffixes_are_counted(many_files, tmp_path, call):
     command = run_folder(many_files, tmp_path / 'run', '--epochs', 1, '--nthread', 0)
     lines = call(train.main, *command).out.splitlines()
     [line] = [line for line in lines if 'ignored' in line]
-    assert line.startswith('4 files') and '3 .heic' in line and '1 no suffix' in line
+    assert line.startswith('4 files') and '2 .heic in a, 1 without a suffix in a' in line
 
 
 @pytest.mark.parametrize('name', image_folders.TEST_FOLDERS)
 def test_names_of_the_test_folder(name, many_files):
     (many_files / 'val').rename(many_files / name)
-    data = datasets.load('folder', many_files)
+    data = datasets.load('folder', many_files, form='imagenet')
     assert (len(data.train), len(data.test)) == (150, 20)
-    (many_files / 'test').mkdir(exist_ok=True)  # a second one does not count
+    assert [f' {name}/' in note for note in data.notes] == ([] if name == 'val' else [True])
     if name != 'test':
+        (many_files / 'test').mkdir()  # a second one does not count
         assert len(datasets.load('folder', many_files).test) == 20
+    for folder in list(many_files.iterdir()):
+        folder.rename(many_files / folder.name.capitalize())
+    assert len(datasets.load('folder', many_files).test) == 20
 
 
 @pytest.mark.parametrize('form', ['imagenet', 'cifar'])
@@ -153,14 +157,14 @@ def test_folder_without_a_split(form, amount, many_files, tmp_path, call, refuse
     depth = {'cifar': 10, 'imagenet': 18}[form]
     options = ('--form', form, '--depth', depth, '--epochs', 1, '--nthread', 0)
     command = run_folder(flat, tmp_path / 'run', *options)
-    refused(1, [flat, '--holdout'], train.main, *command)
+    refused(1, ['flat', 'val/', '--holdout'], train.main, *command)
     assert call(train.main, *command, '--holdout', amount).status == 0
     result = call(train.main, '--evaluate', tmp_path / 'run', '--nthread', 0)
     stats = json.loads(result.out.removeprefix('json_stats: '))
     assert stats['n'] == 30 and stats['test_acc'] == read_log(tmp_path / 'run')[-1]['test_acc']
     page = tmp_path / 'report.html'
     call(report, tmp_path / 'run', '--out', page)
-    assert 'on flat' in page.read_text() and 'of 30 images' in page.read_text()
+    assert 'on flat' in page.read_text() and 'of 30 held-out images' in page.read_text()
 
 
 @pytest.mark.parametrize('form', ['imagenet', 'cifar'])

@@ -225,7 +225,8 @@ def test_lagging_statistics_are_named(tmp_path, call):
         ({}, 100, False),
         ({'epoch': 2}, 99, False),
         ({'test_acc': 20}, 99, False),
-        ({'train_acc': 25}, 99, False),
+        ({'train_acc': 20}, 99, False),
+        ({'train_acc': 24, 'test_acc': 10}, 99, True),
         ({'num_classes': 2, 'train_acc': 65, 'test_acc': 52}, 99, True),
     ],
 )

@@ -74,7 +74,7 @@ def test_a_run(digits_run, tmp_path, call):
     assert page.headings == HEADINGS - {'Images'} and result.err == ''
     evaluated = call(train.main, '--evaluate', digits_run).out
     accuracy = json.loads(evaluated.split('json_stats: ')[1])['test_acc']
-    assert page.facts['test accuracy'] == f'{accuracy:.2f} % of 360 images'
+    assert page.facts['test accuracy'] == f'{accuracy:.2f} % of 360 test images'
     assert page.facts['parameters'] == '173,114'
     assert 'train.py' in page.facts['command'] and page.facts['<code>--depth</code>'] == '16'
     mistakes = [alt for alt in page.pictures if 'truly' in alt]
@@ -143,7 +143,7 @@ def test_a_folder_of_images_with_hostile_names(photographs, tmp_path, call):
     assert result.status == 0, result
     (tmp_path / 'val' / names[0] / 'broken.png').write_bytes(b'no image')
     page, result = make(call, tmp_path, tmp_path / 'run')
-    assert page.facts['test accuracy'].endswith('of 8 images')
+    assert page.facts['test accuracy'].endswith('of 8 test images')
     assert 'broken.png' in result.err
 
 

@@ -167,16 +167,20 @@ def test_worker_that_is_killed(image_folder, tmp_path, stop_at, refused):
     refused(1, ['decodes images', '--nthread'], train.main, *command.split(), *data)
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_signal_to_all_processes(number, many_files, tmp_path):
+@pytest.mark.parametrize(
+    'number, begun', [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)]
+)
+def test_signal_to_all_processes(number, begun, many_files, tmp_path):
     """As schedulers and terminals send it: the processes that decode images leave it to the main
-    process, which saves, and they end with it."""
+    process, which saves, and they end with it. Also if it comes while they start."""
     folder = tmp_path / 'run'
-    options = ('--epochs', 500, '--nthread', 2)
+    options = ('--epochs', 500, '--nthread', 4)
     process = start('train.py', *run_folder(many_files, folder, *options), start_new_session=True)
-    while not (folder / 'model.pt7').exists():
+    while begun and not (folder / 'model.pt7').exists():
         assert process.poll() is None
         time.sleep(0.05)
+    while not begun and process.stdout.readline()[:13] != 'learning rate':
+        assert process.poll() is None
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + number, '') and 'stopped by' in out

@@ -219,8 +219,9 @@ def test_broken_files_are_left_out_named_and_counted(small_files, tmp_path, call
 def test_many_broken_files_end_the_run_before_it_trains(small_files, tmp_path, refused):
     bad = small_files / 'val' / 'flower' / '05.png'
     bad.write_text('not an image')
-    words = ['1 of 30', bad]
-    refused(1, words, train.main, *run_small(small_files, tmp_path / 'run'))
+    words = ['1 of 30', bad, 'start again']
+    result = refused(1, words, train.main, *run_small(small_files, tmp_path / 'run'))
+    assert f'broken image: {bad} is not an image' in result.out
     for file in bad.parent.iterdir():
         file.write_text('not an image')
     words = [small_files / 'val', 'flower']

@@ -29,7 +29,7 @@ import torch
 from lab.data.datasets import PREPROCESSING
 from lab.errors import OneLineParser, OptionError, UserError, printable, run
 from lab.files import path_argument, write_atomically
-from lab.folded import Reference, load_folded, top1
+from lab.folded import Reference, images_tested, load_folded, top1
 from lab.models.diracnet_v1 import DiracNetV1
 from lab.onnx_models import quiet, require_onnx, to_onnx
 from lab.runs import checkpoint
@@ -113,7 +113,8 @@ def comparison_images(network):
         what = f'{len(inputs)} images of normal noise, because {network.dataset} was not found'
         return inputs, None, what
     inputs, targets = network.sample_images(False, TEST_IMAGES)
-    return inputs, targets, f'{len(inputs)} test images of {network.dataset}'
+    kind = images_tested(network.checkpoint)
+    return inputs, targets, f'{len(inputs)} {kind} images of {printable(network.data.name)}'
 
 
 def relative_error(logits, reference):

@@ -4,6 +4,7 @@ No random state is stored. The order of an epoch follows from (seed, epoch), and
 a sample from (seed, epoch, index), so a run can resume at any batch with the same pixels.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -185,7 +186,8 @@ class FolderBatches(Batches):
     (B,). Training batches are shuffled. Test batches leave out broken files.
 
     Raises:
-        UserError: ImageFolder.TRIES broken files in one training batch, while iterating.
+        UserError: ImageFolder.TRIES broken files in one training batch, or no other, while
+            iterating.
     """
 
     PREFETCH = 2  # batches that DataLoader prepares per worker
@@ -212,10 +214,13 @@ class FolderBatches(Batches):
 
     def __iter__(self):
         self.broken = dict(self.broken_before)
-        for slot, targets, problems in self.loader:
+        with _blocked_signals():  # workers may start here
+            batches = iter(self.loader)
+        for slot, targets, problems in batches:
             problems = dict(problems)  # several samples may have tried the same file
             self.broken.update(problems)
-            if self.folder.train and len(problems) >= ImageFolder.TRIES:
+            is_hopeless = len(problems) >= ImageFolder.TRIES or (problems and not targets)
+            if self.folder.train and is_hopeless:
                 raise UserError(
                     f'{len(problems)} image files under {self.folder.root} are broken in one '
                     f'batch; the first: {next(iter(problems.values()))}'
@@ -274,15 +279,27 @@ class _SlotOrder(torch.utils.data.Sampler):
             yield number % batches.slots, places
 
 
+@contextlib.contextmanager
+def _blocked_signals():
+    """A context in which signals that stop a run wait until its end. A process that is started in
+    it goes on blocking them."""
+    if not hasattr(signal, 'sigwaitinfo'):  # such as on macOS and Windows
+        yield
+        return
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _set_up_worker(_):
-    """Set up a worker process. It leaves signals to the main process, which may have to save first:
-    schedulers and terminals send them to all processes."""
+    """Set up a worker process. It leaves signals, which are blocked, to the main process, which may
+    have to save first: schedulers and terminals send them to all processes."""
     _use_one_opencv_thread()
-    for name in ('SIGINT', 'SIGHUP'):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_at_the_signal_of_the_parent, daemon=True).start()
 
 

@@ -18,6 +18,7 @@ from lab.data.batches import FolderBatches, MemoryBatches
 from lab.data.digits import read_digits
 from lab.data.fashion_mnist import read_fashion_mnist
 from lab.data.image_folders import (
+    TEST_FOLDERS,
     ImageFolder,
     class_names,
     find_splits,
@@ -75,7 +76,7 @@ class Data:
     """A data set: `train` and `test` are each (images, targets) in memory, or an `ImageFolder`.
 
     Images in memory are uint8 (N, H, W, C), targets int64 (N,). `test` is None for a folder without
-    test images: see `holdout`.
+    test images: see `tested_on`.
     """
 
     name: str
@@ -138,6 +139,21 @@ class Data:
             '(--dataset folder --form cifar reads small ones into memory)'
         )
 
+    def tested_on(self, holdout):
+        """This data set, with `holdout` of the training samples as its test set if that is not 0.
+
+        Raises UserError if there are no test images.
+        """
+        if holdout:
+            return self.holdout(holdout)
+        if self.test is None:
+            folders = ', '.join(f'{name}/' for name in TEST_FOLDERS)
+            raise UserError(
+                f'{printable(self.name)} has no test images ({folders}): add a folder of them, or '
+                'test on training images with --holdout 20%'
+            )
+        return self
+
     def holdout(self, amount):
         """This data set with a part of the training samples as its test set, to choose options on.
 
@@ -157,8 +173,8 @@ class Data:
             n = round(total * float(amount.rstrip('%')) / 100)
         if not 0 < n < total:
             raise OptionError(
-                f'--holdout {amount} is impossible: {printable(self.name)} has {total} training '
-                f'samples; choose 1 to {total - 1}'
+                f'--holdout {amount} is impossible: that is {n} of the {total} training samples of '
+                f'{printable(self.name)}; choose 1 to {total - 1}'
             )
         rest, held_out = slice(None, -n), slice(-n, None)
         if self.from_files:
@@ -181,12 +197,12 @@ class Data:
         """
         targets = np.asarray(targets_of(self.train))
         indices = [np.flatnonzero(targets == c)[:n] for c in range(len(self.classes))]
-        fewest = min(map(len, indices))
-        if fewest < n:
-            raise OptionError(
-                f'--per_class {n} is impossible: a class of {printable(self.name)} has {fewest} '
-                'training samples'
-            )
+        for label, own in zip(self.classes, indices):
+            if len(own) < n:
+                raise OptionError(
+                    f'--per_class {n} is impossible: the class {printable(str(label))} of '
+                    f'{printable(self.name)} has {len(own)} training samples'
+                )
         return self._with_train(np.sort(np.concatenate(indices)))
 
     def _with_train(self, indices, **changes):
@@ -274,16 +290,24 @@ def _load_folder(name, root, preprocessing, form, image_size):
     data = Data(
         display_name(name, root), *parts, classes, preprocessing, mirrored=True, from_files=True
     )
+    notes = []
+    if folders[1] is not None and folders[1].name != TEST_FOLDERS[0]:
+        notes.append(f'the test images are those in {folders[1].name}/')
     if ignored:
-        counts = ', '.join(f'{n} {suffix}' for suffix, n in ignored.most_common(5))
-        note = f'{ignored.total():,} files are ignored, as their names are not those of images'
-        data = replace(data, notes=(printable(f'{note}: {counts}'),))
-    if small:
-        return _in_memory(data)
-    if form is None and has_small_images(data.train):
-        note = 'these images are small: --form cifar trains the networks that are made for them'
-        data = replace(data, notes=(*data.notes, note))
-    return data
+        most = ', '.join(
+            f'{n} {suffix} in {label}' for (label, suffix), n in ignored.most_common(5)
+        )
+        notes.append(
+            f'{ignored.total():,} files are ignored, because their suffixes are not those of '
+            f'images, such as {most}'
+        )
+    if form is None and has_small_images(parts[0]):
+        notes.append(
+            'the images are at most 64 pixels wide: consider --form cifar, whose networks are made '
+            'for small images'
+        )
+    data = replace(data, notes=tuple(map(printable, notes)))
+    return _in_memory(data) if small else data
 
 
 def _in_memory(data):

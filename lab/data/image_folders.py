@@ -127,12 +127,13 @@ def has_small_images(folder):
 
 
 def find_splits(root):
-    """The folders of the training and of the test images under `root`. The second is None if there
-    is none; then the first may be `root` itself."""
-    train = root / 'train'
-    test = next((root / name for name in TEST_FOLDERS if os.path.isdir(root / name)), None)
-    is_flat = test is None and not os.path.isdir(train) and os.path.isdir(root)
-    return (root if is_flat else train), test
+    """The folders of the training and of the test images under `root`, whose names may be in
+    capitals. The second is None if there is none; then the first may be `root` itself."""
+    names = os.listdir(root) if os.access(root, os.R_OK) and os.path.isdir(root) else []
+    folders = {name.lower(): root / name for name in names if os.path.isdir(root / name)}
+    train = folders.get('train', root / 'train')
+    test = next((folders[name] for name in TEST_FOLDERS if name in folders), None)
+    return (root if names and test is None and 'train' not in folders else train), test
 
 
 def list_classes(train, test=None):
@@ -202,7 +203,7 @@ def list_images(folder, classes, apart=None):
     Returns:
         names: array of the files relative to `folder`, bytes (N,).
         targets: array of the indices of their classes, int64 (N,).
-        ignored: Counter of the suffixes of the other files.
+        ignored: Counter of the other files, by their class and suffix.
 
     Raises:
         UserError: a folder cannot be read, or a class has no images.
@@ -213,12 +214,15 @@ def list_images(folder, classes, apart=None):
         relative = os.path.relpath(inside, folder)
         names.extend(os.fsencode(os.path.join(relative, image)) for image in images)
         targets.extend([index] * len(images))
-        ignored.update(os.path.splitext(name)[1].lower() or 'no suffix' for name in rest)
+        suffixes = (os.path.splitext(name)[1].lower() or 'without a suffix' for name in rest)
+        ignored.update((classes[index], suffix) for suffix in suffixes)
     targets = np.array(targets, np.int64)
     counts = np.bincount(targets, minlength=len(classes))
     if not counts.all():
+        empty = classes[counts.argmin()]
         raise UserError(
-            f'{printable(str(folder / classes[counts.argmin()]))} has no images of its own '
-            f'({", ".join(SUFFIXES)}): add some, or remove the class'
+            f'{printable(str(folder / empty))} has no images of its own ({", ".join(SUFFIXES)}), '
+            f'and {sum(n for (label, _), n in ignored.items() if label == empty)} other files: add '
+            'images, or remove the folder'
         )
     return np.array(names), targets, ignored

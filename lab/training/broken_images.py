@@ -37,8 +37,8 @@ class BrokenImages:
     def check(self, batches):
         """Raise UserError if too many files were broken in the last pass."""
         if len(batches.broken) > self.LIMIT * batches.n_files:
+            again = 'start again' if batches.n_files > batches.n else 'resume with --resume'
             raise UserError(
                 f'{len(batches.broken)} of {batches.n_files} image files could not be used, such '
-                f'as {printable(next(iter(batches.broken)))}: fix or remove them; --resume resumes '
-                'a run that has begun'
+                f'as {printable(next(iter(batches.broken)))}: fix or remove them, then {again}'
             )

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from lab import distributed
 from lab.data import datasets
-from lab.data.image_folders import TEST_FOLDERS
 from lab.data.names import readable
 from lab.distributed import world
 from lab.errors import UserError, printable
@@ -20,15 +19,7 @@ def load_data(options):
     with nullcontext() if reads_files else distributed.first_on_this_machine():
         source = datasets.load(
             options['dataset'], root, form=options.get('form'), image_size=options['image_size']
-        )
-        if options['holdout']:
-            source = source.holdout(options['holdout'])
-        elif source.test is None:
-            folders = ', '.join(f'{name}/' for name in TEST_FOLDERS)
-            raise UserError(
-                f'{printable(str(root))} has no test images ({folders}): add a folder of them, or '
-                'test on training images with --holdout 20%'
-            )
+        ).tested_on(options['holdout'])
         if options['per_class']:
             source = source.per_class(options['per_class'])
         if options['preprocess'] == 'zca':
@@ -57,9 +48,14 @@ def check_classes(source, found, options):
             raise UserError(
                 f'{found.path} has images of {stored} pixels, but {options["dataset"]} has {size}'
             )
-    theirs, ours = found and found.classes, list(source.classes)
-    if theirs and readable(list(theirs), len(theirs)) != readable(ours, len(ours)):
+    if not found or not found.classes:
+        return
+    theirs, ours = (readable(list(names), len(names)) for names in (found.classes, source.classes))
+    if theirs != ours:
+        difference = f'{len(theirs)} instead of {len(ours)}'
+        if len(theirs) == len(ours):
+            pairs = ((a, b) for a, b in zip(theirs, ours) if a != b)
+            difference = '{} instead of {}'.format(*map(printable, next(pairs)))
         raise UserError(
-            f'{found.path} has other classes ({", ".join(found.classes[:3])}, ...) than the data '
-            f'in {options["dataroot"]} ({", ".join(source.classes[:3])}, ...)'
+            f'{found.path} has other classes than the data in {options["dataroot"]}: {difference}'
         )

@@ -160,8 +160,8 @@ DATA = (
     Option(
         'form',
         'for --dataset folder: imagenet (the default), the networks for large images, which are '
-        'read from their files at each use; or cifar, those for small images, which are read into '
-        'memory',
+        'read from their files each time they are needed; or cifar, those for small images, which '
+        'are read into memory',
         choices=tuple(diracnet.BASE_WIDTHS),
     ),
     Option(
@@ -209,11 +209,11 @@ DATA = (
     Option(
         'holdout',
         'test on N training samples, or a share such as 20%, instead of the test set, and train on '
-        'the others; for choosing options, or if there is no test set. They are the last ones, or, '
-        'of image files, drawn at random, always the same',
+        'the others; for choosing options, or if there is no test set. The last samples are held '
+        'out; of image files, a random choice that is the same each time',
         0,
         type=amount,
-        metavar='N',
+        metavar='N or N%',
     ),
 )
 TRAINING = (

@@ -41,8 +41,14 @@ def amount(text):
     share = text.removesuffix('%')
     if share == text:
         return number(int, 0)(text)
-    if not 0 < float(plain_digits(share)) < 100:
-        raise argparse.ArgumentTypeError(f'{text} must be above 0% and below 100%')
+    try:
+        is_valid = 0 < float(plain_digits(share)) < 100
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise argparse.ArgumentTypeError(
+            f'{text} must be a number of samples, or a share above 0% and below 100%'
+        )
     return text
 
 

@@ -52,7 +52,7 @@ class ProgressBar:
         self.done += n
         now = time.monotonic()
         if self.bar.disable:
-            if now - self.shown > self.INTERVAL:
+            if now - self.shown >= self.INTERVAL:
                 self.shown = now
                 self.say(self._line(now - self.started))
             return

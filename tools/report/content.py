@@ -12,7 +12,14 @@ from lab.data.image_folders import ImageFolder
 from lab.data.names import display_name, readable
 from lab.data.preprocessing import normalize
 from lab.errors import UserError, printable
-from lab.folded import FILE_IMAGES, check_classes, load_data, preprocessing_of, read_pixels
+from lab.folded import (
+    FILE_IMAGES,
+    check_classes,
+    images_tested,
+    load_data,
+    preprocessing_of,
+    read_pixels,
+)
 from lab.models.registry import FOLDABLE
 from lab.runs.folder import COMMANDS, read_commands
 from lab.runs.log import parse_line
@@ -98,7 +105,8 @@ def _facts(found, path, log, tested):
     facts = []
     if tested:
         accuracy = 100 * (tested.predicted == tested.targets).mean()
-        facts.append(('test accuracy', f'{accuracy:.2f} % of {len(tested.targets):,} images'))
+        of = f'{len(tested.targets):,} {images_tested(found)} images'
+        facts.append(('test accuracy', f'{accuracy:.2f} % of {of}'))
     elif log:
         facts.append(('test accuracy', f'{log[-1]["test_acc"]:.2f} % (from the log)'))
     facts += [('parameters', f'{parameters:,}'), ('file', printable(str(found.path)))]
@@ -181,7 +189,7 @@ def _sample(part, files, preprocessing, most=None):
 
 
 def _test_sections(found, tested):
-    k = len(tested.classes)
+    k, kind = len(tested.classes), images_tested(found)
     confusion = np.zeros((k, k), int)
     np.add.at(confusion, (tested.targets, tested.predicted), 1)
     counts = confusion.sum(1)
@@ -190,18 +198,18 @@ def _test_sections(found, tested):
     sections = [
         Section(
             'Confusion',
-            'How often a class (row) is taken for another (column), in the test set.',
+            f'How often a class (row) is taken for another (column), among the {kind} images.',
             confusion_picture(confusion, tested.classes),
         ),
         Section(
             'Accuracy of each class',
-            'In the test set; the worst first.' if k > 20 else 'In the test set.',
+            f'Among the {kind} images{"; the worst first" if k > 20 else ""}.',
             classes_picture(accuracies, tested.classes),
         ),
     ]
     wrong = np.flatnonzero(tested.predicted != tested.targets)
     surest = wrong[np.argsort(-tested.probabilities[wrong], kind='stable')][:MISTAKES]
-    text = f'{len(wrong):,} of {len(tested.targets):,} test images are classified wrongly.'
+    text = f'{len(wrong):,} of {len(tested.targets):,} {kind} images are classified wrongly.'
     if len(wrong):
         text += ' These are the mistakes of which the network is surest.'
         text += _how_to_read(found)
