@@ -3,6 +3,7 @@
 import csv
 from statistics import median
 
+from lab.data.names import display_name
 from lab.errors import UserError
 from lab.runs.log import seconds, test_error
 
@@ -62,13 +63,15 @@ def write_tables(study, rows, dataset, folder):
 def page(study, rows, dataset):
     """The text of table.md: title, how it was made, table, and the note on the results."""
     command = f'python -m tools.study studies/{study.name}.yaml'
+    dataroot = study.options.get('dataroot')
+    name = display_name(dataset, dataroot) if dataroot else dataset
     if dataset != study.dataset:
         command += f' --dataset {dataset}'
     lines = [
         f'# {study.title}',
         '',
         f'`{command}` makes this page and the files next to it.',
-        f'Data set {dataset}, preprocessing {rows[0]["preprocess"]}, seeds {rows[0]["seeds"]}. '
+        f'Data set {name}, preprocessing {rows[0]["preprocess"]}, seeds {rows[0]["seeds"]}. '
         'Errors are those after the last epoch.',
         'The folders next to this file have the log and the command of each run.',
         '',
