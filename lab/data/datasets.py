@@ -287,27 +287,36 @@ def _load_folder(name, root, preprocessing, form, image_size):
         names, targets, others = list_images(folder, labels, other)
         parts.append(ImageFolder(folder, names, targets, preprocessing, train=not parts))
         ignored += others
-    data = Data(
-        display_name(name, root), *parts, classes, preprocessing, mirrored=True, from_files=True
-    )
     notes = []
     if folders[1] is not None and folders[1].name != TEST_FOLDERS[0]:
         notes.append(f'the test images are those in {folders[1].name}/')
     if ignored:
-        most = ', '.join(
-            f'{n} {suffix} in {label}' for (label, suffix), n in ignored.most_common(5)
-        )
-        notes.append(
-            f'{ignored.total():,} files are ignored, because their suffixes are not those of '
-            f'images, such as {most}'
-        )
-    if form is None and has_small_images(parts[0]):
+        notes.append(_describe_ignored(ignored))
+    if name == 'folder' and form is None and has_small_images(parts[0]):
         notes.append(
             'the images are at most 64 pixels wide: consider --form cifar, whose networks are made '
             'for small images'
         )
-    data = replace(data, notes=tuple(map(printable, notes)))
+    data = Data(
+        display_name(name, root),
+        *parts,
+        classes,
+        preprocessing,
+        mirrored=True,
+        from_files=True,
+        notes=tuple(map(printable, notes)),
+    )
     return _in_memory(data) if small else data
+
+
+def _describe_ignored(ignored):
+    """How many files are not read, by what `list_images` counts, in words."""
+    most = ignored.most_common(5)
+    counts = ', '.join(f'{n} {suffix} in {label}' for (label, suffix), n in most)
+    return (
+        f'{ignored.total():,} files are ignored, because their suffixes are not those of images, '
+        f'such as {counts}'
+    )
 
 
 def _in_memory(data):
