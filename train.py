@@ -224,9 +224,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
                 'num_classes': len(data.classes),
                 'n_parameters': size.parameters,
                 'train_images_per_second': train_batches.n / train_stats['train_time'],
-                **(
-                    {'train_peak_memory': cuda.peak_memory(device)} if device.type == 'cuda' else {}
-                ),
+                **peak_memory(device),
                 **broken.stats(train_batches, test_batches),
             }
             recorder.record_epoch(stats)

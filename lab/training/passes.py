@@ -69,7 +69,7 @@ class ProgressBar:
         parts = [f'{self.label}: step {step} of {len(self.batches)}']
         if self.meters:
             parts.append(self._measured(4, 'accuracy'))
-        return ', '.join((*parts, f'{rate:,.0f} images/s', f'{left} left'))
+        return ', '.join(filter(None, (*parts, f'{rate:,.0f} images/s', f'{left} left')))
 
     def _measured(self, digits, name):
         """Mean loss and accuracy so far, in words."""
