@@ -5,8 +5,8 @@ not a skip connection around the layer:
 
     W_hat = diag(alpha) * I + diag(beta) * W / ||W||
 
-`dirac_weight` is that formula. DiracConv1d, DiracConv2d and DiracConv3d are the convolutions of
-`torch.nn` with this effective weight; `fold()` turns one into the equivalent plain convolution.
+DiracConv1d, DiracConv2d and DiracConv3d are the convolutions of `torch.nn` with this effective
+weight; `fold()` turns one into the equivalent plain convolution.
 
 Source: Zagoruyko and Komodakis, arXiv 1706.00388, section 3. This file needs torch alone.
 """
@@ -14,13 +14,46 @@ Source: Zagoruyko and Komodakis, arXiv 1706.00388, section 3. This file needs to
 import inspect
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ALPHA, BETA = 1.0, 0.1  # initial values of the learned scales, as in version 2 of the paper
 
 
+# --- the formula -----------------------------------------------------------------------------
+
+
+def textbook_dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -> Tensor:
+    """The weight of a Dirac convolution as the paper writes it; see `dirac_weight`."""
+    delta = dirac_delta(weight, groups)  # I
+    norms = filter_norms(weight)  # ||W||
+    return to_filters(alpha, weight) * delta + to_filters(beta / norms, weight) * weight
+
+
+def dirac_delta(weight: Tensor, groups: int = 1) -> Tensor:
+    """The weight I with conv(x, I) = x, in the shape of `weight`, as `torch.nn.init.dirac_`.
+
+    If a group has more outputs than inputs, the remaining rows are zero.
+    """
+    out, inside, *kernel = weight.shape
+    eye = torch.eye(out // groups, inside, dtype=weight.dtype, device=weight.device)
+    around = [taps for size in reversed(kernel) for taps in (size // 2, (size - 1) // 2)]
+    return F.pad(eye.repeat(groups, 1).view(out, inside, *[1] * len(kernel)), around)
+
+
+def filter_norms(weight: Tensor) -> Tensor:
+    """The l2 norms of the filters, (out,); 1 for a filter of zeros."""
+    norms = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)))
+    return torch.where(norms > 0, norms, 1)
+
+
+def to_filters(values: Tensor, weight: Tensor) -> Tensor:
+    """View (out,) as (out, 1, ...), to multiply each filter of a weight."""
+    return values.view(-1, *[1] * (weight.ndim - 1))
+
+
 def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -> Tensor:
-    """The weight of a Dirac convolution, differentiable in all three tensors.
+    """`textbook_dirac_weight`, computed faster. Differentiable in all three tensors.
 
     Args:
         weight: (out, in / groups, *kernel), with any number of kernel dimensions.
@@ -29,123 +62,18 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
         groups: the number of groups of the convolution; each has its own identity.
 
     Returns:
-        (out, in / groups, *kernel). Row i is alpha[i] times row i of `torch.nn.init.dirac_`, plus
-        beta[i] times filter i divided by its l2 norm. If a group has more outputs than inputs,
-        the remaining rows have no identity. An all-zero filter stays zero; its gradient is that
-        of a filter with norm 1.
+        (out, in / groups, *kernel). Row i is alpha[i] times row i of the delta, plus beta[i] times
+        filter i divided by its l2 norm. An all-zero filter stays zero; its gradient is that of a
+        filter with norm 1.
 
     To compute several weights of one shape at once, concatenate them and make each a group.
     """
-    # torch.jit cannot save a trace that contains a custom autograd function.
-    compute = _dirac_weight if torch.jit.is_tracing() else _DiracWeight.apply
-    return compute(weight, alpha, beta, groups)
+    if torch.jit.is_tracing():  # a trace can be saved only without custom autograd functions
+        return textbook_dirac_weight(weight, alpha, beta, groups)
+    return _FastDiracWeight.apply(weight, alpha, beta, groups)
 
 
-def _dirac_weight(weight, alpha, beta, groups):
-    effective = weight * _to_filters(beta / _norms(weight), weight)
-    diagonal = _central_diagonal(effective, groups)
-    diagonal.add_(alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]])
-    return effective
-
-
-class _DiracWeight(torch.autograd.Function):
-    """`_dirac_weight` with a backward pass that reads the weight half as often as autograd's, and
-    copies no gradient to add the diagonal."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight, alpha, beta, groups):
-        return _dirac_weight(weight, alpha, beta, groups)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        weight, _, beta, ctx.groups = inputs
-        ctx.save_for_backward(weight, beta)
-
-    @staticmethod
-    def backward(ctx, grad):
-        weight, beta = ctx.saved_tensors
-        diagonal = _central_diagonal(grad, ctx.groups)
-        missing = weight.shape[0] // ctx.groups - diagonal.shape[1]  # outputs without identity
-        grad_alpha = nn.functional.pad(diagonal, (0, missing)).flatten()
-        norms = _norms(weight)
-        grad_beta = torch.linalg.vecdot(*_rows(grad, weight)) / norms
-        factor = beta / norms
-        along_filters = _to_filters(grad_beta * factor / norms, weight)
-        grad_weight = (grad * _to_filters(factor, weight)).addcmul_(weight, along_filters, value=-1)
-        return grad_weight, grad_alpha, grad_beta, None
-
-
-def _norms(weight):
-    """The l2 norms of the filters, (out,); 1 for a filter of zeros."""
-    norms = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)))
-    return torch.where(norms > 0, norms, 1)
-
-
-def _to_filters(values, weight):
-    """View (out,) as (out, 1, ...), to multiply each filter of a weight."""
-    return values.view(-1, *[1] * (weight.ndim - 1))
-
-
-def _rows(*weights):
-    """The filters of weights as rows, (out, taps), in the memory order of the last weight."""
-    if weights[-1].is_contiguous():
-        return [weight.flatten(1) for weight in weights]
-    return [weight.movedim(1, -1).flatten(1) for weight in weights]
-
-
-@torch.no_grad()
-def split_weight(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """The (weight, alpha, beta) of the Dirac convolution that is equivalent to an ordinary one.
-
-    Args:
-        weight: (out, in / groups, *kernel), the weight of the ordinary convolution.
-
-    Returns:
-        (weight, alpha, beta). alpha, (out,), is the diagonal of the central tap; weight is the
-        rest; beta, (out,), has the norms of the filters of this rest. From these three,
-        `dirac_weight` computes the ordinary weight again, up to rounding.
-    """
-    weight = weight.detach().clone()
-    alpha = torch.zeros(weight.shape[0], device=weight.device, dtype=weight.dtype)
-    diagonal = _central_diagonal(weight, groups)  # (groups, n)
-    alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]] = diagonal
-    diagonal.zero_()
-    return weight, alpha, torch.linalg.vector_norm(weight.flatten(1), dim=1)
-
-
-def _central_diagonal(weight, groups):
-    """View of the taps where the delta is one, (groups, min(out, in) / groups)."""
-    center = tuple(size // 2 for size in weight.shape[2:])
-    taps = weight[(slice(None), slice(None), *center)]  # (out, in / groups)
-    return taps.unflatten(0, (groups, -1)).diagonal(dim1=1, dim2=2)
-
-
-def plain_conv(kind: type[nn.Module], conv: nn.Module, weight: Tensor) -> nn.Module:
-    """A plain convolution of class `kind` with this weight and everything else from `conv`."""
-    # The meta device allocates nothing: the tensors are replaced right away.
-    plain = like_conv(kind, conv, device='meta', dtype=weight.dtype)
-    plain.weight = nn.Parameter(weight.detach())
-    if conv.bias is not None:
-        plain.bias = nn.Parameter(conv.bias.detach().clone())
-    return plain.train(conv.training)
-
-
-def like_conv(kind: type[nn.Module], conv: nn.Module, **kwargs) -> nn.Module:
-    """A new convolution of class `kind` with the arguments of `conv`."""
-    return kind(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        conv.bias is not None,
-        conv.padding_mode,
-        **kwargs,
-    )
+# --- the layers ------------------------------------------------------------------------------
 
 
 class DiracConv:
@@ -183,27 +111,21 @@ class DiracConv:
         """The equivalent plain convolution, with the same arguments, device, dtype and mode."""
         # A layer is folded once and used often, so double precision is worth its cost here.
         tensors = (self.weight.double(), self.alpha.double(), self.beta.double())
-        weight = dirac_weight(*tensors, self.groups)
-        return plain_conv(self.plain_class, self, weight.to(self.weight.dtype))
+        weight = dirac_weight(*tensors, self.groups).to(self.weight.dtype)
+        # The meta device allocates nothing: the tensors are replaced right away.
+        plain = like_conv(self.plain_class, self, device='meta', dtype=weight.dtype)
+        plain.weight = nn.Parameter(weight)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().clone())
+        return plain.train(self.training)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        # The original code's modules store the identity as a buffer. Here it is implicit, so a
-        # stored one is only checked.
+        # The original code's modules store the identity as a buffer. Here it is implicit.
         delta = state_dict.pop(prefix + 'delta', None)
-        if delta is not None and not self._is_delta(delta):
+        if delta is not None and not torch.equal(delta, dirac_delta(delta, self.groups)):
             error_msgs = args[-1]
-            error_msgs.append(
-                f'{prefix}delta is not the identity of this layer, a Dirac delta of shape '
-                f'{tuple(self.weight.shape)}'
-            )
+            error_msgs.append(f'{prefix}delta is not the identity of this layer')
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _is_delta(self, delta):
-        if delta.shape != self.weight.shape:
-            return False
-        return delta.is_meta or torch.equal(
-            delta, nn.init.dirac_(torch.empty_like(delta), self.groups)
-        )
 
     def extra_repr(self) -> str:
         text = super().extra_repr()
@@ -272,3 +194,87 @@ class DiracParametrization(nn.Module):
         self.alpha.copy_(alpha)
         self.beta.copy_(beta)
         return weight
+
+
+def like_conv(kind: type[nn.Module], conv: nn.Module, **kwargs) -> nn.Module:
+    """A new convolution of class `kind` with the arguments of `conv`."""
+    names = (
+        'in_channels',
+        'out_channels',
+        'kernel_size',
+        'stride',
+        'padding',
+        'dilation',
+        'groups',
+    )
+    arguments = {name: getattr(conv, name) for name in (*names, 'padding_mode')}
+    return kind(**arguments, bias=conv.bias is not None, **kwargs)
+
+
+@torch.no_grad()
+def split_weight(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """The (weight, alpha, beta) of the Dirac convolution that is equivalent to an ordinary one.
+
+    Args:
+        weight: (out, in / groups, *kernel), the weight of the ordinary convolution.
+
+    Returns:
+        (weight, alpha, beta). alpha, (out,), is the diagonal of the central tap; weight is the
+        rest; beta, (out,), has the norms of the filters of this rest. From these three,
+        `dirac_weight` computes the ordinary weight again, up to rounding.
+    """
+    weight = weight.detach().clone()
+    alpha = torch.zeros(weight.shape[0], device=weight.device, dtype=weight.dtype)
+    diagonal = _central_diagonal(weight, groups)  # (groups, n)
+    alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]] = diagonal
+    diagonal.zero_()
+    return weight, alpha, torch.linalg.vector_norm(weight.flatten(1), dim=1)
+
+
+# --- the formula, computed faster ------------------------------------------------------------
+
+
+class _FastDiracWeight(torch.autograd.Function):
+    """The Dirac weight without a delta in memory, with a backward pass that reads the weight half
+    as often as autograd's, and copies no gradient to add the diagonal."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight, alpha, beta, groups):
+        effective = weight * to_filters(beta / filter_norms(weight), weight)
+        diagonal = _central_diagonal(effective, groups)
+        diagonal.add_(alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]])
+        return effective
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, _, beta, ctx.groups = inputs
+        ctx.save_for_backward(weight, beta)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, beta = ctx.saved_tensors
+        diagonal = _central_diagonal(grad, ctx.groups)
+        missing = weight.shape[0] // ctx.groups - diagonal.shape[1]  # outputs without identity
+        grad_alpha = F.pad(diagonal, (0, missing)).flatten()
+        norms = filter_norms(weight)
+        grad_beta = torch.linalg.vecdot(*_rows(grad, weight)) / norms
+        factor = beta / norms
+        along_filters = to_filters(grad_beta * factor / norms, weight)
+        grad_weight = (grad * to_filters(factor, weight)).addcmul_(weight, along_filters, value=-1)
+        return grad_weight, grad_alpha, grad_beta, None
+
+
+def _rows(*weights):
+    """The filters of weights as rows, (out, taps), in the memory order of the last weight."""
+    if weights[-1].is_contiguous():
+        return [weight.flatten(1) for weight in weights]
+    return [weight.movedim(1, -1).flatten(1) for weight in weights]
+
+
+def _central_diagonal(weight, groups):
+    """View of the taps where the delta is one, (groups, min(out, in) / groups)."""
+    center = tuple(size // 2 for size in weight.shape[2:])
+    taps = weight[(slice(None), slice(None), *center)]  # (out, in / groups)
+    return taps.unflatten(0, (groups, -1)).diagonal(dim1=1, dim2=2)

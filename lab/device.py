@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from diracnet import DATASETS
+from diracparams import DATASETS
 from lab import cuda, distributed
 from lab.errors import OptionError
 from lab.memory import keep_freed_memory

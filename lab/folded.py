@@ -167,7 +167,7 @@ def preprocessing_of(found, dataset=None, architecture=None):
     Args:
         found: a Checkpoint or an OnnxNetwork.
         dataset: name of the data set, for a file that does not store its preprocessing.
-        architecture: a diracnet.Architecture; one for ImageNet needs no `dataset`.
+        architecture: a diracparams.Architecture; one for ImageNet needs no `dataset`.
 
     Raises:
         UserError: the preprocessing is unknown.

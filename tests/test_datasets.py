@@ -5,14 +5,14 @@ import os
 import pytest
 from data_helpers import small_set
 
-import diracnet
+import diracparams
 from lab.data import datasets
 from lab.errors import OptionError
 
 
 def test_table_has_the_data_sets_of_diracnet():
-    assert list(datasets.SOURCES) == list(diracnet.DATASETS)
-    for name, (_, channels, _) in diracnet.DATASETS.items():
+    assert list(datasets.SOURCES) == list(diracparams.DATASETS)
+    for name, (_, channels, _) in diracparams.DATASETS.items():
         assert datasets.PREPROCESSING[name].channels == channels
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import diracnet
+import diracparams
 from conftest import Malicious
 from diracnet import DiracNet, Network, define_diracnet, diracnet18, diracnet34
 from lab.models.diracnet_v1 import define_diracnet_v1
@@ -248,7 +249,7 @@ def publish(server, tmp_path, monkeypatch):
         file_name = f'{name}v2folded-{prefix}.pth'
         server.files[file_name] = (200, content, len(content))
         url = f'http://127.0.0.1:{server.server_port}/modelzoo/{file_name}'
-        monkeypatch.setitem(diracnet.model_urls, name, url)
+        monkeypatch.setitem(diracparams.model_urls, name, url)
         return file_name, tmp_path / 'hub' / 'checkpoints' / file_name
 
     return publish
@@ -267,7 +268,7 @@ def equal(model, weights):
 
 
 def test_addresses():
-    assert diracnet.model_urls == {
+    assert diracparams.model_urls == {
         'diracnet18': 'https://s3.amazonaws.com/modelzoo-networks/diracnet18v2folded-a2174e15.pth',
         'diracnet34': 'https://s3.amazonaws.com/modelzoo-networks/diracnet34v2folded-dfb15d34.pth',
     }
@@ -290,7 +291,7 @@ def test_wrong_hash(publish, small_weights):
     _, cached = publish('diracnet18', small_weights, digest='0123abcd')
     with pytest.raises(RuntimeError) as error:
         diracnet18(pretrained=True)
-    for words in (diracnet.model_urls['diracnet18'], str(cached), '0123abcd', 'invalid hash'):
+    for words in (diracparams.model_urls['diracnet18'], str(cached), '0123abcd', 'invalid hash'):
         assert words in str(error.value)
     assert not cached.exists() and not list(cached.parent.iterdir())
 
@@ -315,7 +316,7 @@ def test_without_a_network(publish, server, small_weights):
     with pytest.raises(RuntimeError) as error:
         diracnet18(pretrained=True)
     prefix = file_name[-12:-4]
-    for words in (diracnet.model_urls['diracnet18'], str(cached), prefix, 'refused'):
+    for words in (diracparams.model_urls['diracnet18'], str(cached), prefix, 'refused'):
         assert words in str(error.value)
     assert '\n' not in str(error.value)
     # The remedy that it names.
@@ -329,7 +330,7 @@ def test_cached_file_that_is_broken_or_has_code(publish, server, small_weights, 
     cached.write_bytes(b'something else')
     with pytest.raises(RuntimeError) as error:
         diracnet18(pretrained=True)
-    for words in (str(cached), diracnet.model_urls['diracnet18'], 'remove'):
+    for words in (str(cached), diracparams.model_urls['diracnet18'], 'remove'):
         assert words in str(error.value)
     assert server.requests == []
     cached.unlink()

@@ -19,7 +19,7 @@ import pytest
 
 import train
 from conftest import ROOT, read_log
-from diracnet import DATASETS
+from diracparams import DATASETS
 from lab.runs import checkpoint
 from lab.training.option_table import OPTIONS
 from lab.training.options import check_combination, complete, options_table, parse

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
-import diracnet
+import diracparams
 from conftest import ROOT, python
 from diracnet import DiracNet
 
@@ -39,7 +39,7 @@ def test_pretrained(tmp_path, monkeypatch):
     cached.parent.mkdir()
     (tmp_path / 'made.pth').rename(cached)
     monkeypatch.setattr(torch.hub, '_hub_dir', str(tmp_path))
-    monkeypatch.setitem(diracnet.model_urls, 'diracnet18', f'http://localhost/{cached.name}')
+    monkeypatch.setitem(diracparams.model_urls, 'diracnet18', f'http://localhost/{cached.name}')
     model = torch.hub.load(**HUB, model='diracnet18', pretrained=True)
     assert torch.equal(model.fc.weight, weights['fc.weight'])
 

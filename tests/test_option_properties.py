@@ -14,7 +14,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diracnet import DATASETS
+from diracparams import DATASETS
 from lab.errors import LONGEST, OptionError, UserError, one_line
 from lab.models.registry import MODELS
 from lab.training.option_table import OPTIONS

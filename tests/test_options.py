@@ -9,7 +9,7 @@ import pytest
 
 import train
 from conftest import python
-from diracnet import DATASETS
+from diracparams import DATASETS
 from lab.errors import OptionError
 from lab.models.registry import MODELS, own_options
 from lab.training.option import UNSET

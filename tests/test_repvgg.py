@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import train
 from conftest import same, train_digits
-from diracnet import DiracNet, define_diracnet, fold, make_architecture
+from diracnet import DiracNet, define_diracnet, fold
+from diracparams import make_architecture
 from lab.models import registry
 from lab.models.plain import define_plain
 from lab.models.repvgg import define_repvgg, fold_repvgg, infer_repvgg

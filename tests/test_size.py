@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import ROOT
-from diracnet import DATASETS
+from diracparams import DATASETS
 from lab.errors import OptionError
 from lab.models import registry
 from lab.training import size

@@ -10,7 +10,8 @@ import torch
 
 import diracnet
 from conftest import ROOT, python
-from diracnet import TRAINED, DiracNet, Network
+from diracnet import DiracNet, Network
+from diracparams import TRAINED
 from lab.data import datasets
 from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import UserError

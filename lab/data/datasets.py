@@ -53,7 +53,7 @@ class Source:
 CIFAR = Preprocessing(3, 32, 32, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
 PHOTOGRAPHS = Preprocessing(3, 224, 256, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
-# The facts about networks (form, channels, number of classes) are in diracnet.DATASETS.
+# The facts about networks (form, channels, number of classes) are in diracparams.DATASETS.
 SOURCES = {
     'digits': Source(Preprocessing(1, 8, 8, (77.9,), (95.7,)), read_digits),
     'FashionMNIST': Source(

@@ -9,7 +9,6 @@ and the identity passes on both signs. params has the keys of `diracnet.define_d
 Source: the first version of arXiv 1706.00388.
 """
 
-from collections import OrderedDict
 from functools import partial
 
 import torch
@@ -19,16 +18,12 @@ from torch import nn
 from diracnet import (
     DiracNet,
     batch_norm,
-    chain_params,
-    classify,
-    conv_params,
-    fitting_architecture,
+    chain,
     fold_batch_norm,
-    initialize_scales,
-    is_dirac,
-    make_architecture,
-    stem,
+    fold_chain,
+    folded_layers,
 )
+from diracparams import chain_params, conv_params, initialize_scales, make_architecture
 
 ALPHA, BETA, STD = 5.0, 1e-3, 0.1  # initial scales; initial standard deviation of the weights
 
@@ -36,20 +31,11 @@ ALPHA, BETA, STD = 5.0, 1e-3, 0.1  # initial scales; initial standard deviation 
 # --- the network -----------------------------------------------------------------------------
 
 
-def chain_v1(architecture, inputs, params, mode, norm=F.batch_norm):
-    """A DiracNet of version 1 as a function, or its plain chain if params has no alpha or beta.
-
-    Arguments and returns are those of `diracnet.chain`.
-    """
-    x = stem(architecture, inputs, params, mode, norm)
-    for g, group in enumerate(architecture.groups):
-        if g > 0:
-            x = F.max_pool2d(x, 2)  # H and W halve
-        for name, _, _ in group:
-            x = ncrelu(x)  # C doubles
-            x = block_conv(x, params, f'{name}.')
-            x = batch_norm(x, params, f'{name}.bn', mode, norm)
-    return classify(x, params)
+def block_v1(x, params, name, mode, norm):
+    """NCReLU -> Dirac convolution -> batch norm: (N, in, H, W) to (N, out, H, W). The convolution
+    is an ordinary one if params has no alpha and beta."""
+    x = block_conv(ncrelu(x), params, f'{name}.')
+    return batch_norm(x, params, f'{name}.bn', mode, norm)
 
 
 def ncrelu(x):
@@ -135,8 +121,9 @@ def define_diracnet_v1(
     decay to all parameters.
     """
     architecture = make_architecture(depth, width, dataset, num_classes, in_channels, form)
-    f, params = define_chain_v1(architecture)
-    return f, initialize_scales(params, architecture.depth, bn_init, alpha, beta)
+    params = chain_params(architecture, dirac_conv_params)
+    initialize_scales(params, architecture.depth, bn_init, alpha, beta)
+    return partial(chain, architecture, block=block_v1), params
 
 
 def plain_conv_params(in_channels, out_channels):
@@ -153,15 +140,9 @@ def dirac_conv_params(in_channels, out_channels):
     }
 
 
-def define_chain_v1(architecture, block_params=dirac_conv_params):
-    """f, params of a chain, as `diracnet.define_chain`, for version 1."""
-    return partial(chain_v1, architecture), chain_params(architecture, block_params)
-
-
 # --- the folded network ----------------------------------------------------------------------
 
 
-@torch.no_grad()
 def fold_v1(params):
     """Fold Dirac weights and batch norms into the weights and biases of plain convolutions.
 
@@ -173,20 +154,13 @@ def fold_v1(params):
         they are computed in double precision.
 
     Raises:
-        ValueError: these are not the parameters of such a network.
+        ValueError: a tensor is missing or unknown, or a running variance is negative or NaN.
     """
-    architecture = fitting_architecture(params, block_kind(params))
-    blocks = [name for group in architecture.groups for name, _, _ in group]
-    in_double = {key: tensor.double() for key, tensor in params.items()}
-    folded = OrderedDict()
-    for prefix in ('', *(f'{name}.' for name in blocks)):
-        weight = block_weight(in_double, prefix)
-        weight, bias = fold_batch_norm(weight, params, f'{prefix}bn')
-        folded[f'{prefix}conv.weight'] = weight
-        folded[f'{prefix}conv.bias'] = bias
-    for key in ('fc.weight', 'fc.bias'):
-        folded[key] = params[key].detach().clone()
-    return folded
+
+    def folded_conv(params, prefix):
+        return fold_batch_norm(block_weight(params, prefix), params, f'{prefix}bn')
+
+    return fold_chain(params, folded_conv, ('conv', 'alpha', 'beta', 'bn', 'fc'), DiracNetV1.prefix)
 
 
 class DiracNetV1(DiracNet):
@@ -196,31 +170,20 @@ class DiracNetV1(DiracNet):
     `load_state_dict(fold_v1(params))` loads trained ones.
     """
 
-    @staticmethod
-    def _infer_architecture(state_dict):
-        return infer_architecture_v1(state_dict)
+    prefix = ''
 
-    def _build(self, architecture):
-        self.architecture = architecture
-        in_channels, stem_width = architecture.in_channels, architecture.widths[0]
-        if architecture.form == 'imagenet':
-            self.conv = nn.Conv2d(in_channels, stem_width, 7, stride=2, padding=3)
-            self.max_pool0 = nn.MaxPool2d(3, 2, 1)
-        else:
-            self.conv = nn.Conv2d(in_channels, stem_width, 3, padding=1)
-        for g, blocks in enumerate(architecture.groups):
-            if g > 0:
-                self.add_module(f'max_pool{g}', nn.MaxPool2d(2))
-            group = OrderedDict()
-            for name, inside, out in blocks:
-                conv = nn.Conv2d(2 * inside, out, 3, padding=1)
-                block = nn.Sequential(OrderedDict(ncrelu=NCReLU(), conv=conv))
-                group[name.removeprefix(f'group{g}.')] = block
-            self.add_module(f'group{g}', nn.Sequential(group))
+    def __init__(self, depth, width=1, dataset='ImageNet', **choices):
+        nn.Module.__init__(self)
+        self.architecture = make_architecture(depth, width, dataset, **choices)
+        # NCReLU doubles the channels.
+        for name, layer in folded_layers(
+            self.architecture, lambda: ('ncrelu', NCReLU()), 2
+        ).items():
+            self.add_module(name, layer)
         self.relu = nn.ReLU(inplace=True)
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.view = nn.Flatten()
-        self.fc = nn.Linear(architecture.widths[-1], architecture.num_classes)
+        self.fc = nn.Linear(self.architecture.widths[-1], self.architecture.num_classes)
 
     def forward(self, inputs):
         x = inputs
@@ -234,30 +197,3 @@ class NCReLU(nn.Module):
 
     def forward(self, x):
         return ncrelu(x)
-
-
-# --- reading an architecture off tensors -----------------------------------------------------
-
-
-def infer_architecture_v1(params):
-    """The Architecture of a DiracNet of version 1 or its plain chain.
-
-    Args:
-        params: flat dict of params or folded state dict.
-
-    Raises:
-        ValueError: these are not the parameters of such a network.
-    """
-    if is_folded_v1(params):
-        return fitting_architecture(params, plain_conv_params, '')
-    return fitting_architecture(params, block_kind(params))
-
-
-def is_folded_v1(params):
-    """Whether a dict of tensors has names of this folded network."""
-    return 'conv.weight' in params or 'group0.block0.conv.weight' in params
-
-
-def block_kind(params):
-    """The function that makes the params of a block: Dirac or plain."""
-    return dirac_conv_params if is_dirac(params) else plain_conv_params

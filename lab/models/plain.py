@@ -4,7 +4,10 @@ Arguments, returns and errors are those of `diracnet.define_diracnet`, but param
 beta.
 """
 
-from diracnet import define_chain, initialize_scales, make_architecture, plain_conv_params
+from functools import partial
+
+from diracnet import chain, dirac_chain
+from diracparams import chain_params, conv_params, initialize_scales, make_architecture
 from lab.models import diracnet_v1
 
 
@@ -13,8 +16,12 @@ def define_plain(
 ):
     """The plain network that the paper compares DiracNets with."""
     architecture = make_architecture(depth, width, dataset, num_classes, in_channels, form)
-    f, params = define_chain(architecture, plain_conv_params)
-    return f, initialize_scales(params, architecture.depth, bn_init)
+    params = chain_params(architecture, plain_conv_params)
+    return partial(dirac_chain, architecture), initialize_scales(params, depth, bn_init)
+
+
+def plain_conv_params(in_channels, out_channels):
+    return {'conv': conv_params(in_channels, out_channels, 3)}
 
 
 def define_plain_ncrelu(
@@ -22,5 +29,6 @@ def define_plain_ncrelu(
 ):
     """The same for version 1: NCReLU stays; the convolutions start with Kaiming normal weights."""
     architecture = make_architecture(depth, width, dataset, num_classes, in_channels, form)
-    f, params = diracnet_v1.define_chain_v1(architecture, diracnet_v1.plain_conv_params)
-    return f, initialize_scales(params, architecture.depth, bn_init)
+    params = chain_params(architecture, diracnet_v1.plain_conv_params)
+    f = partial(chain, architecture, block=diracnet_v1.block_v1)
+    return f, initialize_scales(params, depth, bn_init)

@@ -1,34 +1,17 @@
-"""All models by name: define them, recognize them by their tensors, fold them."""
+"""All models by name: define them, fold them, recognize a file that does not say what it is."""
 
 import inspect
 
 import torch
 
 import diracnet
-from diracnet import (
-    DATASETS,
-    DiracNet,
-    check_tensors,
-    define_diracnet,
-    infer_architecture,
-    is_dirac,
-)
-from lab.models.diracnet_v1 import (
-    DiracNetV1,
-    define_diracnet_v1,
-    fold_v1,
-    infer_architecture_v1,
-    is_folded_v1,
-)
+from diracnet import DiracNet, define_diracnet
+from diracparams import DATASETS, check, read_network
+from lab.models.diracnet_v1 import DiracNetV1, define_diracnet_v1, fold_v1
 from lab.models.initialization import initialize_convolutions
 from lab.models.plain import define_plain, define_plain_ncrelu
-from lab.models.repvgg import define_repvgg, fold_repvgg, infer_repvgg, is_repvgg
-from lab.models.resnet import (
-    define_resnet,
-    define_resnet_dirac,
-    define_wide_resnet,
-    infer_resnet,
-)
+from lab.models.repvgg import define_repvgg, fold_repvgg
+from lab.models.resnet import define_resnet, define_resnet_dirac, define_wide_resnet
 
 MODELS = {
     'diracnet': define_diracnet,
@@ -40,10 +23,18 @@ MODELS = {
     'resnet-dirac': define_resnet_dirac,
     'wrn': define_wide_resnet,
 }
-CHAINS = ('diracnet', 'plain')  # their function is diracnet.chain
-VERSION_1 = ('diracnet-v1', 'plain-ncrelu')  # their function is diracnet_v1.chain_v1
-FOLDABLE = (*CHAINS, *VERSION_1, 'repvgg')
-SCALES = ('bn_init', 'alpha', 'beta')  # the options of diracnet.initialize_scales
+CHAINS = ('diracnet', 'plain')  # their function is diracnet.dirac_chain
+VERSION_1 = ('diracnet-v1', 'plain-ncrelu')
+FOLDS = {  # the function that folds a model's params, and the module of what it returns
+    **dict.fromkeys(CHAINS, (diracnet.fold, DiracNet)),
+    **dict.fromkeys(VERSION_1, (fold_v1, DiracNetV1)),
+    'repvgg': (fold_repvgg, DiracNet),
+}
+FOLDABLE = tuple(FOLDS)
+SCALES = ('bn_init', 'alpha', 'beta')  # the options of diracparams.initialize_scales
+
+
+# --- defining --------------------------------------------------------------------------------
 
 
 def define(model, depth, width, dataset, *, init=None, **options):
@@ -66,6 +57,18 @@ def define(model, depth, width, dataset, *, init=None, **options):
     if init is not None:
         initialize_convolutions(params, init)
     return f, params
+
+
+def shapes(**network):
+    """The params of a network as tensors without values.
+
+    Raises ValueError if there is no such network, or if it is too large for any memory.
+    """
+    try:
+        with torch.device('meta'):
+            return define(**network)[1]
+    except (RuntimeError, TypeError) as error:  # the size of a tensor overflows
+        raise ValueError(f'it is too large: {error}') from None
 
 
 def own_options(model):
@@ -110,6 +113,9 @@ def network_option_names(model):
     return ('model', 'depth', 'width', 'dataset', 'form', *own_options(model))
 
 
+# --- folding ---------------------------------------------------------------------------------
+
+
 def fold(model, params):
     """The folded state dict of a model.
 
@@ -120,38 +126,33 @@ def fold(model, params):
     Raises:
         ValueError: the model does not fold, or these are not its params.
     """
-    if model not in FOLDABLE:
-        raise ValueError(f'--model {model} does not fold; only {", ".join(FOLDABLE)} do')
-    if model == 'repvgg':
-        return fold_repvgg(params)
-    return fold_v1(params) if model in VERSION_1 else diracnet.fold(params)
-
-
-def is_folded(params):
-    """Whether a dict of tensors has names of a folded network, complete or not."""
-    return any(key.startswith('features.') for key in params) or is_folded_v1(params)
+    check(model in FOLDS, f'--model {model} does not fold; only {", ".join(FOLDS)} do')
+    return FOLDS[model][0](params)
 
 
 def folded_module(model, folded):
     """The module of a folded state dict, in evaluation mode. Raises ValueError if none fits."""
-    kind = DiracNetV1 if model in VERSION_1 else DiracNet
-    return kind.from_state_dict(folded).eval()
+    return FOLDS[model][1].from_state_dict(folded).eval()
 
 
-def infer(params):
-    """What `recognize` returns, or None if no model fits."""
-    try:
-        return recognize(params)
-    except ValueError:
-        return None
+# --- recognizing -----------------------------------------------------------------------------
+
+
+def is_folded(params):
+    """Whether a dict of tensors has names of a folded network, complete or not."""
+    return 'conv.weight' in params or any(key.startswith('features.') for key in params)
 
 
 def recognize(params):
     """The network whose tensors have exactly these keys and shapes.
 
+    Published files and bare state dicts do not say what they are. DiracNets of both versions and
+    their plain chains are recognized, folded or not; of folded ones, which are all plain, the
+    models are called plain and diracnet-v1.
+
     Args:
-        params: flat dict of params or folded state dict of any model. Identities that the
-            original's files store (eye64_64_3_3) do not matter.
+        params: flat dict of params or folded state dict. Identities that the original's files
+            store (eye64_64_3_3) do not matter.
 
     Returns:
         A dict of model, depth, width, num_classes, in_channels, dataset and form: arguments of
@@ -160,30 +161,20 @@ def recognize(params):
     Raises:
         ValueError: no model fits; the message names the first key that is wrong.
     """
-    form, network = _find_network(params)
-    return {**network, 'dataset': _fitting_dataset(form, network), 'form': form}
-
-
-def _find_network(params):
-    if 'conv1.weight' in params:
-        return _find_resnet(params)
-    if is_repvgg(params):
-        return _describe('repvgg', infer_repvgg(params))
-    if is_folded_v1(params):
-        return _describe('diracnet-v1', infer_architecture_v1(params))
-    if _has_ncrelu(params):
-        model = 'diracnet-v1' if is_dirac(params) else 'plain-ncrelu'
-        return _describe(model, infer_architecture_v1(params))
-    return _describe('diracnet' if is_dirac(params) else 'plain', infer_architecture(params))
-
-
-def _find_resnet(params):
-    form, network = infer_resnet(params)
-    try:
-        check_tensors(params, shapes(**network, dataset=_fitting_dataset(form, network)))
-    except ValueError as error:
-        raise ValueError(f'not the parameters of a ResNet: {error}') from None
-    return form, network
+    folded = is_folded(params)
+    is_dirac = any(key.endswith('.alpha') for key in params)
+    if 'conv.weight' in params or _has_ncrelu(params):
+        model, prefix = 'diracnet-v1' if is_dirac or folded else 'plain-ncrelu', ''
+    else:
+        model, prefix = 'diracnet' if is_dirac else 'plain', 'features.' if folded else ''
+    network = read_network(params, prefix)
+    facts = (network['form'], network['in_channels'], network['num_classes'])
+    fitting = [name for name in DATASETS if DATASETS[name] == facts]
+    fallback = 'ImageNet' if network['form'] == 'imagenet' else 'CIFAR10'
+    network = {'model': model, **network, 'dataset': [*fitting, fallback][0]}
+    expected = shapes(**network)
+    check_shapes(params, fold(model, expected) if folded else expected)
+    return network
 
 
 def _has_ncrelu(params):
@@ -192,32 +183,9 @@ def _has_ncrelu(params):
     return len(shape) == 4 and shape[1] == 2 * shape[0]
 
 
-def shapes(**network):
-    """The params of a network as tensors without values.
-
-    Raises ValueError if there is no such network, or if it is too large for any memory.
-    """
-    try:
-        with torch.device('meta'):
-            return define(**network)[1]
-    except (RuntimeError, TypeError) as error:  # the size of a tensor overflows
-        raise ValueError(f'it is too large: {error}') from None
-
-
-def _describe(model, architecture):
-    """What `infer_resnet` returns, for a chain."""
-    return architecture.form, {
-        'model': model,
-        'depth': architecture.depth,
-        'width': architecture.width,
-        'num_classes': architecture.num_classes,
-        'in_channels': architecture.in_channels,
-    }
-
-
-def _fitting_dataset(form, network):
-    facts = (form, network['in_channels'], network['num_classes'])
-    for name in DATASETS:
-        if DATASETS[name] == facts:
-            return name
-    return 'ImageNet' if form == 'imagenet' else 'CIFAR10'
+def check_shapes(tensors, expected):
+    """Raise ValueError unless two dicts of tensors have the same keys and shapes; identities that
+    the original's files store (eye64_64_3_3) do not matter."""
+    for key in {**expected, **tensors}:
+        there, here = (tuple(d[key].shape) if key in d else 'missing' for d in (tensors, expected))
+        check(there == here or key.startswith('eye'), f'{key} is {there} instead of {here}')

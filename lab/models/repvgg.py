@@ -12,40 +12,19 @@ for a fair comparison: stem, pools and channels are those of `diracnet.chain`, w
 blocks with stride 2, and convolutions begin with the same Kaiming normal weights.
 """
 
-from collections import OrderedDict
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diracnet import (
-    batch_norm,
-    bn_params,
-    chain_params,
-    classify,
-    conv_params,
-    fitting_architecture,
-    fold_batch_norm,
-    make_architecture,
-    relu,
-    stem,
-)
+from diracnet import DiracNet, batch_norm, chain, fold_batch_norm, fold_chain, relu
+from diracparams import bn_params, chain_params, conv_params, make_architecture
 
 
-def repvgg_chain(architecture, inputs, params, mode, norm=F.batch_norm):
-    """A RepVGG as a function; arguments and returns are those of `diracnet.chain`."""
-    x = stem(architecture, inputs, params, mode, norm)
-    for g, group in enumerate(architecture.groups):
-        if g > 0:
-            x = F.max_pool2d(x, 2)  # H and W halve
-        for name, _, _ in group:
-            x = sum_of_branches(relu(x), params, name, mode, norm)
-    return classify(x, params)
-
-
-def sum_of_branches(x, params, name, mode, norm=F.batch_norm):
-    """A block without its ReLU: (N, in, H, W) to (N, out, H, W)."""
+def repvgg_block(x, params, name, mode, norm):
+    """ReLU -> the sum of the branches: (N, in, H, W) to (N, out, H, W)."""
+    x = relu(x)
     y = F.conv2d(x, params[f'{name}.conv'], padding=1)
     y = batch_norm(y, params, f'{name}.bn', mode, norm)
     z = F.conv2d(x, params[f'{name}.conv1x1'])
@@ -77,13 +56,12 @@ def define_repvgg(depth, width, dataset, *, num_classes=None, in_channels=None, 
     for key, tensor in params.items():
         if key.endswith('.weight') and tensor.ndim == 1:
             nn.init.ones_(tensor)
-    return partial(repvgg_chain, architecture), params
+    return partial(chain, architecture, block=repvgg_block), params
 
 
 # --- the folded network ----------------------------------------------------------------------
 
 
-@torch.no_grad()
 def fold_repvgg(params):
     """Fold each block's branches into one convolution.
 
@@ -95,18 +73,15 @@ def fold_repvgg(params):
         params; they are computed in double precision.
 
     Raises:
-        ValueError: these are not the parameters of a RepVGG.
+        ValueError: a tensor is missing or unknown, or a running variance is negative or NaN.
     """
-    blocks = [name for group in infer_repvgg(params).groups for name, _, _ in group]
-    in_double = {key: tensor.double() for key, tensor in params.items()}
-    folded = OrderedDict()
-    for prefix in ('', *(f'{name}.' for name in blocks)):
-        parts = [fold_batch_norm(*branch) for branch in branches(in_double, prefix)]
-        for part, tensors in zip(('weight', 'bias'), zip(*parts)):
-            folded[f'features.{prefix}conv.{part}'] = sum(tensors).to(params['fc.weight'].dtype)
-    for key in ('fc.weight', 'fc.bias'):
-        folded[key] = params[key].detach().clone()
-    return folded
+
+    def folded_conv(params, prefix):
+        folded = [fold_batch_norm(*branch) for branch in branches(params, prefix)]
+        return [sum(tensors) for tensors in zip(*folded)]
+
+    known = ('conv', 'bn', 'conv1x1', 'bn1x1', 'bn_identity', 'fc')
+    return fold_chain(params, folded_conv, known, DiracNet.prefix)
 
 
 def branches(params, prefix):
@@ -122,21 +97,3 @@ def branches(params, prefix):
         identity = nn.init.dirac_(torch.empty_like(kernel))
         found.append((identity, params, f'{prefix}bn_identity'))
     return found
-
-
-# --- reading an architecture off tensors -----------------------------------------------------
-
-
-def is_repvgg(params):
-    """Whether a flat dict has the branches of a RepVGG, complete or not."""
-    return any(key.endswith(('.conv1x1', '.bn1x1.weight', '.bn_identity.weight')) for key in params)
-
-
-def infer_repvgg(params):
-    """The Architecture of a RepVGG, from its flat dict of params.
-
-    Raises:
-        ValueError: these are not the parameters of a RepVGG; the message names the first key that
-            is wrong.
-    """
-    return fitting_architecture(params, branch_params, kind='RepVGG')

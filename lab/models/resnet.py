@@ -10,27 +10,24 @@ Sources: He et al., arXiv 1512.03385 (ResNet); Zagoruyko and Komodakis, arXiv 16
 ResNet).
 """
 
-import re
-from collections import Counter
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from diracconv import ALPHA, BETA, dirac_weight
-from diracnet import (
+from diracnet import batch_norm, relu
+from diracparams import (
     BASE_WIDTHS,
     DATASETS,
     IMAGENET_BLOCKS,
-    batch_norm,
     bn_params,
+    check,
     conv_params,
     flatten,
     initialize_scales,
-    is_dirac,
     linear_params,
     make_architecture,
-    relu,
 )
 
 # The end of a residual block: batch norm before or after the addition, then a ReLU or none.
@@ -169,8 +166,7 @@ def define_resnet(
     architecture = architecture_of_width(width, dataset, num_classes, in_channels, form)
     form, widths = architecture.form, architecture.widths
     check_depth('ResNet', form, depth, 2, IMAGENET_BLOCKS)
-    if block not in BLOCKS:
-        raise ValueError(f'block {block!r} does not exist: choose from {", ".join(BLOCKS)}')
+    check(block in BLOCKS, f'block {block!r} does not exist: choose from {", ".join(BLOCKS)}')
     counts = [(depth - 2) // 6] * 3 if form == 'cifar' else IMAGENET_BLOCKS[depth]
 
     def block_params(inside, out):
@@ -202,7 +198,7 @@ def define_resnet_dirac(
 ):
     """A ResNet with Dirac weights in its blocks: the paper's second use of them.
 
-    alpha and beta are their initial scales, see `diracnet.initialize_scales`. Other arguments,
+    alpha and beta are their initial scales, see `diracparams.initialize_scales`. Other arguments,
     returns and errors are those of `define_resnet`.
     """
     f, params = define_resnet(
@@ -241,10 +237,9 @@ def define_wide_resnet(
     """
     architecture = architecture_of_width(width, dataset, num_classes, in_channels, form)
     check_depth('Wide ResNet', architecture.form, depth, 4, BOTTLENECK_BLOCKS)
-    if architecture.form == 'imagenet' and dropout != 0:
-        raise ValueError(f'dropout {dropout} is impossible: bottleneck blocks have no dropout')
-    if not 0 <= dropout < 1:
-        raise ValueError(f'dropout {dropout} is impossible: it must be at least 0 and below 1')
+    has_room = architecture.form == 'cifar' or dropout == 0
+    check(has_room, f'dropout {dropout} is impossible: bottleneck blocks have no dropout')
+    check(0 <= dropout < 1, f'dropout {dropout} is impossible: it must be at least 0 and below 1')
     if architecture.form == 'imagenet':
         return define_bottleneck(architecture, BOTTLENECK_BLOCKS[depth])
     return define_preactivated(architecture, [(depth - 4) // 6] * 3, dropout)
@@ -349,63 +344,8 @@ def architecture_of_width(width, dataset, num_classes, in_channels, form):
 def check_depth(name, form, depth, remainder, imagenet_depths):
     """Raise ValueError for an impossible depth: small images need 6n + remainder."""
     if form == 'imagenet':
-        if depth not in imagenet_depths:
-            possible = ' or '.join(map(str, imagenet_depths))
-            raise ValueError(
-                f'depth {depth} is impossible for a {name} on ImageNet: choose {possible}'
-            )
-    elif depth != int(depth) or depth < 6 + remainder or (depth - remainder) % 6:
-        nearest = 6 * max(round((depth - remainder) / 6), 1) + remainder
-        raise ValueError(
-            f'depth {depth} is impossible for a {name} on small images: it must be '
-            f'6n + {remainder} with n >= 1; the nearest is {nearest}'
-        )
-
-
-# --- reading a network off tensors -----------------------------------------------------------
-
-
-def infer_resnet(params):
-    """The form and the network of a ResNet or Wide ResNet, from some of its params.
-
-    Returns:
-        form, network: 'cifar' or 'imagenet', and a dict of model, depth, width, num_classes and
-        in_channels.
-
-    Raises:
-        ValueError: these are not the parameters of such a network.
-    """
-    try:
-        stem, fc = params['conv1.weight'], params['fc.weight']
-        form = {3: 'cifar', 7: 'imagenet'}[stem.shape[-1]]
-        matches = (re.fullmatch(r'(layer\d)\.\d+\.conv1\.weight', key) for key in params)
-        blocks = max(Counter(match[1] for match in matches if match).values())
-        model, last = 'resnet-dirac' if is_dirac(params) else 'resnet', fc.shape[1]
-        if form == 'imagenet':
-            depth = 18 if blocks <= max(IMAGENET_BLOCKS[18]) else 34
-            if 'layer1.0.conv3.weight' in params:
-                model, depth, last = 'wrn', 50, params['layer4.0.conv1.weight'].shape[0]
-        elif _is_preactivated(params):
-            model, depth = 'wrn', 6 * blocks + 4
-        else:
-            depth = 6 * blocks + 2
-        width = last / BASE_WIDTHS[form][-1]
-        return form, {
-            'model': model,
-            'depth': depth,
-            'width': int(width) if width.is_integer() else width,
-            'num_classes': fc.shape[0],
-            'in_channels': stem.shape[1],
-        }
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(
-            f'not the parameters of a ResNet: {error.args[0]!r} is missing or has an unknown form'
-        ) from None
-
-
-def _is_preactivated(params):
-    """Whether batch norms come before convolutions, which shows in their numbers of channels."""
-    return any(
-        len(params[f'{prefix}bn1.weight']) != len(params[f'{prefix}conv1.weight'])
-        for prefix in ('', 'layer1.0.')
-    )
+        is_possible, possible = depth in imagenet_depths, ' or '.join(map(str, imagenet_depths))
+    else:
+        is_possible = depth >= 6 + remainder and depth % 6 == remainder
+        possible = f'6n + {remainder} with n >= 1'
+    check(is_possible, f'depth {depth} is impossible for a {name}: it must be {possible}')

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 
-from diracnet import DATASETS, TRAINED, Network, copy_tensors, trained_path
+from diracnet import Network
+from diracparams import DATASETS, TRAINED, copy_tensors, trained_path
 from lab.errors import OptionError, UserError
 from lab.files import write_atomically
 from lab.models import registry

@@ -11,7 +11,7 @@ There are three kinds of files:
 
 import torch
 
-from diracnet import BASE_WIDTHS
+from diracparams import BASE_WIDTHS
 from lab.data.preprocessing import Preprocessing
 from lab.models import registry
 from lab.runs.training_form import check_training, is_valid_option

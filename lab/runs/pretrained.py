@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from diracconv import split_weight
-from diracnet import BN_EPS, DATASETS
+from diracnet import BN_EPS
+from diracparams import DATASETS
 from lab.data.names import readable
 from lab.errors import OptionError, UserError
 from lab.models import registry

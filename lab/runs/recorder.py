@@ -10,101 +10,99 @@ from lab.runs.log import format_line
 from lab.runs.resume import resume_command
 
 
-def stored_params(module):
-    """The params of a diracnet.Network as a checkpoint has them."""
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in module.params().items()}
-
-
 class Recorder:
     """Writes the checkpoints and the log of a training to its folder.
 
     Args:
-        folder: RunFolder; stop: Stop.
-        facts: options, network, classes and preprocessing, as in a checkpoint.
-        module, optimizer, scaler, averages: what is trained; averages is an AveragedModel or None.
-        meters: Meters of the current pass.
+        folder: RunFolder; stop: Stop; state: lab.training.state.State.
+        metadata: options, network, classes and preprocessing, as in a checkpoint.
         log: lines of the log so far.
     """
 
-    def __init__(self, folder, stop, facts, module, optimizer, scaler, averages, meters, log):
-        self.folder, self.stop, self.facts, self.meters = folder, stop, facts, meters
-        self.module, self.optimizer, self.scaler, self.log = module, optimizer, scaler, log
-        self.averages = averages
+    def __init__(self, folder, stop, state, metadata, log):
+        self.folder, self.stop, self.state = folder, stop, state
+        self.metadata, self.log = metadata, log
         self._schedule_save()
 
     def _schedule_save(self):
-        self.next_save = time.monotonic() + 60 * self.facts['options']['checkpoint_minutes']
+        minutes = self.metadata['options']['checkpoint_minutes']
+        self.next_save = time.monotonic() + 60 * minutes
 
-    def save(self, epoch, progress=None):
-        """Write a checkpoint. `epoch` counts finished epochs; `progress` is that of the next.
+    # --- checkpoints ---
 
-        Raises:
-            UserError: the loss or a parameter is not finite, so no run could resume from it.
-        """
-        if progress:
-            self.check_loss(epoch + 1)
-        params = stored_params(self.module)
-        position = describe_position(epoch, progress)
-        if not all(tensor.isfinite().all() for tensor in params.values()):
-            raise self._diverged(f'the loss is finite but the parameters are not, after {position}')
-        content = {
-            'params': params,
-            'epoch': epoch,
-            'optimizer': self.optimizer.state_dict(),
-            'scaler': self.scaler.state_dict(),
-            **self.facts,
-            'log': self.log,
-        }
-        if self.averages:
-            content['ema'] = stored_params(self.averages.module)
-        if progress:
-            content['progress'] = progress
-        self.folder.save(content, position)
-        self._schedule_save()
-
-    def save_if_due(self, epoch, measure_progress):
-        """After a step: save if it is time to. If a signal has come, save and exit.
-
-        Args:
-            epoch: number of finished epochs.
-            measure_progress: returns the progress in the next one; called only to save.
+    def after_step(self, train_pass):
+        """Save if it is time to. If a signal has come, save and exit.
 
         Raises:
+            UserError: the loss is not finite.
             SystemExit: a signal has come; all processes exit together.
         """
+        self._check_loss(train_pass)
         due = time.monotonic() >= self.next_save
         number, due = distributed.agree(self.stop.signal, int(due))
         if number:
             self.stop.ignore_signals()
         if number or due:
-            progress = measure_progress()
-            self.save(epoch, progress)
+            self.save_in(train_pass)
         if number:
-            distributed.barrier()  # torchrun ends all processes when the first one ends
-            name, position = signal.Signals(number).name, describe_position(epoch, progress)
-            command = resume_command(self.facts['options'], self.folder)
-            self.stop.last_words = f'stopped by {name} at {position}; resume with:\n    {command}'
-            raise SystemExit(128 + number)
+            self._exit(number, train_pass)
 
-    def check_loss(self, epoch):
-        """Raise UserError if a loss was not finite in this epoch, counted from 1."""
-        if self.meters.diverged:
-            step, value = self.meters.diverged
-            raise self._diverged(f'the loss is {value} at step {step} of epoch {epoch}')
+    def save_in(self, train_pass):
+        """Write a checkpoint within a training pass, or at its end: a test is repeated if it is
+        interrupted."""
+        progress = train_pass.progress()  # this measures the last batches
+        self._check_loss(train_pass)
+        self.save(train_pass.epoch - 1, progress)
 
-    def _diverged(self, what):
-        if self.folder.last_save:
-            last = f'--resume continues from the last good checkpoint, {self.folder.last_save}'
-        else:
-            last = 'there is no checkpoint yet'
-        return UserError(
-            f'{what}: the run stops; {last}; a new run may do better with a smaller --lr'
-        )
+    def exit_if_stopped(self, train_pass):
+        """In a test after this pass: if a signal has come, exit. All processes exit together."""
+        (number,) = distributed.agree(self.stop.signal)
+        if number:
+            self.stop.ignore_signals()
+            self._exit(number, train_pass)
+
+    def save(self, epochs_done, progress=None):
+        """Write a checkpoint, with the `progress` in the next epoch if it has begun.
+
+        Raises:
+            UserError: a parameter is not finite, so no run could resume from it.
+        """
+        content = {**self.state.content(), 'epoch': epochs_done, **self.metadata, 'log': self.log}
+        position = describe_position(epochs_done, progress)
+        if not all(tensor.isfinite().all() for tensor in content['params'].values()):
+            raise self._diverged(f'the loss is finite but the parameters are not, after {position}')
+        if progress:
+            content['progress'] = progress
+        self.folder.save(content, position)
+        self._schedule_save()
+
+    def _exit(self, number, train_pass):
+        distributed.barrier()  # torchrun ends all processes when the first one ends
+        position = describe_position(train_pass.epoch - 1, {'step': train_pass.step})
+        command = resume_command(self.metadata['options'], self.folder)
+        name = signal.Signals(number).name
+        self.stop.last_words = f'stopped by {name} at {position}; resume with:\n    {command}'
+        raise SystemExit(128 + number)
+
+    # --- what happened ---
 
     def record_epoch(self, stats):
         """Add an epoch to the log, and save."""
         self.log.append(format_line(stats))
         self.folder.write_log(self.log)
-        if self.facts['options']['tensorboard']:
+        if self.metadata['options']['tensorboard']:
             self.folder.write_events(stats)
         self.save(stats['epoch'])
+
+    def _check_loss(self, train_pass):
+        if train_pass.meters.diverged:
+            step, value = train_pass.meters.diverged
+            raise self._diverged(f'the loss is {value} at step {step} of epoch {train_pass.epoch}')
+
+    def _diverged(self, what):
+        last = 'there is no checkpoint yet'
+        if self.folder.last_save:
+            last = f'--resume continues from the last good checkpoint, {self.folder.last_save}'
+        return UserError(
+            f'{what}: the run stops; {last}; a new run may do better with a smaller --lr'
+        )

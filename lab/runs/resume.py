@@ -3,44 +3,70 @@
 import shlex
 from pathlib import Path
 
-from diracnet import copy_tensors
-from lab.distributed import launched_here, local_world, say, world
+from lab.distributed import from_first, launched_here, local_world, say, world
 from lab.errors import OptionError, UserError, printable
 from lab.runs import checkpoint
 from lab.runs.folder import COMMANDS, read_commands
-from lab.runs.pretrained import network_options
-from lab.training.options import BOUND_TO_MACHINE, complete, defaults_for, parse
+from lab.runs.pretrained import find_pretrained, network_options
+from lab.training.options import (
+    BOUND_TO_MACHINE,
+    check_combination,
+    complete,
+    defaults_for,
+    parse,
+)
 
 
-def started_anew(given):
+def find_start(cli_options):
+    """Where a training starts: the Checkpoint to resume, the pretrained one, None for each that is
+    not asked for, and all options.
+
+    Raises:
+        OptionError: options that do not fit together or to the checkpoint.
+        UserError: a checkpoint cannot be read.
+    """
+    cli_options = from_first(lambda: started_anew(cli_options))
+    resumed = from_first(lambda: find_resumed(cli_options))
+    pretrained = None if resumed else from_first(lambda: find_pretrained(cli_options))
+    options = options_to_train(resumed, cli_options, pretrained)
+    if resumed and resumed.epoch >= options['epochs'] and cli_options['resume'] != 'auto':
+        raise OptionError(
+            f'{resumed.path} has already trained {resumed.epoch} epochs; choose more with --epochs '
+            f'(now {options["epochs"]})'
+        )
+    check_combination(options)
+    return resumed, pretrained, options
+
+
+def started_anew(cli_options):
     """The given options, or, if --resume names a run that was stopped before its first checkpoint,
     those that it was last started with."""
-    folder = Path(given.get('resume', 'auto')).expanduser()
+    folder = Path(cli_options.get('resume', 'auto')).expanduser()
     if _has_checkpoint(folder):
-        return given
+        return cli_options
     for entry in reversed(read_commands(folder / COMMANDS) or []):
         _, _, *arguments = shlex.split(entry['command'])
         begun = parse(arguments)
         if begun.pop('resume', 'auto') == 'auto':
             say(f'{printable(str(folder))} was stopped before its first checkpoint: it starts anew')
             begun = {name: value for name, value in begun.items() if name not in BOUND_TO_MACHINE}
-            return {**begun, **given, 'save': str(folder), 'resume': 'auto'}
-    return given
+            return {**begun, **cli_options, 'save': str(folder), 'resume': 'auto'}
+    return cli_options
 
 
 def _has_checkpoint(folder):
     return any((folder / name).exists() for name in (checkpoint.FILE_NAME, checkpoint.PREVIOUS))
 
 
-def find_resumed(given):
+def find_resumed(cli_options):
     """The checkpoint that --resume asks for; None without --resume, or if auto finds none."""
-    if 'resume' not in given:
+    if 'resume' not in cli_options:
         return None
-    if given['resume'] != 'auto':
-        return checkpoint.load(given['resume'])
-    if 'save' not in given:
+    if cli_options['resume'] != 'auto':
+        return checkpoint.load(cli_options['resume'])
+    if 'save' not in cli_options:
         raise OptionError('--resume auto looks for a run in the folder of --save: add --save')
-    folder = Path(given['save']).expanduser()
+    folder = Path(cli_options['save']).expanduser()
     return checkpoint.load(folder) if _has_checkpoint(folder) else None
 
 
@@ -62,8 +88,8 @@ def resume_command(options, folder):
     return f'torchrun {rendezvous}--nproc_per_node={local_world()} {command}'
 
 
-def options_to_train(found, given, pretrained=None):
-    """All options of a run: a new one if `found` is None, else one that resumes from it.
+def options_to_train(resumed, cli_options, pretrained):
+    """All options of a run: a new one if `resumed` is None, else one that resumes from it.
 
     From a file that is not a run of train.py, training starts with the given options, the file's
     tensors and a new optimizer.
@@ -72,40 +98,42 @@ def options_to_train(found, given, pretrained=None):
         OptionError: a given option contradicts the run, its network, or the pretrained one.
         UserError: the file is folded.
     """
-    if not found:
-        network = network_options(pretrained, given) if pretrained else {}
-        return complete({**network, **given})
-    if found.is_run:
-        found.network_options(given)  # raises OptionError for another network
+    if not resumed:
+        network = network_options(pretrained, cli_options) if pretrained else {}
+        return complete({**network, **cli_options})
+    network = resumed.network_options(cli_options)  # raises OptionError for another network
+    if resumed.is_run:
         dropped = {*BOUND_TO_MACHINE, 'save'}
-        if found.options.get('ngpu', 1) == 1:
+        if resumed.options.get('ngpu', 1) == 1:
             dropped.add('sync_bn')  # it has no effect in one process, so it may be added now
-        stored = {name: value for name, value in found.options.items() if name not in dropped}
-        return complete(given, stored)
-    if found.folded:
-        raise UserError(f'{found.path} is folded: it can be tested (--evaluate) but not trained')
+        stored = {name: value for name, value in resumed.options.items() if name not in dropped}
+        with checkpoint.refusing(resumed.path):
+            return complete(cli_options, stored)
+    if resumed.folded:
+        raise UserError(f'{resumed.path} is folded: it can be tested (--evaluate) but not trained')
     say(
-        f'{found.path} is not a run of train.py: training starts from its tensors at epoch '
-        f'{found.epoch}, with a new optimizer'
+        f'{resumed.path} is not a run of train.py: training starts from its tensors at epoch '
+        f'{resumed.epoch}, with a new optimizer'
     )
-    return complete({**found.network_options(given), **given})
+    return complete({**network, **cli_options})
 
 
-def options_to_evaluate(found, given):
-    """All options for a test of a checkpoint. Raises OptionError."""
-    found.network.update(found.network_options(given))
-    stored = {name: value for name, value in found.options.items() if name not in BOUND_TO_MACHINE}
-    return complete(given, {**defaults_for(found.network), **found.network, **stored, **given})
+def find_to_evaluate(cli_options):
+    """The Checkpoint that --evaluate names, and all options for its test.
 
-
-def restore(resumed, optimizer, scaler, averages, meters):
-    """Load the state of a run that was stopped. The optimizer keeps its own settings."""
-    if not resumed.is_run:
-        return
-    if averages:
-        copy_tensors(resumed.ema, averages.module)
-        averages.n_averaged.fill_(1)  # more than 0: there have been some
-    optimizer.load_state_dict({**optimizer.state_dict(), 'state': resumed.optimizer['state']})
-    scaler.load_state_dict(resumed.scaler)
-    if resumed.progress:
-        meters.load_state(resumed.progress['tally'])
+    Raises:
+        OptionError: an option does not fit it.
+        UserError: it cannot be read.
+    """
+    if 'resume' in cli_options:
+        raise OptionError('--evaluate and --resume exclude each other: one tests, the other trains')
+    tested = from_first(lambda: checkpoint.load(cli_options['evaluate']))
+    if tested.folded and 'recalibrate_bn' in cli_options:
+        raise OptionError(f'--recalibrate_bn: {tested.path} is folded, so it has no batch norm')
+    own = {**tested.network, **tested.network_options(cli_options)}
+    stored = {name: value for name, value in tested.options.items() if name not in BOUND_TO_MACHINE}
+    with checkpoint.refusing(tested.path):
+        options = complete(cli_options, {**defaults_for(own), **own, **stored, **cli_options})
+    check_combination(options)
+    tested.network.update(own)
+    return tested.averaged() if 'ema' in cli_options else tested, options

@@ -6,30 +6,39 @@ from dataclasses import replace
 from lab import distributed
 from lab.data import datasets
 from lab.data.names import readable
+from lab.data.preprocessing import Preprocessing
 from lab.distributed import world
 from lab.errors import UserError, printable
 
 
-def load_data(options):
-    """The Data that the options describe. Raises UserError."""
+def load_data(options, checkpoint=None, is_test=False):
+    """The Data that the options describe.
+
+    Args:
+        checkpoint: the run that goes on, the file to start from, or, if `is_test`, to test. A run
+            and a test keep its preprocessing: images may have been added to a folder meanwhile.
+
+    Raises:
+        UserError: data are missing or broken, or the checkpoint has other classes.
+    """
     root = options['dataroot']
     # One process downloads or caches, and the others find the files. Image files have no need of
     # that: all processes read them at once.
     reads_files = options['dataset'] == 'folder' and options['preprocess'] != 'zca'
     with nullcontext() if reads_files else distributed.first_on_this_machine():
-        source = datasets.load(
+        data = datasets.load(
             options['dataset'], root, form=options.get('form'), image_size=options['image_size']
         ).tested_on(options['holdout'])
         if options['per_class']:
-            source = source.per_class(options['per_class'])
+            data = data.per_class(options['per_class'])
         if options['preprocess'] == 'zca':
-            source = source.whitened(root)
-    return replace(source, mirrored=source.mirrored and not options['no_mirror'])
+            data = data.whitened(root)
+    return replace(source, mirrored=data.mirrored and not options['no_mirror'])
 
 
-def make_batches(source, training, options, device):
-    return source.batches(
-        training,
+def make_batches(data, train, options, device):
+    return data.batches(
+        train,
         batch_size=options['batch_size'],
         device=device,
         seed=options['seed'],
@@ -40,22 +49,24 @@ def make_batches(source, training, options, device):
     )
 
 
-def check_classes(source, found, options):
+def check_classes(data, checkpoint, options):
     """Raise UserError if a checkpoint has other classes than the data, or other small images."""
-    if found and found.preprocessing and source.in_memory:
-        stored, size = found.preprocessing['image_size'], source.preprocessing.image_size
+    if checkpoint.preprocessing and data.in_memory:
+        stored, size = checkpoint.preprocessing['image_size'], data.preprocessing.image_size
         if stored != size:
             raise UserError(
-                f'{found.path} has images of {stored} pixels, but {options["dataset"]} has {size}'
+                f'{checkpoint.path} has images of {stored} pixels, but {options["dataset"]} has '
+                f'{size}'
             )
-    if not found or not found.classes:
+    if not checkpoint.classes:
         return
-    theirs, ours = (readable(list(names), len(names)) for names in (found.classes, source.classes))
+    theirs, ours = (readable(list(names), len(names)) for names in (checkpoint.classes, data.classes))
     if theirs != ours:
         difference = f'{len(theirs)} instead of {len(ours)}'
         if len(theirs) == len(ours):
             pairs = ((a, b) for a, b in zip(theirs, ours) if a != b)
             difference = '{} instead of {}'.format(*map(printable, next(pairs)))
         raise UserError(
-            f'{found.path} has other classes than the data in {options["dataroot"]}: {difference}'
+            f'{checkpoint.path} has other classes than the data in {options["dataroot"]}: '
+            f'{difference}'
         )

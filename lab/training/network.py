@@ -1,4 +1,5 @@
-"""The network that the options describe, and what changes in it from step to step."""
+"""The network that the options describe, what changes in it from step to step, and its moving
+averages."""
 
 from functools import partial
 
@@ -8,84 +9,136 @@ import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diracnet import BN_MOMENTUM, Network
-from lab import distributed
+from lab import cuda, distributed
 from lab.device import DTYPES
 from lab.errors import OptionError
+from lab.memory import total_memory
 from lab.models import registry
 from lab.models.freezing import freeze, with_frozen
-from lab.training.recompute import compiled_chain, recomputed_chain
+from lab.training.recompute import compiled_block, recomputed_block, regrouped
 from lab.training.sync_batch_norm import sync_batch_norm
 
 
-class BatchNorm:
-    """F.batch_norm with another momentum, which may change from step to step."""
-
-    def __init__(self, norm, momentum):
-        self.norm, self.momentum = norm, momentum
-
-    def __call__(self, x, mean, var, weight, bias, training, momentum, eps):
-        return self.norm(x, mean, var, weight, bias, training, self.momentum, eps)
-
-
-def batch_norm(options):
-    """The function of the batch norms, with the momentum as an argument."""
-    norm = sync_batch_norm if options['sync_bn'] else F.batch_norm
-    return with_frozen(norm) if options['freeze'] else norm
-
-
-def network_arguments(options, source):
+def network_arguments(options, data):
     """The arguments of registry.define for these options and this data set."""
     names = registry.network_option_names(options['model'])
     return {
         **{name: options[name] for name in names if name in options},
         'form': registry.form_of(options),
-        'num_classes': len(source.classes),
-        'in_channels': source.preprocessing.channels,
+        'num_classes': len(data.classes),
+        'in_channels': data.preprocessing.channels,
     }
 
 
-def build_network(options, arguments, device):
-    """The network with new parameters, drawn from the seed.
-
-    Returns:
-        module: diracnet.Network on the device, in channels_last.
-        norm: the function of its batch norms.
+def check_memory(network, dtype, device):
+    """The number of parameters of a network, by arithmetic: the kernel would end a process that
+    takes too much memory without a word.
 
     Raises:
-        OptionError: there is no such network, or it has no part to freeze of that name.
+        OptionError: there is no such network, or its parameters, their gradients and their momenta
+            need more memory than there is.
+    """
+    try:
+        n = count_parameters(network)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+    needed = 3 * n * DTYPES[dtype][0].itemsize
+    if device.type == 'cuda':
+        available = cuda.memory(device)
+    else:
+        available = total_memory() / distributed.local_world()
+    if needed > available:
+        raise OptionError(
+            f'--depth {network["depth"]} --width {network["width"]:g}: {n:,} parameters need '
+            f'{needed / 1e9:,.1f} GB to train, but there are {available / 1e9:,.1f} GB for {device}'
+        )
+    return n
+
+
+def count_parameters(network):
+    """The parameters of `registry.define(**network)`, without making them. Raises ValueError."""
+    depth, longest = network['depth'], 60
+    if depth > longest and registry.form_of(network) == 'cifar':
+        # 6 more layers always add the same number.
+        base = longest - 12 + depth % 6
+        try:
+            small, larger = (count_parameters({**network, 'depth': d}) for d in (base, base + 6))
+        except ValueError:
+            registry.define(**network)  # raises the same error, for this depth
+        return small + (depth - base) // 6 * (larger - small)
+    tensors = registry.shapes(**network).values()
+    return sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
+
+
+def build_network(options, network, device):
+    """The network with new parameters, drawn from the seed.
+
+    Args:
+        network: what `network_arguments` returns.
+
+    Returns:
+        diracnet.Network on the device, in channels_last, and the BatchNorm in it.
+
+    Raises:
+        OptionError: it has no part to freeze of that name, or it cannot be computed as the options
+            ask.
     """
     torch.manual_seed(options['seed'])
     try:
-        f, params = registry.define(**registry.initialization(options), **arguments)
+        f, params = registry.define(**registry.initialization(options), **network)
+        for name, make_block in (('recompute', lambda: recomputed_block), ('compile', compiled_block)):
+            if options[name]:
+                f = regrouped(f, params, network['in_channels'], make_block(), f'--{name}')
         freeze(params, options['freeze'])
     except ValueError as error:
         raise OptionError(str(error)) from None
-    if options['recompute']:
-        f = partial(recomputed_chain, *f.args)
-    if options['compile']:
-        f = partial(compiled_chain(), *f.args)
-    norm = batch_norm(options)
-    if options['bn_momentum'] != BN_MOMENTUM:
-        cumulative = options['bn_momentum'] == 'cumulative'  # then prepare_step sets it
-        norm = BatchNorm(norm, 1 if cumulative else options['bn_momentum'])
-    module = Network(partial(f, norm=norm), params)
+    norm = BatchNorm(options)
+    # The usual batch norm is passed as it is: a compiler can look into it.
+    is_usual = norm.momentum == BN_MOMENTUM and not norm.is_cumulative
+    module = Network(partial(f, norm=norm.function if is_usual else norm), params)
     dtype, _ = DTYPES[options['dtype']]
     return module.to(device, dtype, memory_format=torch.channels_last), norm
 
 
-def make_averages(module, options):
-    """The moving averages of --ema as an AveragedModel, or None without the option."""
-    if not options['ema']:
-        return None
-    average = get_ema_multi_avg_fn(options['ema'])
-    return AveragedModel(module, multi_avg_fn=average, use_buffers=True).eval()
+class BatchNorm:
+    """F.batch_norm, synchronized or frozen if the options say so, with a momentum of its own."""
+
+    def __init__(self, options):
+        self.is_cumulative = options['bn_momentum'] == 'cumulative'
+        self.momentum = 1 if self.is_cumulative else options['bn_momentum']
+        function = sync_batch_norm if options['sync_bn'] else F.batch_norm
+        self.function = with_frozen(function) if options['freeze'] else function
+
+    def __call__(self, x, mean, var, weight, bias, training, momentum, eps):
+        return self.function(x, mean, var, weight, bias, training, self.momentum, eps)
+
+    def prepare_step(self, step):
+        """With --bn_momentum cumulative, a step of an epoch, counted from 0, weighs 1 / n."""
+        if self.is_cumulative:
+            self.momentum = 1 / (1 + step)
 
 
-def prepare_step(options, norm, epoch, step):
-    """Set what depends on the position in the training: the random state of dropout, and the
-    momentum of --bn_momentum cumulative. `epoch` and `step` count from 0."""
+def seed_dropout(options, epoch, step):
+    """Set the random state of dropout, a function of the position. Both count from 0."""
     if options.get('dropout'):
         position = (options['seed'], epoch, step, distributed.rank())
         torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))
-    if options['bn_momentum'] == 'cumulative':
-        norm.momentum = 1 / (1 + step)
+
+
+class Averages:
+    """Exponential moving averages of a module's tensors, for --ema; with decay None, nothing."""
+
+    def __init__(self, module, decay):
+        self.model = None
+        if decay:
+            average = get_ema_multi_avg_fn(decay)
+            self.model = AveragedModel(module, multi_avg_fn=average, use_buffers=True).eval()
+
+    @property
+    def tested(self):
+        """The name of its test and the averaged module, in a list, if there is one."""
+        return [('ema_test', self.model.module)] if self.model else []
+
+    def update(self, module):
+        if self.model:
+            self.model.update_parameters(module)

@@ -17,15 +17,6 @@ OPTIMIZERS = {
     'adagrad': torch.optim.Adagrad,
     'adamw': torch.optim.AdamW,
 }
-# What each of them keeps for each parameter, with its shape. All but SGD also count steps.
-STATES = {
-    'sgd': ('momentum_buffer',),
-    'nesterov': ('momentum_buffer',),
-    'rmsprop': ('square_avg',),
-    'adadelta': ('square_avg', 'acc_delta'),
-    'adagrad': ('sum',),
-    'adamw': ('exp_avg', 'exp_avg_sq'),
-}
 
 
 def is_decayed(tensor, model='diracnet'):
@@ -79,6 +70,13 @@ def learning_rate(options, step, epoch_steps):
 def set_learning_rate(optimizer, rate):
     for group in optimizer.param_groups:
         group['lr'] = rate
+
+
+def clip_gradients(module, optimizer, scaler, longest):
+    """Scale all gradients together to a norm of `longest`, if theirs is larger. None: do nothing."""
+    if longest:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), longest)
 
 
 def parameter_table(module, weight_decay, model='diracnet'):

@@ -1,7 +1,8 @@
 """The options of train.py, each declared once. options.py makes everything else from them."""
 
-import diracnet
-from diracnet import BN_MOMENTUM, DATASETS
+import diracparams
+from diracnet import BN_MOMENTUM
+from diracparams import DATASETS
 from lab.device import DTYPES
 from lab.files import path_argument
 from lab.models.initialization import INITS
@@ -91,7 +92,7 @@ NETWORK = (
     Option(
         'bn_init',
         'initial weight and bias of all batch norms. paper: from U(0, 1), and 0; shifted: '
-        f'1 and {diracnet.SHIFT:g}, with --beta depth; or two numbers such as 1,0.5. shifted '
+        f'1 and {diracparams.SHIFT:g}, with --beta depth; or two numbers such as 1,0.5. shifted '
         'trains deeper chains',
         'paper',
         {'fast': 'shifted'},
@@ -162,7 +163,7 @@ DATA = (
         'for --dataset folder: imagenet (the default), the networks for large images, which are '
         'read from their files each time they are needed; or cifar, those for small images, which '
         'are read into memory',
-        choices=tuple(diracnet.BASE_WIDTHS),
+        choices=tuple(diracparams.BASE_WIDTHS),
     ),
     Option(
         'image_size',

@@ -4,7 +4,7 @@ import argparse
 import json
 import re
 
-import diracnet
+import diracparams
 
 LARGEST = 1e37  # of the numbers with a fraction; float32 has little more
 
@@ -80,7 +80,7 @@ def bn_scales(text):
         return text
     try:
         scales = [float(part) for part in plain_digits(text).strip('[]').split(',')]
-        diracnet.bn_scales(scales)
+        diracparams.bn_scales(scales)
         if max(map(abs, scales)) > LARGEST:
             raise ValueError
     except ValueError:

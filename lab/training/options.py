@@ -7,7 +7,7 @@ check of a resumed run, and the table in docs/training.md.
 import json
 import math
 
-from diracnet import DATASETS
+from diracparams import DATASETS
 from lab.device import has_bfloat16
 from lab.errors import OneLineParser, OptionError
 from lab.models.registry import CHAINS, form_of

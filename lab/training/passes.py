@@ -100,8 +100,8 @@ class Pass:
     """
 
     def __init__(self, name, label, batches, meters, epoch, progress=None, say=distributed.say):
-        self.name, self.label, self.batches, self.meters = name, label, batches, meters
-        self.say, self.final_progress = say, None
+        self.name, self.label, self.say = name, label, say
+        self.batches, self.meters, self.epoch = batches, meters, epoch
         meters.reset()
         self.step, elapsed, batches.broken_before = 0, 0, {}
         if progress:
@@ -126,8 +126,6 @@ class Pass:
 
     def progress(self):
         """The position and what was measured so far, for a checkpoint."""
-        if self.final_progress:
-            return self.final_progress
         return {
             'step': self.step,
             'tally': self.meters.state(),
@@ -135,17 +133,12 @@ class Pass:
             'broken': distributed.union(self.batches.broken),
         }
 
-    def counted(self):
-        """The number of images so far, in all processes."""
-        return self.meters.state()['n']
-
-    def finish(self):
+    def stats(self):
         """{NAME_loss, NAME_acc, NAME_top5, NAME_time}: accuracies in percent, time in seconds."""
         loss, top1, top5 = self.meters.values()
-        self.final_progress = self.progress()
         return {
             f'{self.name}_loss': loss,
             f'{self.name}_acc': top1,
             f'{self.name}_top5': top5,
-            f'{self.name}_time': self.final_progress['time'],
+            f'{self.name}_time': time.perf_counter() - self.started,
         }

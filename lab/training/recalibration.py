@@ -9,15 +9,18 @@ from contextlib import closing, nullcontext
 import torch
 
 from lab.device import DTYPES, autocast
-from lab.training.network import BatchNorm, batch_norm
+from lab.training.network import BatchNorm
 from lab.training.passes import ProgressBar
 
 
-class BatchStatistics(BatchNorm):
-    """Batch norm with the statistics of the batch, also in evaluation mode."""
+class BatchStatistics:
+    """A function of batch norms with the statistics of the batch, also in evaluation mode."""
+
+    def __init__(self, function):
+        self.function, self.momentum = function, 1
 
     def __call__(self, x, mean, var, weight, bias, training, momentum, eps):
-        return super().__call__(x, mean, var, weight, bias, True, momentum, eps)
+        return self.function(x, mean, var, weight, bias, True, self.momentum, eps)
 
 
 # Statistics of different batches differ, and so do those of the layers after them: their averages
@@ -45,7 +48,7 @@ def recalibrate(module, batches, epoch, options):
     """
     dtype, autocast_dtype = DTYPES[options['dtype']]
     batches.epoch, batches.start, batches.broken_before = epoch, 0, batches.broken
-    norm = BatchStatistics(batch_norm(options), momentum=1)
+    norm = BatchStatistics(BatchNorm(options).function)
     done = 0  # images
     with closing(ProgressBar('recalibrate', batches)) as bar:
         for inputs, size in joined(batches):

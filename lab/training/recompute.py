@@ -3,7 +3,10 @@
 `diracnet.chain` keeps two activations per convolution for the backward pass: the input of the
 batch norm and that of the convolution. Here blocks begin with batch norm instead of ending with
 it. Only the input of each batch norm is kept, and the input of the convolution after it is
-recomputed from that.
+recomputed from that. Compiled blocks are cut in the same place, so that batch norm and ReLU become
+one kernel.
+
+This restates `diracnet.block`, so `regrouped` compares what both compute before it trains anything.
 """
 
 from functools import partial
@@ -11,19 +14,46 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from diracnet import BN_EPS, BN_MOMENTUM, block_weights, bn_tensors
+from diracnet import BN_EPS, BN_MOMENTUM, bn_tensors, dirac_chain, relu
 from lab.memory import release_freed_memory
 
 
-def cut_chain(block, architecture, inputs, params, mode, norm=F.batch_norm):
+def regrouped(f, params, in_channels, block, flag):
+    """f, a function from `registry.define`, with its chain computed by `regrouped_chain`.
+
+    Args:
+        params: those of f.
+        block: `recomputed_block`, or what `compiled_block` returns.
+        flag: the option that asks for it, for the message.
+
+    Raises:
+        ValueError: f is not a DiracNet or a plain chain, or its blocks are not those that are
+            computed here.
+    """
+    if getattr(f, 'func', None) is not dirac_chain or f.keywords:
+        raise ValueError(f'{flag} computes the blocks of diracnet and plain; this model has others')
+    size = 64 if f.args[0].form == 'imagenet' else 8
+    inputs = torch.linspace(-2, 2, 2 * in_channels * size**2).view(2, in_channels, size, size).sin()
+    own, other = (
+        chain(inputs, {key: tensor.detach().clone() for key, tensor in params.items()}, True)
+        for chain in (f, partial(f, chain=partial(regrouped_chain, plain_block)))
+    )
+    if not torch.allclose(own, other, rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            f'{flag} computes other blocks than diracnet.chain: lab/training/recompute.py has them '
+            'as they were; change them in the same way, or train without it'
+        )
+    return partial(f, chain=partial(regrouped_chain, block))
+
+
+def regrouped_chain(block, architecture, inputs, params, mode, norm=F.batch_norm):
     """`diracnet.chain`, with one call of `block(x, bn, weight, mode, pool, norm)` per block."""
-    weights = block_weights(architecture, params)
     large = architecture.form == 'imagenet'
     x = F.conv2d(inputs, params['conv'], stride=2 if large else 1, padding=3 if large else 1)
     bn, pool = bn_tensors(params, 'bn'), (3, 2, 1) if large else ()
     for group in architecture.groups:
         for name, _, _ in group:
-            x = block(x, bn, weights[name], mode, pool, norm)
+            x = block(x, bn, params[f'{name}.conv'], mode, pool, norm)
             bn, pool = bn_tensors(params, f'{name}.bn'), ()
         pool = (2,)  # before the next group
     x = F.adaptive_avg_pool2d(activate(x, bn, mode, (), norm), 1).flatten(1)
@@ -40,11 +70,10 @@ def activate(x, bn, mode, pool=(), norm=F.batch_norm):
     x = norm(x, mean, var, weight, bias, training=mode, momentum=BN_MOMENTUM, eps=BN_EPS)
     if pool:
         x = F.max_pool2d(x, *pool)
-    # A compiler fuses the ReLU anyway.
-    return F.relu(x, inplace=not torch.compiler.is_compiling())
+    return relu(x)
 
 
-def block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
+def plain_block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
     """`activate` and the 3x3 convolution after it: (N, C, H, W) to (N, out, H', W')."""
     return F.conv2d(activate(x, bn, mode, pool, norm), weight, padding=1)
 
@@ -59,7 +88,7 @@ class _RecomputedBlock(torch.autograd.Function):
     def forward(ctx, x, bn_weight, bn_bias, running_mean, running_var, weight, pool, norm):
         ctx.save_for_backward(x, bn_weight, bn_bias, weight)
         ctx.pool, ctx.norm = pool, norm
-        return block(x, (bn_weight, bn_bias, running_mean, running_var), weight, True, pool, norm)
+        return plain_block(x, (bn_weight, bn_bias, running_mean, running_var), weight, True, pool, norm)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -81,27 +110,21 @@ class _RecomputedBlock(torch.autograd.Function):
         return *grads, None, None, grad_weight.to(weight.dtype), None, None
 
 
-def _recomputed_block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
+def recomputed_block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
     if mode and torch.is_grad_enabled():
         return _RecomputedBlock.apply(x, *bn, weight, pool, norm)
-    return block(x, bn, weight, mode, pool, norm)
-
-
-recomputed_chain = partial(cut_chain, _recomputed_block)
-"""`diracnet.chain` with about half its memory: it computes activations twice."""
+    return plain_block(x, bn, weight, mode, pool, norm)
 
 
 # --- compiling -------------------------------------------------------------------------------
 
 
-def compiled_chain():
-    """`diracnet.chain` with blocks compiled by torch.compile.
-
-    One block is compiled per shape, so the time for it does not depend on the depth.
-    """
+def compiled_block():
+    """`plain_block` compiled by torch.compile, once per shape, so the time for it does not depend on
+    the depth."""
     import torch._dynamo  # slow to import, and only needed here
 
     config = torch._dynamo.config
     limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'
     setattr(config, limit, 1000)  # shapes of blocks, batches and modes
-    return partial(cut_chain, torch.compile(block, dynamic=False))
+    return torch.compile(plain_block, dynamic=False)

@@ -16,7 +16,8 @@ import torch._dynamo  # an optimizer imports it at its first step: not part of a
 import torch.nn.functional as F
 
 import diracnet
-from diracnet import define_diracnet, make_architecture
+from diracnet import define_diracnet
+from diracparams import make_architecture
 from lab.device import autocast
 from lab.memory import keep_freed_memory
 from lab.models.plain import define_plain

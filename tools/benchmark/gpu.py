@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import diracnet
-from diracnet import define_diracnet, make_architecture
+from diracnet import define_diracnet
+from diracparams import make_architecture
 from lab import cuda
 from lab.data import datasets
 from lab.device import autocast

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain, product
 from pathlib import Path
 
-from diracnet import DATASETS
+from diracparams import DATASETS
 from lab.errors import OptionError, UserError
 from lab.files import size_of
 from lab.training.option_table import OPTIONS

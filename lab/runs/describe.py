@@ -1,0 +1,81 @@
+"""What a run says: before it trains, after each epoch, and in its log."""
+
+import math
+
+from lab import cuda
+from lab.data.names import display_name
+from lab.distributed import say, world
+from lab.errors import UserError, printable
+from lab.runs.log import format_line
+from lab.training.recalibration import describe_lag
+
+
+def describe_run(options, n_parameters, train_batches, test_batches, device, resumed):
+    name = f'{options["model"]}-{options["depth"]}-{options["width"]:g}'
+    data = display_name(options['dataset'], options['dataroot'])
+    test_images = 'held-out training' if options['holdout'] else 'test'
+    processes = f', {world()} processes' if world() > 1 else ''
+    return (
+        f'{name} on {printable(data)}, {train_batches.n} training and {test_batches.n} '
+        f'{test_images} images, {device}{processes}, in {printable(options["save"])}\n'
+        f'{n_parameters:,} parameters, {describe_rate(options)}'
+        + (f'\nresuming after {resumed.position}' if resumed else '')
+    )
+
+
+def describe_rate(options):
+    if options['schedule'] != 'step':
+        return f'learning rate {options["lr"]:g}, schedule {options["schedule"]}'
+    if not options['epoch_step']:
+        return f'learning rate {options["lr"]:g} in all epochs'
+    falls = ', '.join(map(str, options['epoch_step']))
+    factor = f'times {options["lr_decay_ratio"]:g}'
+    return f'learning rate {options["lr"]:g}, {factor} when these epochs begin: {falls}'
+
+
+def epoch_stats(metadata, results, epoch, n_parameters, train_batches, device):
+    """What an epoch's line of the log says."""
+    stats = {
+        **metadata['options'],
+        **results,
+        'epoch': epoch,
+        'num_classes': metadata['network']['num_classes'],
+        'n_parameters': n_parameters,
+        'train_images_per_second': train_batches.n / results['train_time'],
+    }
+    if device.type == 'cuda':
+        stats['train_peak_memory'] = cuda.peak_memory(device)
+    return stats
+
+
+def describe_epoch(stats, steps, k):
+    """An epoch in words. `steps` are those of an epoch; k is that of the top-k accuracy."""
+    averages = f', of the averages {stats["ema_test_acc"]:.2f} %' if 'ema_test_acc' in stats else ''
+    memory = f', {stats["train_peak_memory"] / 1e9:.2f} GB' if 'train_peak_memory' in stats else ''
+    lag = describe_lag(stats, steps)
+    return (
+        f'epoch {stats["epoch"]}/{stats["epochs"]}: train loss {stats["train_loss"]:.4f}, '
+        f'accuracy {stats["train_acc"]:.2f} %; test loss {stats["test_loss"]:.4f}, '
+        f'accuracy {stats["test_acc"]:.2f} %, top-{k} {stats["test_top5"]:.2f} %{averages}; '
+        f'{stats["train_time"] + stats["test_time"]:.1f} s, '
+        f'{stats["train_images_per_second"]:,.0f} images/s{memory}' + (f'\n{lag}' if lag else '')
+    )
+
+
+def print_evaluation(checkpoint, options, results, recalibrates, n):
+    """Print the results of --evaluate, for n images. Raises UserError if the loss is not finite."""
+    if not math.isfinite(results['test_loss']):
+        raise UserError(
+            f'{checkpoint.path} has a test loss of {results["test_loss"]}: its weights overflow'
+        )
+    stats = {
+        'checkpoint': str(checkpoint.path),
+        'dataset': options['dataset'],
+        **{name: results[name] for name in ('test_loss', 'test_acc', 'test_top5')},
+        'weights': checkpoint.weights,
+        'recalibrate_bn': recalibrates,
+        'tta': options['tta'],
+        'holdout': options['holdout'],
+        'n': n,
+    }
+    say(format_line(stats))
