@@ -1,6 +1,7 @@
-"""The options of train.py: flags, defaults, and which of them exclude each other.
+"""The options of train.py: flags, defaults, what a resumed run may change, and which exclude each
+other.
 
-python -m lab.training.options  # prints the table in docs/training.md
+    python -m lab.training.options  # prints the table in docs/training.md
 """
 
 import argparse
@@ -13,14 +14,7 @@ from lab.device import DTYPES
 from lab.errors import OneLineParser, OptionError
 from lab.files import path_argument
 from lab.models.initialization import INITS
-from lab.models.registry import (
-    CHAINS,
-    MODELS,
-    VERSION_1,
-    form_of,
-    initial_scales,
-    own_options,
-)
+from lab.models.registry import CHAINS, MODELS, VERSION_1, form_of, initial_scales, own_options
 from lab.models.resnet import BLOCKS
 from lab.training.optimizers import OPTIMIZERS
 from lab.training.recipes import FAST, changes_of, recipe_for
@@ -264,15 +258,9 @@ def add_device_options(add):
 # fmt: on
 
 
-def options_of(parser):
-    """{name: its argparse action} of all options but --help."""
-    return {action.dest: action for action in parser._actions if action.dest != 'help'}
-
-
-OPTIONS = options_of(build_parser())
-DEFAULTS = {
-    name: option.default for name, option in OPTIONS.items() if option.default is not SUPPRESS
-}
+OPTIONS = {action.dest: action for action in build_parser()._actions if action.dest != 'help'}
+# The defaults of the options that neither a recipe nor a model decides about.
+DEFAULTS = {name: action.default for name, action in OPTIONS.items() if action.default != SUPPRESS}
 
 
 # --- the options of a run --------------------------------------------------------------------
@@ -281,11 +269,11 @@ DEFAULTS = {
 def parse(arguments, description=None):
     """The options that a command line gives. Raises OptionError."""
     parser = build_parser(description)
-    for name, action in options_of(parser).items():
-        default = default_in_words(name)
+    for action in parser._actions:
+        default = default_in_words(action.dest)
         if default:
             action.help += f' (default {default})'
-        action.default = SUPPRESS
+        action.default = SUPPRESS  # so that only given options are in the result
     return vars(parser.parse_args(arguments))
 
 
@@ -307,16 +295,10 @@ def default_in_words(name):
     """The defaults of an option and where they apply, such as '0.1, digits 0.2'; '' for none."""
     first = {**DEFAULTS, **MODEL_OPTIONS[models_with(name)[0]]}.get(name)
     return ', '.join(
-        f'{row} {in_words(value)}'.strip()
+        f'{row} {str(value).replace(" ", "")}'.strip()
         for row, value in {'': first, **changes_of(name)}.items()
         if value is not None and value is not False
     )
-
-
-def in_words(value):
-    if isinstance(value, list):
-        return json.dumps(value, separators=(',', ':'))
-    return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 def complete(given, stored=None):
@@ -334,12 +316,6 @@ def complete(given, stored=None):
     check_model_has(given, options['model'])
     if stored is not None:
         check_unchanged(given, stored, options['schedule'])
-    if options['recipe'] == 'fast' and (
-        options['dataset'] not in FAST or form_of(options) != 'cifar'
-    ):
-        raise OptionError(
-            f'--recipe fast exists for {", ".join(FAST[:-1])}, and folder with --form cifar'
-        )
     reads_imagenetpath = stored is None or 'imagenetpath' in given
     if options['dataset'] == 'ImageNet' and 'dataroot' not in given and reads_imagenetpath:
         options['dataroot'] = options['imagenetpath']
@@ -385,30 +361,27 @@ def scaled_falls(options):
 
 def check_combination(options):
     """Raise OptionError for options that exclude each other, or that together are out of range."""
-    form, own_form = form_of(options), DATASETS[options['dataset']][0]
-    if options['dataset'] != 'folder' and form != own_form:
-        raise OptionError(
-            f'--form {form} is impossible for {options["dataset"]}, whose form is {own_form}: only '
-            '--dataset folder can choose'
-        )
-    least, most = (8, 96) if form == 'cifar' else (64, math.inf)
-    if own_form == 'imagenet' and not least <= options['image_size'] <= most:
+    dataset, model, form = options['dataset'], options['model'], form_of(options)
+    is_small = form == 'cifar'
+    if dataset != 'folder' and form != DATASETS[dataset][0]:
+        raise OptionError(f'--form {form} is impossible for {dataset}: only folder can choose')
+    least, most = (8, 96) if is_small else (64, math.inf)
+    if dataset in ('ImageNet', 'folder') and not least <= options['image_size'] <= most:
         raise OptionError(
             f'--image_size {options["image_size"]} is out of range for form {form}: at least '
             f'{least}, at most {most}'
         )
-    for name in ('recompute', 'compile'):
-        if options[name] and options['model'] not in CHAINS:
-            raise OptionError(
-                f'--{name} applies to {" and ".join(CHAINS)}, not to --model {options["model"]}'
-            )
+    if options['recipe'] == 'fast' and not (is_small and dataset in FAST):
+        raise OptionError(
+            f'--recipe fast exists for {", ".join(FAST[:-1])}, and folder with --form cifar'
+        )
     if options['freeze'] and not options['pretrained']:
         raise OptionError('--freeze needs --pretrained: new parameters have to be trained')
     if options['schedule'] != 'step' and options['epoch_step']:
-        raise OptionError(
-            f'--epoch_step and --schedule {options["schedule"]} exclude each other: the learning '
-            'rate falls at chosen epochs only with --schedule step'
-        )
+        raise OptionError(f'--epoch_step excludes --schedule {options["schedule"]}: it needs step')
+    for name in ('recompute', 'compile'):
+        if options[name] and model not in CHAINS:
+            raise OptionError(f'--{name} is for {" and ".join(CHAINS)}, not for --model {model}')
     excluded = {  # by --compile
         '--recompute': options['recompute'],  # a compiled block decides itself what to recompute
         '--bn_momentum cumulative': options['bn_momentum'] == 'cumulative',  # recompiles each step
