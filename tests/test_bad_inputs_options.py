@@ -11,12 +11,9 @@ import train
 ROWS = [
     # words
     ('--dept 34', '--dept'),
-    ('--dep 34', '--dep'),
     ('extra', 'extra'),
     ('--dataset MNIST', ['MNIST', 'digits']),
     ('--model vgg', ['vgg', 'diracnet']),
-    ('--dtype int', 'int'),
-    ('--schedule sine', ['sine', 'cosine']),
     (f'--dataset {"x" * 100_000}', ['--dataset', 'digits']),  # a line has a limit
     # numbers
     ('--depth x', 'x'),
@@ -26,22 +23,16 @@ ROWS = [
     ('--batch_size 1.5', '1.5'),
     ('--lr nan', ['--lr', 'nan']),
     ('--lr inf', ['--lr', 'inf']),
-    ('--lr -1', '--lr'),
     ('--lr=--', '--lr'),
     ('--seed 18446744073709551616', ['--seed', '18446744073709551616']),
     (f'--epochs {"9" * 400}', '--epochs'),
     ('--dropout nan --model wrn', ['--dropout', 'nan']),
     ('--dropout 1.5 --model wrn', ['dropout 1.5', 'below 1']),
     ('--ema 1', ['--ema', '1']),
-    ('--clip 0', ['--clip', '0']),
     ('--label_smoothing 2', ['--label_smoothing', '2']),
     ('--bn_momentum 0', '--bn_momentum'),
-    ('--bn_momentum mean', '--bn_momentum'),
     ('--bn_init 0,1', ['--bn_init', '0,1']),
-    ('--bn_init 1', '--bn_init'),
     ('--alpha 0', '--alpha'),
-    ('--checkpoint_minutes -1', '--checkpoint_minutes'),
-    ('--ngpu 0', '--ngpu'),
     ('--ngpu 99999', ['--ngpu', '99999']),
     ('--warmup ramp:x', ['--warmup', 'ramp:x']),
     ('--warmup jump:3', ['--warmup', 'jump:3']),
@@ -49,27 +40,20 @@ ROWS = [
     ('--holdout 1437', '--holdout 1437'),
     ('--holdout 0%', '--holdout'),
     ('--holdout 100%', '--holdout'),
-    ('--holdout x%', '--holdout'),
     # epochs
     ('--epoch_step 60', ['--epoch_step', '60']),
     ('--epoch_step [60,', ['--epoch_step', '[60,']),
     ('--epoch_step [60,30]', ['--epoch_step', '[60,30]']),
-    ('--epoch_step [2,2]', ['--epoch_step', '[2,2]']),
     ('--epoch_step [true]', ['--epoch_step', '[true]']),
     # paths
     ('--save ""', '--save'),
     (f'--save {"a" * 300}', ['--save', 'too long']),
-    (f'--save {"a/" * 3000}', ['--save', 'too long']),
     ('--save ~nobody-here/run', ['--save', '~nobody-here']),
-    (f'--resume {"a" * 300}', ['--resume', 'too long']),
     (f'--evaluate {"a" * 300}', ['--evaluate', 'too long']),
     # devices
     ('--device gpu', 'gpu'),
-    ('--device mps', ['--device', 'mps']),
     ('--device ""', '--device'),
-    ('--device cpu:x', 'cpu:x'),
     ('--device cuda:99', 'cuda:99'),
-    ('--device cuda:99999999999999999999', 'cuda:99999999999999999999'),
     ('--gpu_id x', 'cuda:x'),
     ('--device cpu --cuda', '--cuda'),
     ('--device cpu --gpu_id 0', '--gpu_id'),
@@ -89,8 +73,6 @@ ROWS = [
     ('--dataset ImageNet --image_size 63', ['--image_size 63', '64']),
     # memory, which each of them would need 30 times over
     ('--depth 6000004', ['--depth 6000004', '97,663,977,786 parameters', 'GB']),
-    ('--depth 6000003', ['depth 6000003', '6000004']),
-    ('--width 1e9', ['--width 1e+09', 'parameters', 'GB']),
     ('--width 1e9 --model resnet', ['--width 1e+09', 'parameters', 'GB']),
 ]
 

@@ -149,26 +149,41 @@ def test_defaults(dataset):
 
 FAST = {'epochs': 30, 'lr': 0.2, 'schedule': 'linear', 'epoch_step': [], 'warmup': 'ramp:200'}
 FAST_DIGITS = {'epochs': 100, 'lr': 0.1, 'warmup': 'ramp:100', 'label_smoothing': 0.1}
-SMALL = {'dataset': 'folder', 'form': 'cifar'}
+FINE = {'epochs': 30, 'lr': 0.1, 'schedule': 'linear', 'epoch_step': []}
 
 
 @pytest.mark.parametrize(
-    'given, expected',
+    'command, expected',
     [
-        ({}, {**FAST, 'bn_init': 'shifted', 'tta': 'flip', 'randomcrop_pad': 4, 'batch_size': 128}),
-        ({'model': 'repvgg'}, FAST),
-        ({'model': 'resnet'}, {**FAST, 'lr': 0.1, 'depth': 20}),
-        ({'model': 'wrn'}, {**FAST, 'lr': 0.1}),
-        ({'optim': 'adamw'}, {**FAST, 'lr': 0.001}),
-        ({'no_mirror': True}, {**FAST, 'tta': 'none'}),
-        ({'schedule': 'step'}, {**FAST, 'schedule': 'step', 'epoch_step': [15, 23, 27]}),
-        ({'dataset': 'FashionMNIST'}, {**FAST, 'randomcrop_pad': 2}),
-        ({'dataset': 'digits'}, {**FAST_DIGITS, 'tta': 'none', 'randomcrop_pad': 1}),
-        (SMALL, {**FAST, 'image_size': 32}),
+        ('--recipe fast', {**FAST, 'bn_init': 'shifted', 'tta': 'flip', 'randomcrop_pad': 4}),
+        ('--recipe fast --model repvgg', FAST),
+        ('--recipe fast --model resnet', {**FAST, 'lr': 0.1, 'depth': 20}),
+        ('--recipe fast --model wrn', {**FAST, 'lr': 0.1}),
+        ('--recipe fast --optim adamw', {**FAST, 'lr': 0.001}),
+        ('--recipe fast --no_mirror', {**FAST, 'tta': 'none'}),
+        ('--recipe fast --schedule step', {'schedule': 'step', 'epoch_step': [15, 23, 27]}),
+        ('--recipe fast --dataset FashionMNIST', {**FAST, 'randomcrop_pad': 2}),
+        ('--recipe fast --dataset digits', {**FAST_DIGITS, 'tta': 'none', 'randomcrop_pad': 1}),
+        ('--recipe fast --dataset folder --form cifar', {**FAST, 'image_size': 32}),
+        ('--pretrained a --dataset folder', {**FINE, 'batch_size': 64}),
+        ('--pretrained a --dataset folder --form cifar', {**FINE, 'batch_size': 128}),
+        # what is given counts
+        ('--dataset digits --optim adamw --lr 0.5 --width 2', {'lr': 0.5, 'width': 2}),
+        ('--width 0.5', {'width': 0.5}),
+        ('--dataset ImageNet --imagenetpath a', {'dataroot': 'a'}),
+        ('--dataset ImageNet --imagenetpath a --dataroot b', {'dataroot': 'b'}),
+        ('--dataset folder --imagenetpath a', {'dataroot': './data'}),
+        # falls scale with the epochs
+        ('--dataset digits --epochs 5', {'epoch_step': [3, 4, 5]}),
+        ('--dataset digits --epochs 2', {'epoch_step': [2]}),
+        ('--dataset digits --epochs 1', {'epoch_step': []}),
+        ('--dataset digits --epochs 120', {'epoch_step': [60, 90, 110]}),
+        ('--dataset ImageNet --epochs 10', {'epoch_step': [3, 6, 9]}),
+        ('--epochs 10 --epoch_step [1]', {'epoch_step': [1]}),
     ],
 )
-def test_fast_recipe(given, expected):
-    check(complete({'recipe': 'fast', **given}), expected)
+def test_recipes_and_given_options(command, expected):
+    check(complete(parse(command.split())), expected)
 
 
 @pytest.mark.parametrize(('instructions', 'dtype'), [(True, 'bfloat16'), (False, 'float')])
@@ -181,13 +196,6 @@ def test_the_fast_recipe_uses_bfloat16_where_it_is_fast(instructions, dtype, mon
     assert complete({**given, 'dtype': 'double'})['dtype'] == 'double'
     monkeypatch.setattr('lab.training.recipes.has_bfloat16', lambda: not instructions)
     assert complete({}, stored)['dtype'] == dtype  # a resumed run keeps it on another machine
-
-
-@pytest.mark.parametrize('given, batch_size', [({'dataset': 'folder'}, 64), (SMALL, 128)])
-def test_fine_tuning(given, batch_size):
-    options = complete({'pretrained': 'net.pth', **given})
-    expected = {'epochs': 30, 'lr': 0.1, 'schedule': 'linear', 'batch_size': batch_size}
-    check(options, {**expected, 'epoch_step': []})
 
 
 def test_options_of_single_models():
@@ -211,44 +219,6 @@ def test_options_of_single_models():
                 complete({'model': model, name: 1})
 
 
-def test_given_options_replace_defaults():
-    given = {'dataset': 'digits', 'optim': 'adamw', 'lr': 0.5, 'width': 2.0, 'depth': 28}
-    check(complete(given), {'lr': 0.5, 'depth': 28, 'width': 2})
-    assert complete({'width': 0.5})['width'] == 0.5
-
-
-@pytest.mark.parametrize(
-    'given, dataroot',
-    [
-        ({'imagenetpath': 'here'}, 'here'),
-        ({'imagenetpath': 'here', 'dataroot': 'there'}, 'there'),
-        ({'dataset': 'folder', 'imagenetpath': 'here'}, './data'),
-    ],
-)
-def test_imagenetpath(given, dataroot):
-    assert complete({'dataset': 'ImageNet', **given})['dataroot'] == dataroot
-
-
-@pytest.mark.parametrize(
-    'dataset, epochs, falls',
-    [
-        ('digits', 60, [30, 45, 55]),
-        ('digits', 5, [3, 4, 5]),
-        ('digits', 2, [2]),
-        ('digits', 1, []),
-        ('digits', 120, [60, 90, 110]),
-        ('CIFAR10', 100, [30, 60, 80]),
-        ('ImageNet', 10, [3, 6, 9]),
-    ],
-)
-def test_falls_scale_with_the_epochs(dataset, epochs, falls):
-    stored = complete({'dataset': dataset, 'epochs': epochs})
-    assert stored['epoch_step'] == falls
-    assert complete({'epochs': epochs + 7}, stored)['epoch_step'] == falls  # of the resumed run
-    given = {'dataset': dataset, 'epochs': epochs, 'epoch_step': [1]}
-    assert complete(given)['epoch_step'] == [1]
-
-
 # --- a resumed run ---------------------------------------------------------------------------
 
 STORED = complete({'dataset': 'digits', 'lr': 0.3, 'depth': 34, 'epoch_step': [1]})
@@ -258,7 +228,7 @@ def test_stored_options_hold():
     assert complete({}, STORED) == STORED
     assert complete(STORED, STORED) == STORED
     older = {name: value for name, value in STORED.items() if name != 'warmup'}
-    assert complete({'epochs': 99}, older) == {**STORED, 'epochs': 99}
+    assert complete({'epochs': 99}, older) == {**STORED, 'epochs': 99}  # the falls stay
 
 
 @pytest.mark.parametrize(
