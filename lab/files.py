@@ -9,24 +9,20 @@ import stat
 from hashlib import sha256
 from pathlib import Path
 
-NAME, PATH = 255, 4000  # bytes that most systems allow in the name of a file, and in a path
-
 
 def path_argument(text):
-    """The path of a file or folder, as written."""
-    if not text.strip() or '\0' in text:
+    """The path of a file or folder, as written. An argparse type."""
+    if not text.strip():
         raise argparse.ArgumentTypeError(f'{text!r} is not the path of a file or folder')
     try:
-        expanded = Path(text).expanduser()
+        os.stat(Path(text).expanduser())
     except RuntimeError:
         raise argparse.ArgumentTypeError(
             f'{text}: there is no such user; write ./~ for a file whose name begins with ~'
         ) from None
-    longest = max((len(os.fsencode(part)) for part in expanded.parts), default=0)
-    if longest > NAME or len(os.fsencode(expanded)) > PATH:
-        raise argparse.ArgumentTypeError(
-            f'{text} is too long: a path may have names of {NAME} bytes, and {PATH} bytes in all'
-        )
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise argparse.ArgumentTypeError(f'{text} is too long for a path') from None
     return text
 
 

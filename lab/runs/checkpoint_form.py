@@ -14,7 +14,7 @@ import torch
 from diracparams import BASE_WIDTHS
 from lab.data.preprocessing import Preprocessing
 from lab.models import registry
-from lab.runs.training_form import check_training, is_valid_option
+from lab.runs.training_form import check_training
 from lab.runs.valid_values import check_param, check_tensor, is_count, is_number, short
 
 TENSORS = ('params', 'state_dict')  # a file has one of these, or is itself the dict of tensors
@@ -114,9 +114,6 @@ def _check_network(network, found, folded):
     own = registry.own_options(network['model'])
     if network.keys() - {'form'} != {*NETWORK, *own}:
         raise ValueError(f'its network must have exactly {", ".join((*NETWORK, *own))}')
-    for name in ('depth', 'width', 'dataset', *own):
-        if not is_valid_option(name, network[name]):
-            raise ValueError(f'its network has {name} {short(network[name])}')
     theirs, ours = _shown_by_tensors(network, folded), _shown_by_tensors(found, folded)
     for name, value in ours.items():
         if type(theirs[name]) is not type(value) or theirs[name] != value:

@@ -1,30 +1,17 @@
 """The form of the training in a run's checkpoint: options, optimizer, position and log."""
 
-import argparse
-import json
-
 import torch
 
 from diracnet import Network
 from lab.device import DTYPES
 from lab.errors import OptionError, UserError
-from lab.files import path_argument
 from lab.models import registry
 from lab.models.freezing import freeze
 from lab.runs.log import parse_line
 from lab.runs.valid_values import check_param, check_tensor, is_count, is_number, short
 from lab.training.optimizers import STATES, is_decayed
-from lab.training.option import UNSET
-from lab.training.option_table import OPTIONS
-from lab.training.options import check_combination, defaults_for
+from lab.training.options import OPTIONS, check_combination, defaults_for
 
-# Options that runs of older versions lack. Their defaults do what those versions did.
-ADDED_LATER = (
-    *('optim', 'init', 'warmup', 'bn_momentum', 'recompute', 'compile', 'sync_bn', 'tensorboard'),
-    *('checkpoint_minutes', 'bn_init', 'alpha', 'beta', 'recalibrate_bn'),
-    *('schedule', 'label_smoothing', 'clip', 'ema', 'tta', 'cutout', 'recipe'),
-    *('pretrained', 'freeze', 'per_class', 'report', 'no_mirror'),
-)
 SIGNED = ('momentum_buffer', 'exp_avg')  # the others are sums of squares, and a count
 SCALER = {'scale', 'growth_factor', 'backoff_factor', 'growth_interval', '_growth_tracker'}
 LOSS = {'n', 'sum', 'var', 'val', 'mean', 'mean_old', 'm_s', 'std'}  # of torchnet's meter
@@ -63,20 +50,9 @@ def check_options(options, network):
     if not isinstance(options, dict):
         raise ValueError(f'its options are a {type(options).__name__}')
     model = network['model']
-    known = {
-        name: option
-        for name, option in OPTIONS.items()
-        if option.models is None or model in option.models
-    }
-    for name, value in options.items():
-        if name not in known:
+    for name in options:
+        if name not in OPTIONS:
             raise ValueError(f'its option {short(name)} is unknown')
-        if not is_valid_option(name, value):
-            raise ValueError(f'its option {name} is {short(value)}')
-    for name, option in known.items():
-        has_default = option.default is not UNSET and name not in ADDED_LATER
-        if has_default and not option.bound_to_machine and name not in options:
-            raise ValueError(f'its option {name} is missing')
     for name in registry.network_option_names(model):
         if options.get(name, network['form']) != network[name]:  # only the form may be missing
             raise ValueError(
@@ -84,27 +60,8 @@ def check_options(options, network):
             )
     try:
         check_combination({**defaults_for(options), **options})
-    except OptionError as error:
+    except (OptionError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f'its options are impossible: {error}') from None
-
-
-def is_valid_option(name, value):
-    """Whether the option of this name can have this value: whether the option's type makes it of
-    the text on a command line."""
-    option = OPTIONS[name]
-    if option.type is bool:
-        return type(value) is bool
-    if value is None:
-        return option.default is None
-    if option.choices:
-        return type(value) is str and value in option.choices
-    if option.type is path_argument or option.type is None:  # a path may be one of another machine
-        return type(value) is str and '\0' not in value
-    try:
-        made = option.type(value if type(value) is str else json.dumps(value))
-    except (argparse.ArgumentTypeError, ValueError, TypeError, OverflowError, RecursionError):
-        return False
-    return made == value
 
 
 # --- the optimizer ---------------------------------------------------------------------------

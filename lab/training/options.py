@@ -1,65 +1,304 @@
-"""What is made from the table of options: the parser with its help, the defaults of a run, the
-check of a resumed run, and the table in docs/training.md.
+"""The options of train.py: flags, defaults, what a resumed run may change, and which exclude each
+other.
 
-    python -m lab.training.options  # prints that table
+    python -m lab.training.options  # prints the table in docs/training.md
 """
 
+import argparse
 import json
 import math
+from argparse import SUPPRESS
 
-from diracparams import DATASETS
-from lab.device import has_bfloat16
+from diracnet import BASE_WIDTHS, BN_MOMENTUM, DATASETS, SHIFT, bn_scales
+from lab.device import DTYPES
 from lab.errors import OneLineParser, OptionError
-from lab.models.registry import CHAINS, form_of
-from lab.training.option import UNSET
-from lab.training.option_table import FAST, GROUPS, OPTIONS
-from lab.training.option_types import LARGEST
+from lab.files import path_argument
+from lab.models.initialization import INITS
+from lab.models.registry import CHAINS, MODELS, VERSION_1, form_of, initial_scales, own_options
+from lab.models.resnet import BLOCKS
+from lab.training.optimizers import OPTIMIZERS
+from lab.training.recipes import FAST, changes_of, recipe_for
 
-FREE_ON_RESUME = {name for name, option in OPTIONS.items() if option.free_on_resume}
-BOUND_TO_MACHINE = {name for name, option in OPTIONS.items() if option.bound_to_machine}
+# Options that a resumed run may change; --epochs only with --schedule step.
+FREE_ON_RESUME = {
+    *('save', 'resume', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'checkpoint_minutes'),
+    *('report', 'tensorboard', 'device', 'cuda', 'gpu_id', 'ngpu'),
+}
+# Options that a resumed run does not take from its checkpoint: it may be on another machine.
+BOUND_TO_MACHINE = {'device', 'cuda', 'gpu_id', 'ngpu'}
+# Options that not all models have, and their defaults, by model.
+MODEL_OPTIONS = {model: {**own_options(model), **initial_scales(model)} for model in MODELS}
 
 
-def build_parser(description):
-    """The parser of train.py. Options that are not given are None in its result."""
-    parser = OneLineParser(prog='train.py', description=description)
-    for title, options in GROUPS.items():
-        group = parser.add_argument_group(title)
-        for option in options:
-            default = option.describe_default()
-            text = f'{option.help} (default {default})' if default else option.help
-            keywords = {'help': text.replace('%', '%%')}
-            if option.type is bool:
-                keywords.update(action='store_true', default=None)
-            else:
-                keywords.update(type=option.type, choices=option.choices, metavar=option.metavar)
-            if option.alone is not None:
-                keywords.update(nargs='?', const=option.alone)
-            group.add_argument(f'--{option.name}', *option.aliases, **keywords)
+# --- types -----------------------------------------------------------------------------------
+
+
+def number(kind, at_least=-math.inf, at_most=2**63 - 1, above=-math.inf, below=math.inf, words=()):
+    """An argparse type: an int or float (`kind`) in this range, or one of the words."""
+
+    def parse(text):
+        if text in words:
+            return text
+        value = kind(text)
+        if not (at_least <= value <= at_most and above < value < below):  # NaN is in no range
+            raise argparse.ArgumentTypeError(f'{text} is out of range: {", ".join(limits)}')
+        return value
+
+    bounds = {'at least': at_least, 'above': above, 'at most': at_most, 'below': below}
+    limits = [f'{name} {bound}' for name, bound in bounds.items() if math.isfinite(bound)]
+    parse.__name__ = {int: 'whole number', float: 'number'}[kind]
+    return parse
+
+
+def number_or_share(text):
+    """A number of samples, or a share of them such as 20%."""
+    if not text.endswith('%'):
+        return number(int, at_least=0)(text)
+    number(float, above=0, below=100)(text.removesuffix('%'))
+    return text
+
+
+def epoch_list(text):
+    try:
+        epochs = json.loads(text)
+    except (ValueError, RecursionError):
+        epochs = None
+    valid = isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs)
+    if not valid or epochs != sorted(set(epochs)):
+        raise argparse.ArgumentTypeError(
+            f'{text} must be a JSON list of rising epochs such as [60,120,160]'
+        )
+    return epochs
+
+
+def warmup(text):
+    """A number of steps, or ramp:STEPS."""
+    steps = number(int, at_least=0)(text.removeprefix('ramp:'))
+    return f'ramp:{steps}' if text.startswith('ramp:') else steps
+
+
+def initial_bn(text):
+    """'paper', 'shifted', or two numbers such as 1,0.5: a weight and a bias."""
+    if text in ('paper', 'shifted'):
+        return text
+    try:
+        return list(bn_scales([float(scale) for scale in text.strip('[]').split(',')]))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'{text} must be paper, shifted, or a weight above 0 and a bias, such as 1,0.5'
+        ) from None
+
+
+COUNT = number(int, at_least=0)
+POSITIVE = number(float, above=0)
+FLAG = dict(action='store_true', default=False)
+
+
+# --- the parser ------------------------------------------------------------------------------
+
+
+def build_parser(description=None):
+    """The parser of train.py. An option that recipes change, or that not all models have, has no
+    default in it: see recipes.py, and the definitions of the models."""
+    parser = OneLineParser(prog='train.py', description=description, argument_default=SUPPRESS)
+    add_network_options(parser.add_argument_group('network').add_argument)
+    add_data_options(parser.add_argument_group('data').add_argument)
+    add_training_options(parser.add_argument_group('training').add_argument)
+    add_run_options(parser.add_argument_group('runs').add_argument)
+    add_device_options(parser.add_argument_group('device').add_argument)
     return parser
+
+
+# fmt: off
+def add_network_options(add):
+    add('--model', default='diracnet', choices=tuple(MODELS),
+        help='diracnet: version 2; diracnet-v1: version 1; plain, plain-ncrelu: the same chains '
+             'without the Dirac term; repvgg: the chain of RepVGG; resnet; resnet-dirac: a ResNet '
+             'with Dirac weights; wrn: Wide ResNet')
+    add('--depth', type=number(int, at_least=1),
+        help='layers: 6n + 4, or 6n + 2 for resnet and resnet-dirac; on ImageNet 18 or 34, wrn 50')
+    add('--width', type=POSITIVE, help='multiplies the channels')
+    add('--dtype', choices=tuple(DTYPES),
+        help='floating-point type: float, double, or mixed precision with bfloat16 or half (CUDA)')
+    add('--block', choices=BLOCKS,
+        help="end of a resnet's blocks: batch norm before or after the addition, with or without "
+             'ReLU')
+    add('--dropout', type=number(float, at_least=0), metavar='P',
+        help="probability of dropout between the convolutions of a wrn's blocks")
+    add('--init', default=None, choices=tuple(INITS),
+        help="initialization of all convolutions, instead of the model's own: Kaiming or Xavier "
+             'normal, normal with std 0.01, orthogonal, delta-orthogonal (Xiao et al.), or, for '
+             'plain-ncrelu, looks-linear (Balduzzi et al.)')
+    add('--bn_init', type=initial_bn, metavar='INIT',
+        help='initial weight and bias of all batch norms. paper: from U(0, 1), and 0; shifted: '
+             f'1 and {SHIFT:g}, with --beta depth; or two numbers such as 1,0.5. shifted trains '
+             'deeper chains')
+    add('--alpha', type=number(float, above=0, words=('depth',)), metavar='A',
+        help='initial scale of the identity in Dirac weights, or depth: 1 / sqrt(depth)')
+    add('--beta', type=number(float, above=0, words=('depth',)), metavar='B',
+        help='initial scale of the normalized weight in Dirac weights, or depth: 1 / sqrt(depth)')
+    add('--bn_momentum', type=number(float, above=0, at_most=1, words=('cumulative',)),
+        default=BN_MOMENTUM, metavar='M',
+        help='weight of each batch in the running statistics, or cumulative: their mean over an '
+             'epoch')
+    add('--recalibrate_bn', **FLAG,
+        help='before each test, compute the running statistics anew, as means over the training '
+             'batches; for very deep networks, and with --evaluate for old checkpoints of them')
+
+
+def add_data_options(add):
+    add('--dataset', default='CIFAR10', choices=tuple(DATASETS),
+        help='data set; digits needs no download')
+    add('--dataroot', type=path_argument, default='./data',
+        help='folder with the data; missing data sets are downloaded to it')
+    add('--imagenetpath', type=path_argument, default='~/ILSVRC2012',
+        help='folder with train/ and val/ of ImageNet, if --dataroot is not given')
+    add('--nthread', type=number(int, at_least=0, at_most=1024), default=4,
+        help='processes that decode image files; small images need none')
+    add('--form', choices=tuple(BASE_WIDTHS),
+        help='for --dataset folder: imagenet (the default), the networks for large images, which '
+             'are read from their files each time they are needed; or cifar, those for small '
+             'images, which are read into memory')
+    add('--image_size', type=number(int, at_least=8),
+        help='size of image files after resizing and cropping, in pixels: at least 64, or 8 to 96 '
+             'with --form cifar')
+    add('--no_mirror', **FLAG,
+        help='do not mirror training images at random, where left and right matter')
+    add('--preprocess', default='meanstd', choices=('meanstd', 'zca'),
+        help='small images: meanstd, or zca: contrast normalization and ZCA whitening')
+    add('--randomcrop_pad', type=COUNT,
+        help='pixels of reflection padding around a small image before its random crop')
+    add('--cutout', type=COUNT, default=0, metavar='PIXELS',
+        help='small images: set a random square of this many pixels to the mean in training '
+             '(DeVries and Taylor 2017)')
+    add('--per_class', type=COUNT, default=0, metavar='N',
+        help='train on the first N images of each class; 0: on all')
+    add('--holdout', type=number_or_share, default=0, metavar='N or N%',
+        help='test on N training samples, or a share such as 20%%, instead of the test set, and '
+             'train on the others; for choosing options, or if there is no test set. The last '
+             'samples are held out; of image files, a random choice that is the same each time')
+
+
+def add_training_options(add):
+    add('--recipe', default='paper', choices=('paper', 'fast'),
+        help="which defaults the other options have. paper: the paper's; fast: those for a short "
+             f'training, with {", ".join(FAST[:-1])} and --form cifar')
+    add('--epochs', type=number(int, at_least=1), help='number of epochs')
+    add('--epoch_step', type=epoch_list, metavar='[E,...]',
+        help='epochs, counted from 1, that begin with a lower learning rate; the defaults scale '
+             'with --epochs')
+    add('--pretrained', type=path_argument, default=None, metavar='NETWORK',
+        help="start from the network in this run's folder, model.pt7 or state dict, folded or not, "
+             'with a new classifier if the classes are others; or from the published diracnet18 '
+             'or diracnet34')
+    add('--freeze', default=None, metavar='PART',
+        help='with --pretrained: keep the first parts of the network as they are, up to this one: '
+             'stem, group0, group1, ...; layer1, ... in residual networks')
+    add('--optim', default='sgd', choices=tuple(OPTIMIZERS), help='optimizer; sgd has momentum 0.9')
+    add('--lr', type=number(float, at_least=0), help='learning rate')
+    add('--schedule', choices=('step', 'cosine', 'linear'),
+        help='how the learning rate falls: step, at each epoch of --epoch_step; or after each '
+             'step, as half a cosine or a line that ends at 0 with the last one')
+    add('--warmup', type=warmup, metavar='STEPS',
+        help='ramp:STEPS: steps in which the learning rate rises to --lr in equal parts; without '
+             'ramp: steps with a hundredth of --lr')
+    add('--lr_decay_ratio', type=POSITIVE,
+        help='factor that multiplies the learning rate at each epoch of --epoch_step')
+    add('--batch_size', '--batchSize', type=number(int, at_least=1),
+        help='samples per step, of all processes together')
+    add('--weight_decay', '--weightDecay', type=number(float, at_least=0),
+        help='weight decay of tensors with more than one dimension; of all tensors in '
+             f'{" and ".join(VERSION_1)}')
+    add('--label_smoothing', type=number(float, at_least=0, at_most=1), metavar='E',
+        help='in training, share of the target probability that all classes get in equal parts')
+    add('--clip', type=POSITIVE, default=None, metavar='NORM',
+        help='largest norm of all gradients together; longer ones are scaled to it')
+    add('--ema', type=number(float, above=0, below=1), nargs='?', const=0.998, default=None,
+        metavar='DECAY',
+        help='also keep exponential moving averages of the parameters, with this decay per step '
+             '(0.998 if not given), and test them with recalibrated statistics; with --evaluate: '
+             'test these')
+    add('--tta', choices=('none', 'flip'),
+        help='test-time augmentation. flip: average the logits of an image and its mirror image')
+    add('--seed', type=number(int, at_least=0, at_most=2**64 - 1), default=1,  # as torch
+        help='seeds initialization, order, augmentation, dropout')
+    add('--recompute', **FLAG,
+        help=f'compute activations twice, to about halve the memory; for {" and ".join(CHAINS)}')
+    add('--compile', **FLAG,
+        help=f'compile each block with torch.compile, for {" and ".join(CHAINS)}; needs a C++ '
+             'compiler and about half a minute')
+
+
+def add_run_options(add):
+    add('--save', type=path_argument, metavar='DIR',
+        help='folder of the run; train.py creates it '
+             '(default logs/DATASET-MODEL-DEPTH-WIDTH-TIME)')
+    add('--resume', type=path_argument, metavar='RUN',
+        help='resume the run in this folder, or with this model.pt7, with its options; auto: the '
+             'run in the --save folder, if there is one')
+    add('--checkpoint_minutes', type=number(float, at_least=0), default=10, metavar='M',
+        help='also save within an epoch, every M minutes')
+    add('--evaluate', type=path_argument, metavar='CHECKPOINT',
+        help="test a run's folder, model.pt7 or state dict, and exit")
+    add('--report', **FLAG,
+        help="at the end, write a page about the network to report.html in the run's folder")
+    add('--tensorboard', **FLAG,
+        help="also write each epoch's numbers for TensorBoard to the run's folder")
+
+
+def add_device_options(add):
+    add('--device', help='cpu, cuda, cuda:1, ... (default cuda if available, else cpu)')
+    add('--cuda', action='store_true', help='same as --device cuda')
+    add('--gpu_id', help='number of the CUDA device to use')
+    add('--ngpu', type=number(int, at_least=1, at_most=1024), default=1, metavar='N',
+        help='processes on this machine that share each batch, each with a GPU (or all on the '
+             'CPU); short for torchrun --nproc_per_node=N')
+    add('--sync_bn', **FLAG,
+        help='compute batch statistics over all processes instead of within each')
+# fmt: on
+
+
+OPTIONS = {action.dest: action for action in build_parser()._actions if action.dest != 'help'}
+# The defaults of the options that neither a recipe nor a model decides about.
+DEFAULTS = {name: action.default for name, action in OPTIONS.items() if action.default != SUPPRESS}
+
+
+# --- the options of a run --------------------------------------------------------------------
 
 
 def parse(arguments, description=None):
     """The options that a command line gives. Raises OptionError."""
-    found = vars(build_parser(description).parse_args(arguments))
-    return {name: value for name, value in found.items() if value is not None}
+    parser = build_parser(description)
+    for action in parser._actions:
+        default = default_in_words(action.dest)
+        if default:
+            action.help += f' (default {default})'
+        action.default = SUPPRESS  # so that only given options are in the result
+    return vars(parser.parse_args(arguments))
 
 
 def defaults_for(given):
     """All options that have a default, for the data set, model, optimizer and recipe in `given`."""
-    dataset, model, optimizer, recipe = (
-        given.get(name, OPTIONS[name].default) for name in ('dataset', 'model', 'optim', 'recipe')
+    chosen = {**DEFAULTS, **given}
+    model = chosen['model']
+    values = {**DEFAULTS, **MODEL_OPTIONS[model], **recipe_for(chosen)}
+    values.update({name: chosen[name] for name in ('dataset', 'model', 'optim', 'recipe')})
+    return {name: values[name] for name in OPTIONS if name in values and model in models_with(name)}
+
+
+def models_with(name):
+    """The models that have an option."""
+    return [model for model in MODELS if name in MODEL_OPTIONS[model]] or list(MODELS)
+
+
+def default_in_words(name):
+    """The defaults of an option and where they apply, such as '0.1, digits 0.2'; '' for none."""
+    first = {**DEFAULTS, **MODEL_OPTIONS[models_with(name)[0]]}.get(name)
+    return ', '.join(
+        f'{row} {str(value).replace(" ", "")}'.strip()
+        for row, value in {'': first, **changes_of(name)}.items()
+        if value is not None and value is not False
     )
-    form = form_of({**given, 'dataset': dataset})
-    facts = {dataset, form, model, optimizer, recipe}
-    facts.update(name for name in ('pretrained', 'no_mirror') if given.get(name))
-    if has_bfloat16():
-        facts.add('bfloat16-instructions')
-    defaults = {}
-    for name, option in OPTIONS.items():
-        value = option.default_for(facts)
-        if value is not UNSET and (option.models is None or model in option.models):
-            defaults[name] = value
-    return {**defaults, 'dataset': dataset, 'model': model, 'optim': optimizer, 'recipe': recipe}
 
 
 def complete(given, stored=None):
@@ -72,40 +311,43 @@ def complete(given, stored=None):
     Raises:
         OptionError: an option that the model does not have, or that differs from the run to resume.
     """
-    stored_or_given = {**(stored or {}), **given}
-    options = {**defaults_for(stored_or_given), **(stored or {})}
-    for name, value in given.items():
-        models = OPTIONS[name].models
-        if models is not None and options['model'] not in models:
-            raise OptionError(
-                f'--{name} does not apply to --model {options["model"]}, only to '
-                f'{", ".join(models)}'
-            )
-        differs = stored is not None and stored.get(name, value) != value
-        is_free = name in FREE_ON_RESUME and (name != 'epochs' or options['schedule'] == 'step')
-        if differs and not is_free:
-            reason = ''
-            if name == 'epochs':
-                reason = f', as --schedule {options["schedule"]} ends with the last epoch'
-            raise OptionError(
-                f'--{name} is {json.dumps(value)}, but the run to resume has '
-                f'{json.dumps(stored[name])}; leave the option out, or start a new run{reason}'
-            )
-        options[name] = value
+    chosen = {**(stored or {}), **given}
+    options = {**defaults_for(chosen), **chosen}
+    check_model_has(given, options['model'])
+    if stored is not None:
+        check_unchanged(given, stored, options['schedule'])
     reads_imagenetpath = stored is None or 'imagenetpath' in given
     if options['dataset'] == 'ImageNet' and 'dataroot' not in given and reads_imagenetpath:
         options['dataroot'] = options['imagenetpath']
-    if options['recipe'] == 'fast' and (
-        options['dataset'] not in FAST or form_of(options) != 'cifar'
-    ):
-        raise OptionError(
-            f'--recipe fast exists for {", ".join(FAST[:-1])}, and folder with --form cifar'
-        )
     if options['width'] == int(options['width']):
         options['width'] = int(options['width'])  # so that logs and names say 2, not 2.0
     if stored is None and 'epoch_step' not in given:
         options['epoch_step'] = scaled_falls(options)
     return options
+
+
+def check_model_has(given, model):
+    for name in given:
+        models = models_with(name)
+        if model not in models:
+            raise OptionError(
+                f'--{name} does not apply to --model {model}, only to {", ".join(models)}'
+            )
+
+
+def check_unchanged(given, stored, schedule):
+    """Raise OptionError if a given option differs from that of the run to resume. One that the run
+    does not have may be added."""
+    for name, value in given.items():
+        if stored.get(name, value) == value:
+            continue
+        if name in FREE_ON_RESUME and (name != 'epochs' or schedule == 'step'):
+            continue
+        reason = f', as --schedule {schedule} ends with the last epoch' if name == 'epochs' else ''
+        raise OptionError(
+            f'--{name} is {json.dumps(value)}, but the run to resume has '
+            f'{json.dumps(stored[name])}; leave the option out, or start a new run{reason}'
+        )
 
 
 def scaled_falls(options):
@@ -119,64 +361,45 @@ def scaled_falls(options):
 
 def check_combination(options):
     """Raise OptionError for options that exclude each other, or that together are out of range."""
-    if options['schedule'] != 'step' and options['epoch_step']:
+    dataset, model, form = options['dataset'], options['model'], form_of(options)
+    is_small = form == 'cifar'
+    if dataset != 'folder' and form != DATASETS[dataset][0]:
+        raise OptionError(f'--form {form} is impossible for {dataset}: only folder can choose')
+    least, most = (8, 96) if is_small else (64, math.inf)
+    if dataset in ('ImageNet', 'folder') and not least <= options['image_size'] <= most:
         raise OptionError(
-            f'--epoch_step and --schedule {options["schedule"]} exclude each other: the learning '
-            'rate falls at chosen epochs only with --schedule step'
+            f'--image_size {options["image_size"]} is out of range for form {form}: at least '
+            f'{least}, at most {most}'
         )
-    try:
-        last = options['lr'] * options['lr_decay_ratio'] ** len(options['epoch_step'])
-    except OverflowError:
-        last = math.inf
-    if last > LARGEST:
+    if options['recipe'] == 'fast' and not (is_small and dataset in FAST):
         raise OptionError(
-            f'--lr {options["lr"]:g} and --lr_decay_ratio {options["lr_decay_ratio"]:g}: after all '
-            f'epochs of --epoch_step, the learning rate would be {last:g}; the most is {LARGEST:g}'
-        )
-    own_form = DATASETS[options['dataset']][0]
-    if options['dataset'] != 'folder' and form_of(options) != own_form:
-        raise OptionError(
-            f'--form {options["form"]} is impossible for {options["dataset"]}, whose form is '
-            f'{own_form}: only --dataset folder can choose'
-        )
-    least, most = (8, 96) if form_of(options) == 'cifar' else (64, math.inf)
-    if own_form == 'imagenet' and not least <= options['image_size'] <= most:
-        possible = f'{least} to {most}' if form_of(options) == 'cifar' else f'{least} or more'
-        raise OptionError(
-            f'--image_size {options["image_size"]} is out of range for form {form_of(options)}: '
-            f'choose {possible}'
+            f'--recipe fast exists for {", ".join(FAST[:-1])}, and folder with --form cifar'
         )
     if options['freeze'] and not options['pretrained']:
         raise OptionError('--freeze needs --pretrained: new parameters have to be trained')
-    if options['recompute'] and options['compile']:
-        raise OptionError(
-            '--recompute and --compile exclude each other: a compiled block decides for itself '
-            'what to recompute'
-        )
+    if options['schedule'] != 'step' and options['epoch_step']:
+        raise OptionError(f'--epoch_step excludes --schedule {options["schedule"]}: it needs step')
     for name in ('recompute', 'compile'):
-        if options[name] and options['model'] not in CHAINS:
-            raise OptionError(
-                f'--{name} applies to {" and ".join(CHAINS)}, not to --model {options["model"]}'
-            )
-    if options['compile'] and options['bn_momentum'] == 'cumulative':
-        raise OptionError(
-            '--bn_momentum cumulative and --compile exclude each other: the block would be '
-            'compiled at every step'
-        )
-    if options['sync_bn'] and options['compile']:
-        raise OptionError(
-            '--sync_bn and --compile exclude each other: a compiled block cannot wait for other '
-            'processes'
-        )
+        if options[name] and model not in CHAINS:
+            raise OptionError(f'--{name} is for {" and ".join(CHAINS)}, not for --model {model}')
+    excluded = {  # by --compile
+        '--recompute': options['recompute'],  # a compiled block decides itself what to recompute
+        '--bn_momentum cumulative': options['bn_momentum'] == 'cumulative',  # recompiles each step
+        '--sync_bn': options['sync_bn'],  # a compiled block cannot wait for other processes
+    }
+    for name, is_given in excluded.items():
+        if options['compile'] and is_given:
+            raise OptionError(f'{name} and --compile exclude each other')
 
 
 def options_table():
     """The options as a Markdown table, for docs/training.md."""
     lines = ['| option | meaning | default |', '| --- | --- | --- |']
-    for option in OPTIONS.values():
-        flags = ', '.join(f'`{flag}`' for flag in (f'--{option.name}', *option.aliases))
+    for name, option in OPTIONS.items():
+        flags = ', '.join(f'`{flag}`' for flag in option.option_strings)
         choices = f' ({", ".join(option.choices)})' if option.choices else ''
-        lines.append(f'| {flags} | {option.help}{choices} | {option.describe_default()} |')
+        text = option.help.replace('%%', '%')
+        lines.append(f'| {flags} | {text}{choices} | {default_in_words(name)} |')
     return '\n'.join(lines)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from diracparams import DATASETS
 from lab.errors import OptionError, UserError
 from lab.files import size_of
-from lab.training.option_table import OPTIONS
+from lab.training.options import OPTIONS
 
 LARGEST = 2**17  # bytes of a file, and characters of its values with what aliases repeat
 MOST = 10_000  # runs, with their seeds
@@ -49,7 +49,7 @@ OWN = {
     'seed': 'they are in seeds',
     'dataset': 'it is a key of the file, next to options',
 }
-ALIASES = {flag[2:]: option for option in OPTIONS.values() for flag in option.aliases}
+ALIASES = {flag[2:]: option for option in OPTIONS.values() for flag in option.option_strings[1:]}
 FLAGS = {name: option for name, option in {**OPTIONS, **ALIASES}.items() if name not in OWN}
 FIGURES = ({'x'}, {'x', 'lines'}, {'x', 'y', 'panels'}, {'signal'})  # keys of each kind
 
@@ -77,7 +77,7 @@ def mapping(properties, required=()):
 
 def one_value(option):
     """The form of an option's value; train.py's parser checks it further, as a text."""
-    if option.type is bool:
+    if option.nargs == 0:  # a flag
         return {'type': ['boolean']}
     return {'type': ['string', 'number'], 'pattern': '^(?!-)'}  # not another flag
 
