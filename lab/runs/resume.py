@@ -81,7 +81,8 @@ def options_to_train(found, given, pretrained=None):
         if found.options.get('ngpu', 1) == 1:
             dropped.add('sync_bn')  # it has no effect in one process, so it may be added now
         stored = {name: value for name, value in found.options.items() if name not in dropped}
-        return complete(given, stored)
+        with checkpoint.refusing(found.path):
+            return complete(given, stored)
     if found.folded:
         raise UserError(f'{found.path} is folded: it can be tested (--evaluate) but not trained')
     say(
@@ -95,17 +96,19 @@ def options_to_evaluate(found, given):
     """All options for a test of a checkpoint. Raises OptionError."""
     found.network.update(found.network_options(given))
     stored = {name: value for name, value in found.options.items() if name not in BOUND_TO_MACHINE}
-    return complete(given, {**defaults_for(found.network), **found.network, **stored, **given})
+    with checkpoint.refusing(found.path):
+        return complete(given, {**defaults_for(found.network), **found.network, **stored, **given})
 
 
 def restore(resumed, optimizer, scaler, averages, meters):
     """Load the state of a run that was stopped. The optimizer keeps its own settings."""
     if not resumed.is_run:
         return
-    if averages:
-        copy_tensors(resumed.ema, averages.module)
-        averages.n_averaged.fill_(1)  # more than 0: there have been some
-    optimizer.load_state_dict({**optimizer.state_dict(), 'state': resumed.optimizer['state']})
-    scaler.load_state_dict(resumed.scaler)
-    if resumed.progress:
-        meters.load_state(resumed.progress['tally'])
+    with checkpoint.refusing(resumed.path):
+        if averages:
+            copy_tensors(resumed.ema, averages.module)
+            averages.n_averaged.fill_(1)  # more than 0: there have been some
+        optimizer.load_state_dict({**optimizer.state_dict(), 'state': resumed.optimizer['state']})
+        scaler.load_state_dict(resumed.scaler)
+        if resumed.progress:
+            meters.load_state(resumed.progress['tally'])
