@@ -108,7 +108,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
     """Train to the last epoch: a run that was stopped, a pretrained network, or a new one. Write
     checkpoints, log and command line to `folder`."""
     options.pop('resume', None)
-    folder.settle(options, resumed)
+    folder.choose(options, resumed)
     options['save'] = str(folder.path)
     with Stop() as stop:
         # The data.
