@@ -30,9 +30,9 @@ import torch.nn.functional as F
 from lab import distributed
 from lab.device import DTYPES, autocast, choose_device, set_up
 from lab.distributed import say, world
-from lab.errors import run
+from lab.errors import printable, run
 from lab.runs.describe import describe_epoch, describe_run, epoch_stats, print_evaluation
-from lab.runs.folder import RunFolder
+from lab.runs.folder import RunFolder, write_report
 from lab.runs.pretrained import start_from
 from lab.runs.recorder import Recorder
 from lab.runs.resume import find_start, find_to_evaluate
@@ -164,7 +164,7 @@ def train(resumed, pretrained, folder, arguments, options, device):
             broken.check(train_batches)  # after saving: the run can resume once they are repaired
         folder.finish(stop)
     if options['report'] and distributed.rank() == 0:
-        print(folder.write_report(options['dataroot']))
+        print(printable(str(write_report(folder.path, options['dataroot']))))
 
 
 def test(module, test_pass, options, broken, train_batches=None, after_batch=lambda: None):

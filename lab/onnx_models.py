@@ -14,7 +14,7 @@ import torch
 
 from lab.errors import UserError
 from lab.files import size_of
-from lab.runs.checkpoint_form import check_classes, check_preprocessing
+from lab.runs.checkpoint import check_metadata
 
 PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 
@@ -92,12 +92,11 @@ class OnnxNetwork:
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.classes = json.loads(metadata.get('classes', 'null'))
             self.preprocessing = json.loads(metadata.get('preprocessing', 'null'))
-            if self.classes is not None:
-                check_classes(self.classes, self.num_classes)
-            if self.preprocessing is not None:
-                check_preprocessing(self.preprocessing, self.in_channels)
-                if isinstance(height, int) and height != self.preprocessing['image_size']:
-                    raise ValueError(f'its images are {height} pixels high')
+            shapes = {'in_channels': self.in_channels, 'num_classes': self.num_classes}
+            check_metadata(shapes, self.classes, self.preprocessing)
+            size = self.preprocessing and self.preprocessing['image_size']
+            if size and isinstance(height, int) and height != size:
+                raise ValueError(f'its images are {height} pixels high')
         except Exception as error:  # ONNX Runtime's errors have no common class
             reason = error if isinstance(error, ValueError) else type(error).__name__
             raise UserError(

@@ -1,4 +1,4 @@
-"""lab/runs/checkpoint.py: every kind of file that loads, and contents that do not fit."""
+"""lab/runs/checkpoint.py: every kind of file that loads."""
 
 import json
 from collections import OrderedDict
@@ -12,7 +12,7 @@ import train
 from conftest import read_log
 from diracnet import Network, define_diracnet, fold
 from lab.runs import checkpoint
-from tools import export, predict
+from tools import predict
 
 
 def saved(content, path, old=True):
@@ -42,19 +42,7 @@ def published(params):
     }
 
 
-OPTIMIZER = {
-    'state': {},
-    'param_groups': [
-        {
-            'lr': 0.1,
-            'momentum': 0.9,
-            'dampening': 0,
-            'weight_decay': 0.0005,
-            'nesterov': False,
-            'params': [140033, 140071],
-        }
-    ],
-}
+OPTIMIZER = {'state': {}, 'param_groups': [{'lr': 0.1, 'momentum': 0.9, 'params': [140033]}]}
 
 
 @pytest.fixture
@@ -117,8 +105,6 @@ def test_training_starts_from_other_files(layouts, tmp_path, call, refused):
     refused(1, 'folded', train.main, '--resume', layouts['folded'])
     words = [layouts['later'], '3 epochs']
     refused(2, words, train.main, '--resume', layouts['later'], *digits, '--epochs', 3)
-    words = ['--depth', '34', '16']
-    refused(2, words, train.main, '--resume', layouts['flat'], *digits, '--depth', 34)
 
 
 def test_published_imagenet_layout(tmp_path):
@@ -144,47 +130,12 @@ def test_published_imagenet_layout(tmp_path):
     assert folded.folded and torch.equal(folded.fold()(x), found.fold()(x))
 
 
-# --- contents that do not fit; test_bad_inputs_checkpoints.py has more -------------------------
-
-
-def test_missing_tensor_is_named(layouts, tmp_path, refused):
-    content = torch.load(layouts['published'], weights_only=True)
-    key = 'group1.block1.bn.running_var'
-    del content['stats'][key]
-    path = tmp_path / 'cut.pth'
-    torch.save(content, path)
-    refused(1, [path, key], train.main, '--evaluate', path, '--dataset', 'digits')
-    refused(1, [path, key], predict.main, path, __file__, '--dataset', 'digits')
-    refused(1, [path, key], export.main, path, tmp_path / 'out.pth', '--force')
-
-
-def test_checkpoint_with_a_tensor_of_another_shape(digits_run, tmp_path, refused):
-    content = torch.load(digits_run / 'model.pt7', weights_only=True)
-    key = 'group1.block1.conv'
-    content['params'][key] = torch.zeros(32, 16, 3, 3)
-    path = tmp_path / 'model.pt7'
-    torch.save(content, path)
-    words = [key, '(32, 16, 3, 3)', '(32, 32, 3, 3)']
-    refused(1, words, train.main, '--evaluate', path)
-    options = ('--epochs', 20, '--save', tmp_path / 'run')
-    refused(1, words, train.main, '--resume', path, *options)
-    refused(1, words, predict.main, path, __file__)
-
-
 @pytest.mark.parametrize(
-    'option, value, words',
-    [
-        ('--depth', 16, ['16', '10', 'group0.block2.conv', 'missing', '(16, 16, 3, 3)']),
-        ('--depth', 12, ['12', '10']),
-        ('--depth', 34, ['34', '10']),
-        ('--width', 2, ['2', '1', 'conv is (16, 1, 3, 3) in the file and (32, 1, 3, 3)']),
-        ('--model', 'plain', ['diracnet', 'group0.block0.alpha is (16,) in the file and missing']),
-        ('--dataset', 'CIFAR10', ['digits', '(16, 3, 3, 3)']),
-    ],
+    'option, value',
+    [('--depth', 16), ('--width', 2), ('--model', 'plain'), ('--dataset', 'CIFAR10')],
 )
 @pytest.mark.parametrize('use', ['--resume', '--evaluate'])
-def test_another_network_is_named(use, option, value, words, short_run, refused):
-    """With the first keys that differ, both shapes, and the flags that would fit."""
+def test_options_of_another_network(use, option, value, short_run, refused):
+    """The line has the flags that fit."""
     fits = '--model diracnet --depth 10 --width 1 --dataset digits'
-    words = [option, value, *words, fits]
-    refused(2, words, train.main, use, short_run, option, value)
+    refused(2, [option, value, fits], train.main, use, short_run, option, value)

@@ -10,7 +10,7 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diracnet import DATASETS
+from diracparams import DATASETS
 from lab.errors import LONGEST, OptionError, one_line
 from lab.models.registry import MODELS
 from lab.training.options import OPTIONS, check_combination, complete, parse

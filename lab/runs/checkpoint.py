@@ -15,9 +15,17 @@ A run's `model.pt7` is a dict with
     log            the lines of log.txt so far
 
 The one before it is kept as `previous.pt7`, and loaded if the newest is missing or broken.
-checkpoint_form.py checks the whole of a file when it is read.
+
+Two other kinds of files load, too:
+
+    an export   state_dict, network, classes and preprocessing: a .pth of tools.export
+    a bare one  tensors, alone or under `params` or `state_dict`; published files have the running
+                statistics under `stats`. The network is recognized by its tensors.
+
+Reading a file checks its tensors. What else it holds is checked where it is used, see `refusing`.
 """
 
+import contextlib
 import io
 import os
 import sys
@@ -28,14 +36,15 @@ import torch
 
 from diracnet import Network
 from diracparams import DATASETS, TRAINED, copy_tensors, trained_path
-from lab.errors import OptionError, UserError
+from lab.data.preprocessing import Preprocessing
+from lab.errors import OptionError, UserError, is_out_of_memory
 from lab.files import write_atomically
 from lab.models import registry
 from lab.models.matching import differences, network_flags
 from lab.runs.archive import BrokenFile, read_archive
-from lab.runs.checkpoint_form import read_form
 
 FILE_NAME, PREVIOUS = 'model.pt7', 'previous.pt7'
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # What the networks in weights/ are called: as their files, or as their data sets.
 TRAINED_NAMES = {
     name: dataset
@@ -137,33 +146,11 @@ class Checkpoint:
         names = registry.network_option_names(network['model'])
         for name in names:
             if given.get(name, network[name]) != network[name]:
-                wanted = {**network, **{key: given[key] for key in names if key in given}}
                 raise OptionError(
-                    f'--{name} is {given[name]}, but {self.path} has {network[name]}'
-                    f'{self._describe_mismatch(wanted)}'
+                    f'--{name} is {given[name]}, but {self.path} has {network[name]}; '
+                    f'{network_flags(self.network)} fits'
                 )
         return {name: network[name] for name in names}
-
-    def _describe_mismatch(self, wanted):
-        """How the tensors differ from those of another network, and the flags that fit them."""
-        fitting = f'; {network_flags(self.network)} fits'
-        if wanted['dataset'] != self.network['dataset']:
-            _, in_channels, num_classes = DATASETS[wanted['dataset']]
-            num_classes = num_classes or wanted['num_classes']
-            wanted = {**wanted, 'in_channels': in_channels, 'num_classes': num_classes}
-        if wanted['model'] != self.network['model']:
-            own = registry.own_options(self.network['model'])
-            wanted = {name: value for name, value in wanted.items() if name not in own}
-        if any(wanted[name] > 10 * self.network[name] for name in ('depth', 'width')):
-            return fitting  # not worth the time
-        try:
-            expected = registry.shapes(**wanted)
-            if self.folded:
-                expected = registry.fold(wanted['model'], expected)
-        except ValueError:  # the other network does not exist, or does not fold
-            return fitting
-        differing = differences(self.params, expected)
-        return f': {"; ".join(differing[:3])}{fitting}' if differing else fitting
 
 
 # --- loading ---------------------------------------------------------------------------------
@@ -209,10 +196,108 @@ def load_file(path):
     """The Checkpoint in one file. Raises UserError."""
     path = Path(path)
     content = read_archive(path)
+    with refusing(path):
+        return Checkpoint(path, **_read_fields(content))
+
+
+@contextlib.contextmanager
+def refusing(path):
+    """Use what a file holds: where it does not fit, a UserError names the file."""
     try:
-        return Checkpoint(path, **read_form(content))
-    except ValueError as error:
-        raise UserError(f'{path} is not a sound checkpoint: {error}') from None
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
+        if is_out_of_memory(e):
+            raise
+        reason = str(e).partition('\n')[0]
+        if not isinstance(e, ValueError):
+            reason = f'{type(e).__name__}: {reason}'
+        raise UserError(f'{path} is not a sound checkpoint: {reason}') from None
+
+
+def _read_fields(content):
+    """The fields of a Checkpoint in the content of a file. Raises what `refusing` catches."""
+    if not isinstance(content, dict):
+        raise ValueError(f'it holds a {type(content).__name__}')
+    params = _read_params(content)
+    folded = registry.is_folded(params)
+    names = ('classes', 'preprocessing', 'epoch')
+    if 'network' in content:
+        names += ('options', 'optimizer', 'scaler', 'ema', 'progress', 'log')
+        network = _read_network(content['network'], params, folded)
+    else:
+        network = registry.recognize(params)
+    fields = {name: content[name] for name in names if content.get(name) is not None}
+    fields['epoch'] = int(fields.get('epoch', 0))
+    fields['options'] = dict(fields.get('options', {}))
+    check_metadata(network, fields.get('classes'), fields.get('preprocessing'))
+    if 'ema' in fields:
+        _check_tensors(fields['ema'])
+        _check_shapes(fields['ema'], params)
+    return {**fields, 'params': params, 'folded': folded, 'network': network}
+
+
+def _read_params(content):
+    """The tensors of the network, without what other code adds: the identities of the original's
+    files (eye64_64_3_3), and torchvision's counts of batches."""
+    params = content.get('params', content.get('state_dict', content))
+    params = {
+        key: tensor
+        for key, tensor in {**params, **content.get('stats', {})}.items()
+        if not key.startswith('eye') and not key.endswith('.num_batches_tracked')
+    }
+    _check_tensors(params)
+    return params
+
+
+def _check_tensors(tensors):
+    """Raise ValueError unless these are dense tensors of finite real numbers, all of one type, and
+    no variance is negative."""
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f'{key} is a {type(tensor).__name__}, not a tensor')
+        is_dense = tensor.layout is torch.strided and not tensor.is_nested and tensor.is_cpu
+        if not is_dense or tensor.dtype not in FLOATS:
+            kind = f'{tensor.dtype}, {tensor.layout}, {tensor.device}'
+            raise ValueError(f'{key} ({kind}) is not a dense tensor of real numbers')
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ValueError(f'{key} repeats its numbers: save a contiguous copy of it')
+        if not tensor.isfinite().all():
+            raise ValueError(f'{key} is not finite')
+        if key.endswith('running_var') and (tensor < 0).any():
+            raise ValueError(f'{key} has negative values')
+    types = {str(tensor.dtype) for tensor in tensors.values()}
+    if len(types) > 1:
+        raise ValueError(f'its tensors have different types: {", ".join(sorted(types))}')
+
+
+def _check_shapes(tensors, expected):
+    """Raise ValueError unless the tensors have the keys and shapes of those `expected`."""
+    differing = differences(tensors, expected)
+    if differing:
+        raise ValueError(f'its tensors are not those of its network: {differing[0]}')
+
+
+def _read_network(stated, params, folded):
+    """The arguments of `registry.define` for the network that a file states, whose tensors must be
+    these."""
+    network = {**registry.own_options(stated['model']), **stated, 'form': registry.form_of(stated)}
+    if network['depth'] > len(params):  # the names alone of its tensors could fill the memory
+        raise ValueError(f'its network has depth {network["depth"]}, but {len(params)} tensors')
+    expected = registry.shapes(**network)
+    _check_shapes(params, registry.fold(network['model'], expected) if folded else expected)
+    return network
+
+
+def check_metadata(network, classes, preprocessing):
+    """Raise an error unless the names of classes and the preprocessing, each None if unknown, fit
+    the outputs and inputs of a network."""
+    outputs, channels = network['num_classes'], network['in_channels']
+    if classes is not None and [type(name) for name in classes] != [str] * outputs:
+        raise ValueError(f'its classes are not the names of {outputs} classes')
+    if preprocessing is not None:
+        found = Preprocessing.from_dict(preprocessing)
+        if not found.channels == len(found.mean) == len(found.std) == channels:
+            raise ValueError(f'its preprocessing is not that of {channels} channels')
 
 
 # --- saving ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ output.txt      what the run prints, if tools.study started it
 import contextlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from lab.data.names import display_name
 from lab.distributed import rank
-from lab.errors import OptionError, UserError
+from lab.errors import OptionError, UserError, printable
 from lab.files import size_of, write_atomically
 from lab.runs import checkpoint
 from lab.runs.log import LOG, read_lines
@@ -29,13 +30,15 @@ from lab.runs.tensorboard import write_events
 
 COMMANDS, OUTPUT, PARAMETERS = 'run.json', 'output.txt', 'parameters.txt'
 REPORT = 'report.html'
+# Files that may be there before a run starts; volumes have hidden ones and lost+found.
+NOT_OTHERS = (OUTPUT, f'{COMMANDS}.', '.', 'lost+found')
 
 
 class RunFolder:
     """The folder of a run. Only rank 0 writes to it, and only one training at a time.
 
-    Use it in this order: `lock` an existing folder before reading from it, `settle` which folder it
-    is, `open` it once nothing else can go wrong, write to it, `finish`.
+    Use it in this order: `lock` an existing folder before reading from it, `choose` which
+    folder it is, `open` it once nothing else can go wrong, write to it, `finish`.
 
     A failed write is reported. It ends the run only if there is no checkpoint yet.
     """
@@ -80,29 +83,29 @@ class RunFolder:
                 )
             time.sleep(0.1)
 
-    def settle(self, options, resumed):
-        """Choose the folder for these options. Raises OptionError if it has another run, or files
-        that are no run's."""
-        path = self._choose(options, resumed)
+    def choose(self, options, resumed):
+        """Choose the folder for these options, and put it into them as `save`.
+
+        Raises OptionError if it has another run, or files that are no run's.
+        """
+        own = _own_folder(resumed)
+        if 'save' in options:
+            path = Path(options['save']).expanduser()
+        elif own and (own / COMMANDS).exists():  # a copied checkpoint has none next to it
+            path = own
+        else:
+            path = Path('logs') / _new_name(options)
         if path != self.path:
             self.close()
             self.path = path
-        self.continues = _is_own(resumed) and path.exists() and path.samefile(resumed.path.parent)
+        self.continues = own is not None and path.exists() and path.samefile(own)
         if resumed and resumed.is_run:
             self.last_save = f'{resumed.path}, saved after {resumed.position}'
             # A broken newest checkpoint must not replace the good previous one.
             self.keep_previous = resumed.path.name != checkpoint.PREVIOUS
         self._check_content()
-
-    def _choose(self, options, resumed):
-        if 'save' in options:
-            return Path(options['save']).expanduser()
-        if _is_own(resumed) and (resumed.path.parent / COMMANDS).exists():
-            return resumed.path.parent  # a copied checkpoint has no run.json next to it
-        data = display_name(options['dataset'], options['dataroot'])
-        data = os.fsdecode(os.fsencode(data)[:100])  # the name of a file has at most 255 bytes
-        name = f'{data}-{options["model"]}-{options["depth"]}-{options["width"]:g}'
-        return Path('logs') / f'{name}-{datetime.now():%Y%m%d-%H%M%S}'
+        options.pop('resume', None)
+        options['save'] = str(self.path)
 
     def _check_content(self):
         if rank() > 0 or self.continues or not self.path.is_dir():
@@ -119,18 +122,26 @@ class RunFolder:
                 f'{self.path} already has a run; resume it with --resume {self.path}, or choose '
                 'another --save'
             )
-        others = sorted(filter(_is_other, names))
         # run.json is the first file that a run writes.
+        others = sorted(name for name in names if not name.startswith(NOT_OTHERS))
         if others and read_commands(self.path / COMMANDS) is None:
             raise OptionError(
                 f'--save {self.path} has other files than those of a run, such as {others[0]}: '
                 'choose a new or empty folder'
             )
 
-    def open(self):
-        """Make the folder and lock it."""
-        if rank() > 0:
-            return
+    def open(self, arguments, device, parameters, resumed):
+        """Make the folder, lock it, and begin to write: how the run was started, the table of its
+        parameters, and its log up to where it resumes. Returns the lines of that log."""
+        if rank() == 0:
+            self._make()
+        self.record_command(arguments, device)
+        self.write(PARAMETERS, '\n'.join(parameters) + '\n')
+        log = log_lines(resumed)
+        self.write_log(log)
+        return log
+
+    def _make(self):
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -151,7 +162,9 @@ class RunFolder:
     # --- writing ---
 
     def _try(self, name, write):
-        """Call write(); report and record an OSError. Returns whether it succeeded."""
+        """Call write() in rank 0; report and record an OSError. Returns whether it succeeded."""
+        if rank() > 0:
+            return False
         try:
             write()
         except OSError as error:
@@ -165,24 +178,20 @@ class RunFolder:
         return True
 
     def write(self, name, text):
-        if rank() == 0:
-            self._try(name, lambda: write_atomically(self.path / name, text.encode()))
+        self._try(name, lambda: write_atomically(self.path / name, text.encode()))
 
     def write_log(self, lines):
         self.write(LOG, ''.join(f'{line}\n' for line in lines))
 
     def save(self, content, position):
         """Write a checkpoint of this position in the training."""
-        if rank() > 0:
-            return
         path = self.path / checkpoint.FILE_NAME
         if self._try(path.name, lambda: checkpoint.save(path, content, self.keep_previous)):
             self.last_save, self.keep_previous = f'{path}, saved after {position}', True
 
     def write_events(self, stats):
         """Write the numbers of an epoch for TensorBoard."""
-        if rank() == 0:
-            self._try('events.out.tfevents', lambda: write_events(self.path, stats))
+        self._try('events.out.tfevents', lambda: write_events(self.path, stats))
 
     def record_command(self, arguments, device):
         """Add the command, versions and machine of this start to run.json."""
@@ -194,13 +203,17 @@ class RunFolder:
         entries = [*(entries or []), describe_start(arguments, device)]
         self.write(COMMANDS, json.dumps(entries, indent=1) + '\n')
 
-    def finish(self):
-        """Raise UserError if a file could not be written."""
+    def finish(self, stop):
+        """Say that the run is done. Raises UserError if anything could not be written."""
         if self.faults:
             raise UserError(
                 f'{len(self.faults)} writes failed; the first: {self.faults[0]}; '
                 f'the last checkpoint is {self.last_save}'
             )
+        curves = f'python -m tools.plot {shlex.quote(str(self.path))} --out curves.png'
+        stop.say(f'done: {printable(str(self.path))}; to draw its curves: {curves}')
+        if stop.lost_output:
+            raise UserError(f'the output cannot be written ({stop.lost_output}); the run is done')
 
 
 def read_commands(path):
@@ -208,11 +221,9 @@ def read_commands(path):
     try:
         size_of(path)
         entries = json.loads(path.read_text('utf-8'))
-    except (OSError, ValueError, RecursionError):
+        is_ours = isinstance(entries, list) and all('command' in entry for entry in entries)
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    is_ours = isinstance(entries, list) and all(
-        isinstance(entry, dict) and 'command' in entry for entry in entries
-    )
     return entries if is_ours else None
 
 
@@ -231,12 +242,6 @@ def write_report(path, dataroot):
     return out
 
 
-def _is_other(name):
-    """Whether a file that is there before the run makes its folder another's."""
-    hidden = name.startswith('.') or name == 'lost+found'  # as in an empty volume
-    return not (hidden or name == OUTPUT or name.startswith(f'{COMMANDS}.'))
-
-
 def _try_to_lock(handle):
     """Whether the folder is locked now, or cannot be locked on this system."""
     try:
@@ -250,11 +255,19 @@ def _try_to_lock(handle):
     return True
 
 
-def _is_own(resumed):
-    """Whether a checkpoint has the name that its run gave it, so that it is not a renamed copy."""
-    if not resumed or not resumed.is_run:
-        return False
-    return resumed.path.name in (checkpoint.FILE_NAME, checkpoint.PREVIOUS)
+def _own_folder(resumed):
+    """The folder of a run's checkpoint; None if its name shows that it is a copy, or no run's."""
+    names = (checkpoint.FILE_NAME, checkpoint.PREVIOUS)
+    is_own = resumed and resumed.is_run and resumed.path.name in names
+    return resumed.path.parent if is_own else None
+
+
+def _new_name(options):
+    """DATASET-MODEL-DEPTH-WIDTH-TIME."""
+    data = display_name(options['dataset'], options['dataroot'])
+    data = os.fsdecode(os.fsencode(data)[:100])  # the name of a file has at most 255 bytes
+    name = f'{data}-{options["model"]}-{options["depth"]}-{options["width"]:g}'
+    return f'{name}-{datetime.now():%Y%m%d-%H%M%S}'
 
 
 def log_lines(resumed):

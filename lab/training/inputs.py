@@ -60,7 +60,9 @@ def check_classes(data, checkpoint, options):
             )
     if not checkpoint.classes:
         return
-    theirs, ours = (readable(list(names), len(names)) for names in (checkpoint.classes, data.classes))
+    theirs, ours = (
+        readable(list(names), len(names)) for names in (checkpoint.classes, data.classes)
+    )
     if theirs != ours:
         difference = f'{len(theirs)} instead of {len(ours)}'
         if len(theirs) == len(ours):

@@ -67,18 +67,22 @@ class Meters:
         return self.loss.value()[0], top1, top5
 
     def state(self):
-        """What was measured so far, as plain numbers."""
+        """What was measured so far, as plain numbers: batches, samples n, the mean loss, and how
+        many samples were wrong among the top k."""
         self.flush()
         return {
             'batches': self.batches,
-            'loss': {name: float(value) for name, value in vars(self.loss).items()},
             'n': int(self.accuracy.n),
+            'loss': float(self.loss.mean_old),  # its mean, or 0 before the first sample
             'errors': [int(self.accuracy.sum[k]) for k in self.topk],
         }
 
     def load_state(self, state):
+        """Continue from what `state` returned, to the bit."""
         self.reset()
-        self.batches = state['batches']
-        vars(self.loss).update(state['loss'])
-        self.accuracy.n = state['n']
+        self.batches, self.accuracy.n = state['batches'], state['n']
         self.accuracy.sum.update(zip(self.topk, state['errors']))
+        # The meter moves its mean with each batch, so a sum would not give the same mean.
+        loss = state['loss']
+        mean = loss['mean'] if isinstance(loss, dict) else loss  # older checkpoints: all its fields
+        self.loss.n, self.loss.mean, self.loss.mean_old = state['n'], mean, mean

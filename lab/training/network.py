@@ -86,7 +86,10 @@ def build_network(options, network, device):
     torch.manual_seed(options['seed'])
     try:
         f, params = registry.define(**registry.initialization(options), **network)
-        for name, make_block in (('recompute', lambda: recomputed_block), ('compile', compiled_block)):
+        for name, make_block in (
+            ('recompute', lambda: recomputed_block),
+            ('compile', compiled_block),
+        ):
             if options[name]:
                 f = regrouped(f, params, network['in_channels'], make_block(), f'--{name}')
         freeze(params, options['freeze'])

@@ -9,7 +9,8 @@ import json
 import math
 from argparse import SUPPRESS
 
-from diracnet import BASE_WIDTHS, BN_MOMENTUM, DATASETS, SHIFT, bn_scales
+from diracnet import BN_MOMENTUM
+from diracparams import BASE_WIDTHS, DATASETS, SHIFT, bn_scales
 from lab.device import DTYPES
 from lab.errors import OneLineParser, OptionError
 from lab.files import path_argument

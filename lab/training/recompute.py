@@ -88,7 +88,9 @@ class _RecomputedBlock(torch.autograd.Function):
     def forward(ctx, x, bn_weight, bn_bias, running_mean, running_var, weight, pool, norm):
         ctx.save_for_backward(x, bn_weight, bn_bias, weight)
         ctx.pool, ctx.norm = pool, norm
-        return plain_block(x, (bn_weight, bn_bias, running_mean, running_var), weight, True, pool, norm)
+        return plain_block(
+            x, (bn_weight, bn_bias, running_mean, running_var), weight, True, pool, norm
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
