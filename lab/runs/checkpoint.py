@@ -40,7 +40,6 @@ from lab.data.preprocessing import Preprocessing
 from lab.errors import OptionError, UserError, is_out_of_memory
 from lab.files import write_atomically
 from lab.models import registry
-from lab.models.matching import differences, network_flags
 from lab.runs.archive import BrokenFile, read_archive
 
 FILE_NAME, PREVIOUS = 'model.pt7', 'previous.pt7'
@@ -153,6 +152,19 @@ class Checkpoint:
         return {name: network[name] for name in names}
 
 
+def network_flags(network):
+    """The options of train.py that define a network, as on a command line."""
+    flags = []
+    shown = {name: value for name, value in network.items() if name != 'form'}
+    if network['dataset'] == 'folder':
+        shown['form'] = registry.form_of(network)
+    for name in registry.network_option_names(network['model']):
+        if name in shown:
+            value = f'{shown[name]:g}' if name == 'width' else shown[name]
+            flags.append(f'--{name} {value}')
+    return ' '.join(flags)
+
+
 # --- loading ---------------------------------------------------------------------------------
 
 
@@ -232,7 +244,7 @@ def _read_fields(content):
     check_metadata(network, fields.get('classes'), fields.get('preprocessing'))
     if 'ema' in fields:
         _check_tensors(fields['ema'])
-        _check_shapes(fields['ema'], params)
+        registry.check_shapes(fields['ema'], params)
     return {**fields, 'params': params, 'folded': folded, 'network': network}
 
 
@@ -270,13 +282,6 @@ def _check_tensors(tensors):
         raise ValueError(f'its tensors have different types: {", ".join(sorted(types))}')
 
 
-def _check_shapes(tensors, expected):
-    """Raise ValueError unless the tensors have the keys and shapes of those `expected`."""
-    differing = differences(tensors, expected)
-    if differing:
-        raise ValueError(f'its tensors are not those of its network: {differing[0]}')
-
-
 def _read_network(stated, params, folded):
     """The arguments of `registry.define` for the network that a file states, whose tensors must be
     these."""
@@ -284,7 +289,7 @@ def _read_network(stated, params, folded):
     if network['depth'] > len(params):  # the names alone of its tensors could fill the memory
         raise ValueError(f'its network has depth {network["depth"]}, but {len(params)} tensors')
     expected = registry.shapes(**network)
-    _check_shapes(params, registry.fold(network['model'], expected) if folded else expected)
+    registry.check_shapes(params, registry.fold(network['model'], expected) if folded else expected)
     return network
 
 

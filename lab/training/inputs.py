@@ -33,7 +33,12 @@ def load_data(options, checkpoint=None, is_test=False):
             data = data.per_class(options['per_class'])
         if options['preprocess'] == 'zca':
             data = data.whitened(root)
-    return replace(source, mirrored=data.mirrored and not options['no_mirror'])
+    if checkpoint:
+        check_classes(data, checkpoint, options)
+        if checkpoint.preprocessing and (checkpoint.is_run or is_test):
+            preprocessing = Preprocessing.from_dict(checkpoint.preprocessing)
+            data = replace(data, preprocessing=preprocessing)
+    return replace(data, mirrored=data.mirrored and not options['no_mirror'])
 
 
 def make_batches(data, train, options, device):

@@ -73,7 +73,7 @@ def set_learning_rate(optimizer, rate):
 
 
 def clip_gradients(module, optimizer, scaler, longest):
-    """Scale all gradients together to a norm of `longest`, if theirs is larger. None: do nothing."""
+    """Scale all gradients together to a norm of at most `longest`. None: do nothing."""
     if longest:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(module.parameters(), longest)

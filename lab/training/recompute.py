@@ -122,7 +122,7 @@ def recomputed_block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
 
 
 def compiled_block():
-    """`plain_block` compiled by torch.compile, once per shape, so the time for it does not depend on
+    """`plain_block` compiled by torch.compile, once per shape: the time for it does not depend on
     the depth."""
     import torch._dynamo  # slow to import, and only needed here
 
