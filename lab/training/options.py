@@ -34,8 +34,11 @@ MODEL_OPTIONS = {model: {**own_options(model), **initial_scales(model)} for mode
 # --- types -----------------------------------------------------------------------------------
 
 
-def number(kind, at_least=-math.inf, at_most=2**63 - 1, above=-math.inf, below=math.inf, words=()):
-    """An argparse type: an int or float (`kind`) in this range, or one of the words."""
+def number(kind, at_least=-math.inf, at_most=None, above=-math.inf, below=math.inf, words=()):
+    """An argparse type: an int or float (`kind`) in this range, or one of the words. `at_most` is
+    what int64 and float32 can hold, unless it is given."""
+    if at_most is None:
+        at_most = 2**63 - 1 if kind is int else 1e37
 
     def parse(text):
         if text in words:
