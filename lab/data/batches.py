@@ -15,9 +15,11 @@ import numpy as np
 import torch
 
 from lab import cuda
-from lab.data.image_folders import ImageFolder
+from lab.data.image_files import prepare, read_image, training_crop
 from lab.data.preprocessing import normalize, whiten
 from lab.errors import OptionError, UserError
+
+TRIES = 20  # this many broken files in a row, or in a batch: something else must be wrong
 
 
 class Batches:
@@ -180,30 +182,49 @@ def _reflect(positions, size):
 
 
 class FolderBatches(Batches):
-    """Batches of an ImageFolder, decoded in `workers` processes and normalized on the device.
+    """Batches of image files, decoded in `workers` processes and normalized on the device.
 
     Iterating yields (images, targets): normalized floats (B, C, H, W) in channels_last, and int64
-    (B,). Training batches are shuffled. Test batches leave out broken files.
+    (B,). Training batches (`train`) are shuffled, and cropped at random; the next intact image
+    replaces a broken one. Test batches leave out broken files.
+
+    Args:
+        paths, targets: arrays of bytes and int64 (N,).
+        mirrored: whether half of the training images are mirrored.
 
     Raises:
-        UserError: ImageFolder.TRIES broken files in one training batch, or no other, while
-            iterating.
+        UserError: TRIES broken files in one training batch, or no other, while iterating.
     """
 
     PREFETCH = 2  # batches that DataLoader prepares per worker
 
-    def __init__(self, folder, batch_size, *, device='cpu', seed=0, workers=0, shard=(0, 1)):
-        super().__init__(len(folder), batch_size, seed, folder.train, shard)
-        self.folder, self.device = folder, torch.device(device)
+    def __init__(
+        self,
+        paths,
+        targets,
+        preprocessing,
+        batch_size,
+        *,
+        train,
+        mirrored=True,
+        device='cpu',
+        seed=0,
+        workers=0,
+        shard=(0, 1),
+    ):
+        super().__init__(len(paths), batch_size, seed, train, shard)
+        self.preprocessing, self.train = preprocessing, train
+        self.device = torch.device(device)
         _use_one_opencv_thread()
         # One slot for each prefetched batch, and one for the batch that is being read.
-        self.slots = self.PREFETCH * workers + 1
+        size, self.n_slots = preprocessing.image_size, self.PREFETCH * workers + 1
         share = -(-min(batch_size, self.n) // self.world)
-        self.source = _Slots(folder, self.slots, share)
+        self.slots = torch.empty(self.n_slots, share, size, size, 3, dtype=torch.uint8)
+        reader = _Reader(paths, targets, preprocessing, train, mirrored, self.slots)
         # More workers than cores are the user's choice (--nthread).
         warnings.filterwarnings('ignore', 'This DataLoader will create')
         self.loader = torch.utils.data.DataLoader(
-            self.source,
+            reader,
             batch_size=None,
             sampler=_SlotOrder(self),
             num_workers=workers,
@@ -217,18 +238,16 @@ class FolderBatches(Batches):
         with _blocked_signals():  # workers may start here
             batches = iter(self.loader)
         for slot, targets, problems in batches:
-            problems = dict(problems)  # several samples may have tried the same file
             self.broken.update(problems)
-            is_hopeless = len(problems) >= ImageFolder.TRIES or (problems and not targets)
-            if self.folder.train and is_hopeless:
+            if self.train and problems and (len(problems) >= TRIES or not targets):
                 raise UserError(
-                    f'{len(problems)} image files under {self.folder.root} are broken in one '
-                    f'batch; the first: {next(iter(problems.values()))}'
+                    f'{len(problems)} image files are broken in one training batch; the first: '
+                    f'{next(iter(problems.values()))}'
                 )
             if targets or self.world > 1:  # all processes need the same number of batches
-                images = self.source.slots[slot, : len(targets)]
+                images = self.slots[slot, : len(targets)]
                 images, targets = self._to_device(images, torch.tensor(targets, dtype=torch.int64))
-                yield normalize(images, self.folder.preprocessing), targets
+                yield normalize(images, self.preprocessing), targets
 
     def _to_device(self, images, targets):
         if self.device.type == 'cuda':
@@ -236,47 +255,54 @@ class FolderBatches(Batches):
         return images.to(self.device), targets.to(self.device)
 
 
-class _Slots(torch.utils.data.Dataset):
-    """An ImageFolder read in whole batches, into reused memory that all processes share.
+class _Reader(torch.utils.data.Dataset):
+    """Reads batches of image files into `slots`, reused memory that all processes share.
 
     DataLoader alone would allocate shared memory for each batch, which takes a fifth of the time.
-    The index of an item is (slot, [(seed, epoch, index), ...]).
+    The index of an item is (slot, seed, epoch, indices). The item is (slot, targets of the images
+    that are now in it, {path: message} of the broken files).
     """
 
-    def __init__(self, folder, slots, batch_size):
-        size = folder.preprocessing.image_size
-        self.folder = folder
-        self.slots = torch.empty(slots, batch_size, size, size, 3, dtype=torch.uint8)
-        self.slots.share_memory_()
+    def __init__(self, paths, targets, preprocessing, train, mirrored, slots):
+        self.paths, self.targets, self.preprocessing = paths, targets, preprocessing
+        self.train, self.mirrored, self.slots = train, mirrored, slots.share_memory_()
 
     def __getitem__(self, batch):
-        """(slot, targets of the images that are now in it, problems)"""
-        slot, places = batch
-        targets, problems = [], []
-        for place in places:
-            image, target, found = self.folder[place]
-            problems.extend(found)
-            if image is not None:
-                self.slots[slot, len(targets)] = image
-                targets.append(target)
+        slot, seed, epoch, indices = batch
+        targets, problems = [], {}
+        for index in indices:
+            for sample in range(index, index + TRIES) if self.train else [index]:
+                sample %= len(self.paths)
+                path = os.fsdecode(self.paths[sample])
+                try:
+                    image = self._read(path, (seed, epoch, 1, sample))
+                except UserError as error:
+                    # Returned, not raised: DataLoader would put a traceback into the message.
+                    problems[path] = str(error)
+                    continue
+                self.slots[slot, len(targets)] = torch.from_numpy(np.ascontiguousarray(image))
+                targets.append(int(self.targets[sample]))
+                break
         return slot, targets, problems
+
+    def _read(self, path, seed):
+        if self.train:
+            size = self.preprocessing.image_size
+            return training_crop(path, size, np.random.default_rng(seed), self.mirrored)
+        return prepare(read_image(path), self.preprocessing)
 
 
 class _SlotOrder(torch.utils.data.Sampler):
-    """For each batch of the epoch, its slot and the (seed, epoch, index) of its samples."""
+    """For each batch of the epoch, what `_Reader` needs."""
 
     def __init__(self, batches):
         # No reference cycle: deleting the batches ends the loader's worker processes at once.
         self.batches = weakref.proxy(batches)
 
-    def __len__(self):
-        return len(self.batches)
-
     def __iter__(self):
         batches = self.batches
         for number, indices in enumerate(batches.order()):
-            places = [(batches.seed, batches.epoch, index) for index in indices.tolist()]
-            yield number % batches.slots, places
+            yield number % batches.n_slots, batches.seed, batches.epoch, indices.tolist()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ from dataclasses import astuple, dataclass
 import torch
 
 from lab import cuda
-from lab.data.datasets import targets_of
 from lab.device import DTYPES
 from lab.distributed import local_world, world
 from lab.errors import OptionError
@@ -52,7 +51,7 @@ def check_memory(options, arguments, data, device):
         OptionError: there is no such network, or one step of its training needs more memory than
             the device has.
     """
-    n = len(targets_of(data.train))
+    n = len(data.train[1])
     samples = -(-min(options['batch_size'], n) // world())
     pixels = data.preprocessing.image_size
     try:
