@@ -25,7 +25,16 @@ TRIES = 20  # this many broken files in a row, or in a batch: something else mus
 class Batches:
     """What all batches share: sizes, and the order of the samples.
 
-    Before iterating, set `epoch`, and set `start` to the number of the first batch.
+    Before iterating, set `epoch`, and set `start` to the number of the first batch. Iterating
+    yields (images, targets): normalized floats (B, C, H, W) in channels_last, and int64 (B,), on
+    `device`. The last batch may be smaller.
+
+    Args:
+        images: in memory, a tensor, uint8 (N, H, W, C); or an array of paths, bytes (N,).
+        targets: int64 (N,).
+        train: whether to shuffle and augment; the images of a test set stay as they are.
+        mirrored: whether half of the training images are mirrored, at random.
+        shard: (rank, number of processes); each process gets its share of every batch.
 
     Attributes:
         n, batch_size: samples in an epoch and in a batch, of all processes together.
@@ -34,11 +43,25 @@ class Batches:
         broken_before: the same for the batches before `start`; set it when resuming.
     """
 
-    def __init__(self, n, batch_size, seed, shuffle, shard):
-        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+    def __init__(
+        self,
+        images,
+        targets,
+        preprocessing,
+        batch_size,
+        *,
+        train,
+        mirrored=False,
+        device='cpu',
+        seed=0,
+        shard=(0, 1),
+    ):
+        self.images, self.targets, self.preprocessing = images, targets, preprocessing
+        self.n, self.batch_size, self.seed, self.train = len(images), batch_size, seed, train
+        self.mirrored, self.device = train and mirrored, torch.device(device)
         self.rank, self.world = shard
         self.epoch, self.start = 0, 0
-        self.n_files, self.broken, self.broken_before = n, {}, {}
+        self.n_files, self.broken, self.broken_before = self.n, {}, {}
 
     def __len__(self):
         return -(-self.n // self.batch_size)
@@ -49,7 +72,7 @@ class Batches:
 
     def order(self):
         """For each batch from `start`, the indices of this process's share, an integer array."""
-        if self.shuffle:
+        if self.train:
             order = np.random.default_rng((self.seed, self.epoch, 0)).permutation(self.n)
         else:
             order = np.arange(self.n)
@@ -60,54 +83,33 @@ class Batches:
 class MemoryBatches(Batches):
     """Batches of images that are all in the device's memory.
 
-    Iterating yields (images, targets): normalized floats (B, C, H, W) in channels_last, and int64
-    (B,). The last batch may be smaller.
-
-    Args:
-        images, targets: uint8 (N, H, W, C) and int64 (N,), moved to `device` once.
-        shuffle: whether each epoch has a new order.
-        pad: pad the image by this many reflected pixels, then crop it at random.
-        flip: whether to mirror half of the images, at random.
+    Args (for Batches, and):
+        pad: pad training images by this many reflected pixels, then crop them at random.
         cutout: side of the square that is set to the mean, 0, around a random pixel.
-        shard: (rank, number of processes); each process gets its share of every batch.
         broken: {path: message} of the image files that are not among the images.
 
     Raises:
         OptionError: pad is not smaller than the images.
     """
 
-    def __init__(
-        self,
-        images,
-        targets,
-        preprocessing,
-        batch_size,
-        *,
-        device='cpu',
-        seed=0,
-        shuffle=False,
-        pad=0,
-        flip=False,
-        cutout=0,
-        shard=(0, 1),
-        broken=None,
-    ):
-        super().__init__(len(images), batch_size, seed, shuffle, shard)
-        if pad >= min(images.shape[1:3]):
+    def __init__(self, *args, pad=0, cutout=0, broken=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pad, self.cutout = (pad, cutout) if self.train else (0, 0)
+        if self.pad >= min(self.images.shape[1:3]):
             raise OptionError(
                 f'--randomcrop_pad {pad} is too large: it must be less than the size of the '
-                f'images, {min(images.shape[1:3])} pixels'
+                f'images, {min(self.images.shape[1:3])} pixels'
             )
         self.broken = broken or {}
         self.n_files += len(self.broken)
-        self.images, self.targets = images.to(device), targets.to(device)
-        if preprocessing.whitening:  # whitening takes whole images, so it comes before the crop
-            self.images = whiten(self.images, preprocessing.whitening)
-        self.preprocessing, self.pad, self.flip, self.cutout = preprocessing, pad, flip, cutout
+        self.images, self.targets = self.images.to(self.device), self.targets.to(self.device)
+        whitening = self.preprocessing.whitening
+        if whitening:  # it takes whole images, so it comes before the crop
+            self.images = whiten(self.images, whitening)
         self.scratch = None
 
     def __iter__(self):
-        augmented = self.pad or self.flip
+        augmented = self.pad or self.mirrored
         windows = self._windows() if augmented else None
         squares = self._squares() if self.cutout else None
         for indices in self.order():
@@ -122,7 +124,7 @@ class MemoryBatches(Batches):
         """For each sample of this epoch: crop offsets (N, 2) in 0 .. 2 pad; 1 if mirrored (N,)."""
         random = np.random.default_rng((self.seed, self.epoch, 1))
         offsets = random.integers(0, 2 * self.pad + 1, (self.n, 2))
-        flips = random.integers(0, 2, self.n) if self.flip else np.zeros(self.n, np.int64)
+        flips = random.integers(0, 2, self.n) if self.mirrored else np.zeros(self.n, np.int64)
         device = self.images.device
         return torch.from_numpy(offsets).to(device), torch.from_numpy(flips).to(device)
 
@@ -184,13 +186,8 @@ def _reflect(positions, size):
 class FolderBatches(Batches):
     """Batches of image files, decoded in `workers` processes and normalized on the device.
 
-    Iterating yields (images, targets): normalized floats (B, C, H, W) in channels_last, and int64
-    (B,). Training batches (`train`) are shuffled, and cropped at random; the next intact image
-    replaces a broken one. Test batches leave out broken files.
-
-    Args:
-        paths, targets: arrays of bytes and int64 (N,).
-        mirrored: whether half of the training images are mirrored.
+    In training, images are cropped at random, and the next intact image replaces a broken one.
+    Test batches leave out broken files.
 
     Raises:
         UserError: TRIES broken files in one training batch, or no other, while iterating.
@@ -198,33 +195,17 @@ class FolderBatches(Batches):
 
     PREFETCH = 2  # batches that DataLoader prepares per worker
 
-    def __init__(
-        self,
-        paths,
-        targets,
-        preprocessing,
-        batch_size,
-        *,
-        train,
-        mirrored=True,
-        device='cpu',
-        seed=0,
-        workers=0,
-        shard=(0, 1),
-    ):
-        super().__init__(len(paths), batch_size, seed, train, shard)
-        self.preprocessing, self.train = preprocessing, train
-        self.device = torch.device(device)
+    def __init__(self, *args, workers=0, **kwargs):
+        super().__init__(*args, **kwargs)
         _use_one_opencv_thread()
         # One slot for each prefetched batch, and one for the batch that is being read.
-        size, self.n_slots = preprocessing.image_size, self.PREFETCH * workers + 1
-        share = -(-min(batch_size, self.n) // self.world)
+        size, self.n_slots = self.preprocessing.image_size, self.PREFETCH * workers + 1
+        share = -(-min(self.batch_size, self.n) // self.world)
         self.slots = torch.empty(self.n_slots, share, size, size, 3, dtype=torch.uint8)
-        reader = _Reader(paths, targets, preprocessing, train, mirrored, self.slots)
         # More workers than cores are the user's choice (--nthread).
         warnings.filterwarnings('ignore', 'This DataLoader will create')
         self.loader = torch.utils.data.DataLoader(
-            reader,
+            _Reader(self),
             batch_size=None,
             sampler=_SlotOrder(self),
             num_workers=workers,
@@ -263,9 +244,10 @@ class _Reader(torch.utils.data.Dataset):
     that are now in it, {path: message} of the broken files).
     """
 
-    def __init__(self, paths, targets, preprocessing, train, mirrored, slots):
-        self.paths, self.targets, self.preprocessing = paths, targets, preprocessing
-        self.train, self.mirrored, self.slots = train, mirrored, slots.share_memory_()
+    def __init__(self, batches):
+        self.paths, self.targets = batches.images, batches.targets
+        self.preprocessing, self.slots = batches.preprocessing, batches.slots.share_memory_()
+        self.train, self.mirrored = batches.train, batches.mirrored
 
     def __getitem__(self, batch):
         slot, seed, epoch, indices = batch

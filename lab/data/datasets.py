@@ -98,33 +98,16 @@ class Data:
         Raises:
             OptionError: cutout for image files, or an impossible crop.
         """
-        images, targets = self.train if train else self.test
-        shared = {'device': device, 'seed': seed, 'shard': shard}
-        if not self.in_memory:
-            if cutout:
-                raise self._needs_memory('--cutout')
-            return FolderBatches(
-                images,
-                targets,
-                self.preprocessing,
-                batch_size,
-                train=train,
-                mirrored=self.mirrored,
-                workers=workers,
-                **shared,
+        args = *(self.train if train else self.test), self.preprocessing, batch_size
+        shared = {'train': train, 'mirrored': self.mirrored, 'device': device, 'seed': seed}
+        if self.in_memory:
+            broken = self.broken[0 if train else 1]
+            return MemoryBatches(
+                *args, pad=pad, cutout=cutout, broken=broken, shard=shard, **shared
             )
-        return MemoryBatches(
-            images,
-            targets,
-            self.preprocessing,
-            batch_size,
-            shuffle=train,
-            pad=pad if train else 0,
-            cutout=cutout if train else 0,
-            flip=train and self.mirrored,
-            broken=self.broken[0 if train else 1],
-            **shared,
-        )
+        if cutout:
+            raise self._needs_memory('--cutout')
+        return FolderBatches(*args, workers=workers, shard=shard, **shared)
 
     def _needs_memory(self, option):
         return OptionError(

@@ -60,8 +60,6 @@ def decode(content, path, reduce=1):
     """
     import cv2
 
-    silence = cv2.setLogLevel if hasattr(cv2, 'setLogLevel') else cv2.utils.logging.setLogLevel
-    silence(0)  # the error below is enough
     with _opencv_errors(path), _silent_stderr():
         image = _decode_bgr(content, path, reduce) if _is_whole(content) else None
     if image is None:
@@ -90,7 +88,7 @@ def _opencv_errors(path):
 
 @contextlib.contextmanager
 def _silent_stderr():
-    """Drop what libpng and libjpeg print about broken images: it does not name the file."""
+    """Drop what OpenCV and its libraries print about broken images: it does not name the file."""
     try:
         stderr = os.dup(2)
     except OSError:  # closed from the start
@@ -115,10 +113,8 @@ def _decode_bgr(content, path, reduce):
     import cv2
 
     if _is_jpeg(content):
-        flag = cv2.IMREAD_COLOR
-        if reduce > 1:
-            flag = getattr(cv2, f'IMREAD_REDUCED_COLOR_{reduce}')
-        return cv2.imdecode(content, flag)
+        scale = f'REDUCED_COLOR_{reduce}' if reduce > 1 else 'COLOR'
+        return cv2.imdecode(content, getattr(cv2, f'IMREAD_{scale}'))
     image = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if image is None:
         return None
