@@ -14,7 +14,7 @@ from data_helpers import epoch_of, folder_batches, own_memory, run_folder
 import train
 from conftest import python, read_log, write_idx
 from lab.data import datasets, image_folders
-from lab.data.fashion_mnist import IDX_FILES
+from lab.data.readers import IDX_FILES
 
 
 def test_train_predict_and_evaluate(many_files, tmp_path, call):
@@ -70,8 +70,8 @@ def listed(many_files):
     """listed(): the names and targets of the training files."""
 
     def listed(root=many_files):
-        part = datasets.load('folder', root).train
-        return [os.fsdecode(name) for name in part.names], part.targets.tolist()
+        paths, targets = datasets.load('folder', root).train
+        return [os.path.relpath(os.fsdecode(p), root / 'train') for p in paths], targets.tolist()
 
     return listed
 
@@ -174,17 +174,15 @@ def test_holdout_and_per_class(form, many_files, tmp_path):
 
     def samples(part):
         """Something that identifies each sample."""
-        if form == 'cifar':
-            return [image.numpy().tobytes() for image in part[0]]
-        return part.names.tolist()
+        return [image if form == 'imagenet' else image.numpy().tobytes() for image in part[0]]
 
     held = data.holdout(50)
     assert samples(held.test) == samples(data.holdout(50).test)
     assert sorted(samples(held.test) + samples(held.train)) == sorted(samples(data.train))
-    assert 15 < sum(datasets.targets_of(held.test)) < 35
-    assert len(datasets.targets_of(data.holdout('10%').test)) == 15
+    assert 15 < sum(held.test[1].tolist()) < 35
+    assert len(data.holdout('10%').test[1]) == 15
     few = held.per_class(7)
-    assert list(datasets.targets_of(few.train)) == [0] * 7 + [1] * 7
+    assert few.train[1].tolist() == [0] * 7 + [1] * 7
     assert samples(few.train)[:7] == samples(held.train)[:7]
     inputs, _ = epoch_of(held.batches(False, batch_size=20), 1)
     again, _ = epoch_of(held.batches(False, batch_size=20), 2)

@@ -63,7 +63,7 @@ def test_batches_are_those_of_the_same_images_in_memory(small_files):
     assert np.allclose(facts.std, pixels.std(0), rtol=1e-9)
 
     files = data.batches(True, batch_size=16, seed=3, pad=4)
-    memory = MemoryBatches(*data.train, facts, 16, seed=3, shuffle=True, pad=4, flip=True)
+    memory = MemoryBatches(*data.train, facts, 16, train=True, mirrored=True, seed=3, pad=4)
     for ours, theirs in zip(epoch_of(files, 5), epoch_of(memory, 5)):
         assert torch.equal(ours, theirs)
 
