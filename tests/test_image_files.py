@@ -45,9 +45,9 @@ def test_crop_geometry_is_torchvisions(width, height):
 
 
 def test_training_crop_is_the_window_mirrored_half_of_the_time(photographs, tmp_path):
-    path, mirrored = tmp_path / 'photo.png', 0
+    path, mirrored = tmp_path / 'photo.bmp', 0
     cv2.imwrite(str(path), photographs[0][..., ::-1])
-    for seed in range(100):
+    for seed in range(60):
         crop = image_files.training_crop(path, 32, np.random.default_rng(seed))
         top, left, h, w = image_files.crop_window(427, 640, np.random.default_rng(seed))
         window = photographs[0][top : top + h, left : left + w]
@@ -56,7 +56,7 @@ def test_training_crop_is_the_window_mirrored_half_of_the_time(photographs, tmp_
         mirrored += np.array_equal(crop[:, ::-1], expected)
         plain = image_files.training_crop(path, 32, np.random.default_rng(seed), mirrored=False)
         assert np.array_equal(plain, expected)
-    assert 35 <= mirrored <= 65
+    assert 18 <= mirrored <= 42
 
 
 def test_evaluation_is_the_originals(photographs, tmp_path):
