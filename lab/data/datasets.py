@@ -87,16 +87,12 @@ class Data:
 
         Args:
             batch_size: of all processes together.
-            pad, cutout: pixels of reflection around a random crop, and the side of the square that
-                is cut out, for images in memory.
+            pad, cutout: for images in memory, see MemoryBatches.
             workers: processes that decode image files.
             shard: (rank, number of processes).
 
         Returns:
-            MemoryBatches or FolderBatches.
-
-        Raises:
-            OptionError: cutout for image files, or an impossible crop.
+            MemoryBatches or FolderBatches. Raises OptionError for options that do not fit them.
         """
         args = *(self.train if train else self.test), self.preprocessing, batch_size
         shared = {'train': train, 'mirrored': self.mirrored, 'device': device, 'seed': seed}
@@ -245,8 +241,15 @@ def _load_folder(name, root, form, image_size):
     test, notes = None, []
     if folders[1]:
         test_classes, test, ignored_too = list_images(folders[1])
-        _check_same_classes(folders, classes, test_classes)
         ignored += ignored_too
+        differences = sorted(set(classes) ^ set(test_classes))
+        if differences:
+            label = differences[0]
+            has, lacks = folders if label in classes else folders[::-1]
+            raise UserError(
+                f'{lacks} has no folder {printable(label)}, but {has} has: both need the same '
+                'classes'
+            )
         if folders[1].name != TEST_FOLDERS[0]:
             notes.append(f'the test images are those in {folders[1].name}/')
     if ignored:
@@ -260,9 +263,11 @@ def _load_folder(name, root, form, image_size):
             'the images are at most 64 pixels wide: consider --form cifar, whose networks are made '
             'for small images'
         )
-    small = form == 'cifar'
-    size = image_size or (CIFAR if small else PHOTOGRAPHS).image_size
-    resize = size if small else round(size * 256 / 224)
+    if form == 'cifar':
+        size = resize = image_size or CIFAR.image_size
+    else:
+        size = image_size or PHOTOGRAPHS.image_size
+        resize = round(size * 256 / 224)
     data = Data(
         display_name(name, root),
         train,
@@ -273,19 +278,7 @@ def _load_folder(name, root, form, image_size):
         from_files=True,
         notes=tuple(map(printable, notes)),
     )
-    return _in_memory(data) if small else data
-
-
-def _check_same_classes(folders, *classes):
-    """Raise UserError if the folders of training and test images have other classes."""
-    differences = sorted(set(classes[0]) ^ set(classes[1]))
-    if differences:
-        has, lacks = folders if differences[0] in classes[0] else folders[::-1]
-        more = f' (and there are {len(differences) - 1} more differences)' * (len(differences) > 1)
-        raise UserError(
-            f'{lacks} has no folder {printable(differences[0])}, but {has} has{more}: both need '
-            'the same classes'
-        )
+    return _in_memory(data) if form == 'cifar' else data
 
 
 def _in_memory(data):
