@@ -1,5 +1,6 @@
 """A trained network, folded and unfolded, with its data set."""
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,9 +9,7 @@ import numpy as np
 import torch
 
 from lab.data import datasets
-from lab.data.datasets import targets_of
 from lab.data.image_files import prepare, read_image
-from lab.data.image_folders import ImageFolder
 from lab.data.names import readable
 from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import UserError, one_line, printable
@@ -62,10 +61,10 @@ class FoldedNetwork:
             N is at most FILE_IMAGES.
         """
         part = self.data.train if train else self.data.test
-        targets = targets_of(part)
+        images, targets = part
         begin, end = span or (0, len(targets))
         n = min(n, end - begin)
-        if isinstance(part, ImageFolder):
+        if not torch.is_tensor(images):
             n = min(n, FILE_IMAGES)
         chosen = np.linspace(begin, end - 1, n).astype(int)
         pixels, chosen = read_pixels(part, chosen, self.preprocessing)
@@ -81,18 +80,18 @@ class FoldedNetwork:
 def read_pixels(part, chosen, preprocessing):
     """uint8 (N, H, W, C) of the images with the indices `chosen`, and those indices; without broken
     files, which are named on stderr."""
-    if not isinstance(part, ImageFolder):
-        images, _ = part
+    images, _ = part
+    if torch.is_tensor(images):
         return images.numpy()[chosen], chosen
     found = {}
     for index in chosen:
-        path = part.path(index)
+        path = os.fsdecode(images[index])
         try:
             found[index] = prepare(read_image(path), preprocessing)
         except UserError as error:
             print(f'left out: {one_line(str(error))}', file=sys.stderr)
     if not found:
-        raise UserError(f'none of the images under {printable(str(part.root))} can be read')
+        raise UserError(f'none of the images can be read, such as {printable(path)}')
     return np.stack(list(found.values())), np.array(list(found))
 
 

@@ -23,8 +23,8 @@ def epoch_of(batches, epoch):
 
 
 def folder_batches(root, train=True, size=64, **kwargs):
-    source = datasets.load('folder', root, image_size=size)
-    return source.batches(train, **{'batch_size': 5, 'seed': 3, **kwargs})
+    data = datasets.load('folder', root, image_size=size)
+    return data.batches(train, **{'batch_size': 5, 'seed': 3, **kwargs})
 
 
 def run_folder(root, save, *options):
@@ -38,13 +38,3 @@ def jpeg(image, **kwargs):
     file = io.BytesIO()
     image.save(file, 'JPEG', quality=95, **kwargs)
     return file.getvalue()
-
-
-def own_memory(pid):
-    """Memory of a process in MB; a page that n processes share counts 1/n.
-
-    Mapped files are left out: how much of a library counts depends on other programs that run.
-    """
-    with open(f'/proc/{pid}/smaps_rollup') as file:
-        lines = [line for line in file if line.startswith(('Pss_Anon:', 'Pss_Shmem:'))]
-    return sum(int(line.split()[1]) for line in lines) / 1024

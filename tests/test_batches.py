@@ -10,10 +10,10 @@ from lab.data import datasets
 
 
 def cifar_like(n=300, **kwargs):
-    source = datasets.Data(
+    data = datasets.Data(
         'CIFAR10', small_set(n), small_set(50), (), datasets.PREPROCESSING['CIFAR10'], mirrored=True
     )
-    return source.batches(True, **{'batch_size': 64, 'seed': 3, 'pad': 4, **kwargs})
+    return data.batches(True, **{'batch_size': 64, 'seed': 3, 'pad': 4, **kwargs})
 
 
 # --- the same pixels --------------------------------------------------------------------------
@@ -79,8 +79,8 @@ def test_processes_share_an_epoch_in_memory(world, device):
 
 def denormalized(inputs):
     """The bytes of normalized images, (N, H, W, C)."""
-    facts = datasets.PREPROCESSING['CIFAR10']
-    pixels = inputs.permute(0, 2, 3, 1) * torch.tensor(facts.std) + torch.tensor(facts.mean)
+    known = datasets.PREPROCESSING['CIFAR10']
+    pixels = inputs.permute(0, 2, 3, 1) * torch.tensor(known.std) + torch.tensor(known.mean)
     return pixels.round().to(torch.uint8).numpy()
 
 
@@ -90,11 +90,11 @@ def test_crop_is_a_window_of_the_reflected_image():
     inputs, targets = epoch_of(batches, 2)
     for image, index in zip(denormalized(inputs), targets.tolist()):
         padded = np.pad(batches.images[index].numpy(), ((4, 4), (4, 4), (0, 0)), mode='reflect')
-        found = 0
+        matches = 0
         for top, left in np.ndindex(9, 9):
             window = padded[top : top + 32, left : left + 32]
-            found += np.array_equal(window, image) + np.array_equal(window[:, ::-1], image)
-        assert found == 1
+            matches += np.array_equal(window, image) + np.array_equal(window[:, ::-1], image)
+        assert matches == 1
 
 
 def windows_of(epoch, n=2000):

@@ -9,7 +9,7 @@ from lab.data import datasets
 from lab.data.image_files import prepare, read_image
 from lab.data.preprocessing import normalize
 from lab.errors import UserError
-from lab.folded import load_folded, targets_of
+from lab.folded import load_folded
 from lab.runs import checkpoint
 
 
@@ -36,7 +36,7 @@ def test_samples_from_files(image_folder, tmp_path, monkeypatch):
     images = [prepare(read_image(file), network.preprocessing) for file in files]
     expected = normalize(torch.from_numpy(np.stack(images)), network.preprocessing)
     assert torch.equal(inputs, expected) and classes.tolist() == [0, 1]
-    assert list(targets_of(network.data.train)) == [0] * 4 + [1] * 4
+    assert network.data.train[1].tolist() == [0] * 4 + [1] * 4
     monkeypatch.setattr('lab.folded.FILE_IMAGES', 3)
     assert len(network.sample_images(True, 8)[0]) == 3
 

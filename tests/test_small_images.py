@@ -1,7 +1,6 @@
 """--form cifar: small images in files, which train as those of CIFAR do."""
 
 import json
-import signal
 
 import cv2
 import numpy as np
@@ -12,9 +11,8 @@ from PIL import Image
 
 import train
 from conftest import python, read_log, same, without_times
-from lab.data import datasets, image_files
+from lab.data import datasets
 from lab.data.batches import MemoryBatches
-from lab.errors import UserError
 from lab.models import registry
 from lab.runs import checkpoint
 
@@ -58,53 +56,41 @@ def test_batches_are_those_of_the_same_images_in_memory(small_files):
         expected, classes = pixels_of(small_files, part)
         assert np.array_equal(images, expected) and targets.tolist() == classes
     pixels = pixels_of(small_files, 'train')[0].reshape(-1, 3).astype(float)
-    facts = data.preprocessing
-    assert np.allclose(facts.mean, pixels.mean(0), rtol=1e-12)
-    assert np.allclose(facts.std, pixels.std(0), rtol=1e-9)
+    known = data.preprocessing
+    assert np.allclose(known.mean, pixels.mean(0), rtol=1e-12)
+    assert np.allclose(known.std, pixels.std(0), rtol=1e-9)
 
     files = data.batches(True, batch_size=16, seed=3, pad=4)
-    memory = MemoryBatches(*data.train, facts, 16, seed=3, shuffle=True, pad=4, flip=True)
+    memory = MemoryBatches(*data.train, known, 16, train=True, mirrored=True, seed=3, pad=4)
     for ours, theirs in zip(epoch_of(files, 5), epoch_of(memory, 5)):
         assert torch.equal(ours, theirs)
 
 
 def test_every_kind_of_file(tmp_path):
     """Gray, palette, transparent and animated images, of several sizes, become RGB of one size."""
-    folder = tmp_path / 'kinds'
     for label in 'ab':
-        (folder / 'train' / label).mkdir(parents=True)
+        (tmp_path / 'train' / label).mkdir(parents=True)
     random = np.random.default_rng(0)
     colors = Image.fromarray(random.integers(0, 256, (60, 40, 3)).astype(np.uint8))
-    first = colors.resize((20, 20))
     for name, image in {
         'gray.png': colors.convert('L'),
-        'palette.png': colors.convert('P'),
-        'transparent.png': colors.convert('RGBA'),
-        'sixteen.png': Image.fromarray(random.integers(0, 2**16, (9, 30)).astype(np.uint16)),
         'large.jpg': colors.resize((300, 200)),
+        'palette.png': colors.convert('P'),
+        'sixteen.png': Image.fromarray(random.integers(0, 2**16, (9, 30)).astype(np.uint16)),
         'tiny.bmp': colors.resize((5, 5)),
-        'still.gif': first,
-        'gray.tif': colors.convert('L'),
+        'transparent.png': colors.convert('RGBA'),
     }.items():
-        image.save(folder / 'train' / 'a' / name)
-    frames = [first.rotate(90 * i) for i in range(3)]
-    frames[0].save(folder / 'train' / 'b' / 'moving.gif', save_all=True, append_images=frames[1:])
-    data = datasets.load('folder', folder, form='cifar', image_size=20)
+        image.save(tmp_path / 'train' / 'a' / name)
+    colors.save(tmp_path / 'train' / 'b' / 'moving.gif', save_all=True, append_images=[colors] * 2)
+    data = datasets.load('folder', tmp_path, form='cifar', image_size=20)
     images, targets = data.train
-    assert images.shape == (9, 20, 20, 3) and targets.tolist() == [0] * 8 + [1]
+    assert images.shape == (7, 20, 20, 3) and targets.tolist() == [0] * 6 + [1]
     assert data.broken[0] == {}
-    gray, large = images[0].int(), images[2].numpy()
+    gray, large = images[0].int(), images[1].numpy()
     assert (gray == gray[..., :1]).all()
-    whole = cv2.imread(str(folder / 'train' / 'a' / 'large.jpg'))[..., ::-1]
+    whole = cv2.imread(str(tmp_path / 'train' / 'a' / 'large.jpg'))[..., ::-1]
     center = cv2.resize(whole, (30, 20), interpolation=cv2.INTER_AREA)[:, 5:25]
     assert np.array_equal(large, center)
-
-
-@pytest.mark.parametrize('kind', [np.float32, np.int32])
-def test_tiff_of_other_numbers(kind, tmp_path):
-    Image.fromarray(np.ones((20, 20), kind)).save(tmp_path / 'x.tif')
-    with pytest.raises(UserError, match=rf'x\.tif has pixels of the type {kind.__name__}'):
-        image_files.read_image(tmp_path / 'x.tif')
 
 
 @pytest.mark.parametrize('model', registry.MODELS)
@@ -112,21 +98,15 @@ def test_models(model, small_files, tmp_path):
     depth = 8 if model.startswith('resnet') else 10
     options = ('--model', model, '--depth', depth, '--epochs', 1)
     train.main(run_small(small_files, tmp_path / 'run', *options))
-    found = checkpoint.load(tmp_path / 'run')
-    assert found.network['form'] == 'cifar' and found.network['dataset'] == 'folder'
-    f, params = registry.define(
-        model, depth, 0.25, 'folder', form='cifar', num_classes=3, in_channels=3
-    )
-    assert {key: t.shape for key, t in params.items()} == {
-        key: t.shape for key, t in found.params.items()
-    }
+    network = checkpoint.load(tmp_path / 'run').network
+    assert (network['form'], network['dataset']) == ('cifar', 'folder')
+    assert (network['depth'], network['num_classes']) == (depth, 3)
 
 
 @pytest.mark.parametrize(
     'options',
     [
-        ['--holdout', '20%', '--per_class', '20', '--cutout', '4'],
-        ['--preprocess', 'zca', '--no_mirror'],
+        ['--holdout', '20%', '--per_class', '20', '--cutout', '4', '--preprocess', 'zca'],
         ['--recipe', 'fast', '--dtype', 'float', '--warmup', '0'],
     ],
 )
@@ -247,13 +227,3 @@ def test_small_images_suggest_the_form(small_files, tmp_path, call):
     assert '--form' not in call(train.main, *command, '--save', tmp_path / 'other').out
     Image.new('RGB', (65, 50)).save(small_files / 'train' / 'dark' / '00.png')
     assert datasets.load('folder', small_files).notes == ()
-
-
-def test_signal_is_answered_at_once(small_files, tmp_path, stop_at, call):
-    stop_at(3, signal.SIGTERM)
-    result = call(train.main, *run_small(small_files, tmp_path / 'run'))
-    assert result.status == 143
-    lines = result.out.splitlines()
-    assert lines[-3] == 'stopping after this step ...'
-    result = call(train.main, '--resume', tmp_path / 'run')
-    assert 'resuming after step 3 of epoch 1' in result.out

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from lab.data.datasets import PREPROCESSING
-from lab.data.image_files import find_images, prepare, read_image
+from lab.data.image_files import prepare, read_image
+from lab.data.image_folders import find_images
 from lab.data.names import readable
 from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import OneLineParser, OptionError, UserError, one_line, printable, run

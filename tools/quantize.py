@@ -12,7 +12,7 @@ import math
 import numpy as np
 import torch
 
-from lab.data.datasets import PREPROCESSING, targets_of
+from lab.data.datasets import PREPROCESSING
 from lab.errors import OneLineParser, OptionError, UserError, printable, run
 from lab.files import path_argument
 from lab.folded import compute_logits, load_folded, top1
@@ -140,7 +140,7 @@ def main(arguments=None):
         raise UserError(
             f'int8 needs training and test images of {network.dataset}: {network.missing}'
         )
-    n = len(targets_of(network.data.train))
+    n = len(network.data.train[1])
     n_held_out = min(args.held_out, n // 4)
     calibration, _ = network.sample_images(True, CALIBRATION, (0, n - n_held_out))
     held_out = network.reference(*network.sample_images(True, n_held_out, (n - n_held_out, n)))

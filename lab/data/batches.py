@@ -15,15 +15,26 @@ import numpy as np
 import torch
 
 from lab import cuda
-from lab.data.image_folders import ImageFolder
+from lab.data.image_files import prepare, read_image, training_crop
 from lab.data.preprocessing import normalize, whiten
 from lab.errors import OptionError, UserError
+
+TRIES = 20  # this many broken files in a row, or in a batch: something else must be wrong
 
 
 class Batches:
     """What all batches share: sizes, and the order of the samples.
 
-    Before iterating, set `epoch`, and set `start` to the number of the first batch.
+    Before iterating, set `epoch`, and set `start` to the number of the first batch. Iterating
+    yields (images, targets): normalized floats (B, C, H, W) in channels_last, and int64 (B,), on
+    `device`. The last batch may be smaller.
+
+    Args:
+        images: in memory, a tensor, uint8 (N, H, W, C); or an array of paths, bytes (N,).
+        targets: int64 (N,).
+        train: whether to shuffle and augment; the images of a test set stay as they are.
+        mirrored: whether half of the training images are mirrored, at random.
+        shard: (rank, number of processes); each process gets its share of every batch.
 
     Attributes:
         n, batch_size: samples in an epoch and in a batch, of all processes together.
@@ -32,11 +43,25 @@ class Batches:
         broken_before: the same for the batches before `start`; set it when resuming.
     """
 
-    def __init__(self, n, batch_size, seed, shuffle, shard):
-        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+    def __init__(
+        self,
+        images,
+        targets,
+        preprocessing,
+        batch_size,
+        *,
+        train,
+        mirrored=False,
+        device='cpu',
+        seed=0,
+        shard=(0, 1),
+    ):
+        self.images, self.targets, self.preprocessing = images, targets, preprocessing
+        self.n, self.batch_size, self.seed, self.train = len(images), batch_size, seed, train
+        self.mirrored, self.device = train and mirrored, torch.device(device)
         self.rank, self.world = shard
         self.epoch, self.start = 0, 0
-        self.n_files, self.broken, self.broken_before = n, {}, {}
+        self.n_files, self.broken, self.broken_before = self.n, {}, {}
 
     def __len__(self):
         return -(-self.n // self.batch_size)
@@ -47,7 +72,7 @@ class Batches:
 
     def order(self):
         """For each batch from `start`, the indices of this process's share, an integer array."""
-        if self.shuffle:
+        if self.train:
             order = np.random.default_rng((self.seed, self.epoch, 0)).permutation(self.n)
         else:
             order = np.arange(self.n)
@@ -58,54 +83,33 @@ class Batches:
 class MemoryBatches(Batches):
     """Batches of images that are all in the device's memory.
 
-    Iterating yields (images, targets): normalized floats (B, C, H, W) in channels_last, and int64
-    (B,). The last batch may be smaller.
-
-    Args:
-        images, targets: uint8 (N, H, W, C) and int64 (N,), moved to `device` once.
-        shuffle: whether each epoch has a new order.
-        pad: pad the image by this many reflected pixels, then crop it at random.
-        flip: whether to mirror half of the images, at random.
+    Args (for Batches, and):
+        pad: pad training images by this many reflected pixels, then crop them at random.
         cutout: side of the square that is set to the mean, 0, around a random pixel.
-        shard: (rank, number of processes); each process gets its share of every batch.
         broken: {path: message} of the image files that are not among the images.
 
     Raises:
         OptionError: pad is not smaller than the images.
     """
 
-    def __init__(
-        self,
-        images,
-        targets,
-        preprocessing,
-        batch_size,
-        *,
-        device='cpu',
-        seed=0,
-        shuffle=False,
-        pad=0,
-        flip=False,
-        cutout=0,
-        shard=(0, 1),
-        broken=None,
-    ):
-        super().__init__(len(images), batch_size, seed, shuffle, shard)
-        if pad >= min(images.shape[1:3]):
+    def __init__(self, *args, pad=0, cutout=0, broken=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pad, self.cutout = (pad, cutout) if self.train else (0, 0)
+        if self.pad >= min(self.images.shape[1:3]):
             raise OptionError(
                 f'--randomcrop_pad {pad} is too large: it must be less than the size of the '
-                f'images, {min(images.shape[1:3])} pixels'
+                f'images, {min(self.images.shape[1:3])} pixels'
             )
         self.broken = broken or {}
         self.n_files += len(self.broken)
-        self.images, self.targets = images.to(device), targets.to(device)
-        if preprocessing.whitening:  # whitening takes whole images, so it comes before the crop
-            self.images = whiten(self.images, preprocessing.whitening)
-        self.preprocessing, self.pad, self.flip, self.cutout = preprocessing, pad, flip, cutout
+        self.images, self.targets = self.images.to(self.device), self.targets.to(self.device)
+        whitening = self.preprocessing.whitening
+        if whitening:  # it takes whole images, so it comes before the crop
+            self.images = whiten(self.images, whitening)
         self.scratch = None
 
     def __iter__(self):
-        augmented = self.pad or self.flip
+        augmented = self.pad or self.mirrored
         windows = self._windows() if augmented else None
         squares = self._squares() if self.cutout else None
         for indices in self.order():
@@ -120,7 +124,7 @@ class MemoryBatches(Batches):
         """For each sample of this epoch: crop offsets (N, 2) in 0 .. 2 pad; 1 if mirrored (N,)."""
         random = np.random.default_rng((self.seed, self.epoch, 1))
         offsets = random.integers(0, 2 * self.pad + 1, (self.n, 2))
-        flips = random.integers(0, 2, self.n) if self.flip else np.zeros(self.n, np.int64)
+        flips = random.integers(0, 2, self.n) if self.mirrored else np.zeros(self.n, np.int64)
         device = self.images.device
         return torch.from_numpy(offsets).to(device), torch.from_numpy(flips).to(device)
 
@@ -180,30 +184,28 @@ def _reflect(positions, size):
 
 
 class FolderBatches(Batches):
-    """Batches of an ImageFolder, decoded in `workers` processes and normalized on the device.
+    """Batches of image files, decoded in `workers` processes and normalized on the device.
 
-    Iterating yields (images, targets): normalized floats (B, C, H, W) in channels_last, and int64
-    (B,). Training batches are shuffled. Test batches leave out broken files.
+    In training, images are cropped at random, and the next intact image replaces a broken one.
+    Test batches leave out broken files.
 
     Raises:
-        UserError: ImageFolder.TRIES broken files in one training batch, or no other, while
-            iterating.
+        UserError: TRIES broken files in one training batch, or no other, while iterating.
     """
 
     PREFETCH = 2  # batches that DataLoader prepares per worker
 
-    def __init__(self, folder, batch_size, *, device='cpu', seed=0, workers=0, shard=(0, 1)):
-        super().__init__(len(folder), batch_size, seed, folder.train, shard)
-        self.folder, self.device = folder, torch.device(device)
+    def __init__(self, *args, workers=0, **kwargs):
+        super().__init__(*args, **kwargs)
         _use_one_opencv_thread()
         # One slot for each prefetched batch, and one for the batch that is being read.
-        self.slots = self.PREFETCH * workers + 1
-        share = -(-min(batch_size, self.n) // self.world)
-        self.source = _Slots(folder, self.slots, share)
+        size, self.n_slots = self.preprocessing.image_size, self.PREFETCH * workers + 1
+        share = -(-min(self.batch_size, self.n) // self.world)
+        self.slots = torch.empty(self.n_slots, share, size, size, 3, dtype=torch.uint8)
         # More workers than cores are the user's choice (--nthread).
         warnings.filterwarnings('ignore', 'This DataLoader will create')
         self.loader = torch.utils.data.DataLoader(
-            self.source,
+            _Reader(self),
             batch_size=None,
             sampler=_SlotOrder(self),
             num_workers=workers,
@@ -217,18 +219,16 @@ class FolderBatches(Batches):
         with _blocked_signals():  # workers may start here
             batches = iter(self.loader)
         for slot, targets, problems in batches:
-            problems = dict(problems)  # several samples may have tried the same file
             self.broken.update(problems)
-            is_hopeless = len(problems) >= ImageFolder.TRIES or (problems and not targets)
-            if self.folder.train and is_hopeless:
+            if self.train and problems and (len(problems) >= TRIES or not targets):
                 raise UserError(
-                    f'{len(problems)} image files under {self.folder.root} are broken in one '
-                    f'batch; the first: {next(iter(problems.values()))}'
+                    f'{len(problems)} image files are broken in one training batch; the first: '
+                    f'{next(iter(problems.values()))}'
                 )
             if targets or self.world > 1:  # all processes need the same number of batches
-                images = self.source.slots[slot, : len(targets)]
+                images = self.slots[slot, : len(targets)]
                 images, targets = self._to_device(images, torch.tensor(targets, dtype=torch.int64))
-                yield normalize(images, self.folder.preprocessing), targets
+                yield normalize(images, self.preprocessing), targets
 
     def _to_device(self, images, targets):
         if self.device.type == 'cuda':
@@ -236,47 +236,55 @@ class FolderBatches(Batches):
         return images.to(self.device), targets.to(self.device)
 
 
-class _Slots(torch.utils.data.Dataset):
-    """An ImageFolder read in whole batches, into reused memory that all processes share.
+class _Reader(torch.utils.data.Dataset):
+    """Reads batches of image files into `slots`, reused memory that all processes share.
 
     DataLoader alone would allocate shared memory for each batch, which takes a fifth of the time.
-    The index of an item is (slot, [(seed, epoch, index), ...]).
+    The index of an item is (slot, seed, epoch, indices). The item is (slot, targets of the images
+    that are now in it, {path: message} of the broken files).
     """
 
-    def __init__(self, folder, slots, batch_size):
-        size = folder.preprocessing.image_size
-        self.folder = folder
-        self.slots = torch.empty(slots, batch_size, size, size, 3, dtype=torch.uint8)
-        self.slots.share_memory_()
+    def __init__(self, batches):
+        self.paths, self.targets = batches.images, batches.targets
+        self.preprocessing, self.slots = batches.preprocessing, batches.slots.share_memory_()
+        self.train, self.mirrored = batches.train, batches.mirrored
 
     def __getitem__(self, batch):
-        """(slot, targets of the images that are now in it, problems)"""
-        slot, places = batch
-        targets, problems = [], []
-        for place in places:
-            image, target, found = self.folder[place]
-            problems.extend(found)
-            if image is not None:
-                self.slots[slot, len(targets)] = image
-                targets.append(target)
+        slot, seed, epoch, indices = batch
+        targets, problems = [], {}
+        for index in indices:
+            for sample in range(index, index + TRIES) if self.train else [index]:
+                sample %= len(self.paths)
+                path = os.fsdecode(self.paths[sample])
+                try:
+                    image = self._read(path, (seed, epoch, 1, sample))
+                except UserError as error:
+                    # Returned, not raised: DataLoader would put a traceback into the message.
+                    problems[path] = str(error)
+                    continue
+                self.slots[slot, len(targets)] = torch.from_numpy(np.ascontiguousarray(image))
+                targets.append(int(self.targets[sample]))
+                break
         return slot, targets, problems
+
+    def _read(self, path, seed):
+        if self.train:
+            size = self.preprocessing.image_size
+            return training_crop(path, size, np.random.default_rng(seed), self.mirrored)
+        return prepare(read_image(path), self.preprocessing)
 
 
 class _SlotOrder(torch.utils.data.Sampler):
-    """For each batch of the epoch, its slot and the (seed, epoch, index) of its samples."""
+    """For each batch of the epoch, what `_Reader` needs."""
 
     def __init__(self, batches):
         # No reference cycle: deleting the batches ends the loader's worker processes at once.
         self.batches = weakref.proxy(batches)
 
-    def __len__(self):
-        return len(self.batches)
-
     def __iter__(self):
         batches = self.batches
         for number, indices in enumerate(batches.order()):
-            places = [(batches.seed, batches.epoch, index) for index in indices.tolist()]
-            yield number % batches.slots, places
+            yield number % batches.n_slots, batches.seed, batches.epoch, indices.tolist()
 
 
 @contextlib.contextmanager

@@ -6,44 +6,34 @@ Each reader imports the libraries that only it needs.
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from lab.data.batches import FolderBatches, MemoryBatches
-from lab.data.digits import read_digits
-from lab.data.fashion_mnist import read_fashion_mnist
 from lab.data.image_folders import (
     TEST_FOLDERS,
-    ImageFolder,
-    class_names,
     find_splits,
     has_small_images,
-    list_classes,
     list_images,
     read_into_memory,
 )
-from lab.data.names import display_name
+from lab.data.names import class_names, display_name
 from lab.data.preprocessing import Preprocessing, cached_whitening, mean_and_std
-from lab.data.torchvision_sets import read_cifar, read_in_child, read_svhn
+from lab.data.readers import read_cifar, read_digits, read_fashion_mnist, read_svhn
 from lab.errors import OptionError, UserError, printable
 from lab.memory import total_memory
 
 
-@dataclass(frozen=True)
-class Source:
-    """A row of the table: what this package knows about a data set.
-
-    `read(name, root, download)` returns (images, targets) for training, the same for testing, and
-    class names; it raises UserError. It is None for folders of image files.
-    """
+class DataSet(NamedTuple):
+    """What is known about a data set before it is read."""
 
     preprocessing: Preprocessing
-    read: Callable | None
+    read: Callable = None  # see lab.data.readers; None for folders of image files
     # Whether training images in memory are mirrored at random. Digits must not be.
     mirrored: bool = False
 
@@ -52,36 +42,33 @@ class Source:
 # are the paper's.
 CIFAR = Preprocessing(3, 32, 32, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7))
 PHOTOGRAPHS = Preprocessing(3, 224, 256, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+FASHION = Preprocessing(1, 28, 28, (72.9,), (90.0,))
+HOUSE_NUMBERS = Preprocessing(3, 32, 32, (111.6, 113.2, 120.6), (50.5, 51.3, 50.2))
 
-# The facts about networks (form, channels, number of classes) are in diracparams.DATASETS.
-SOURCES = {
-    'digits': Source(Preprocessing(1, 8, 8, (77.9,), (95.7,)), read_digits),
-    'FashionMNIST': Source(
-        Preprocessing(1, 28, 28, (72.9,), (90.0,)), read_fashion_mnist, mirrored=True
-    ),
-    'CIFAR10': Source(CIFAR, partial(read_in_child, read_cifar), mirrored=True),
-    'CIFAR100': Source(CIFAR, partial(read_in_child, read_cifar), mirrored=True),
-    'SVHN': Source(
-        Preprocessing(3, 32, 32, (111.6, 113.2, 120.6), (50.5, 51.3, 50.2)),
-        partial(read_in_child, read_svhn),
-    ),
-    'ImageNet': Source(PHOTOGRAPHS, read=None),
-    'folder': Source(PHOTOGRAPHS, read=None),
+# Networks' form, channels and number of classes are in diracparams.DATASETS.
+DATA_SETS = {
+    'digits': DataSet(Preprocessing(1, 8, 8, (77.9,), (95.7,)), read_digits),
+    'FashionMNIST': DataSet(FASHION, read_fashion_mnist, mirrored=True),
+    'CIFAR10': DataSet(CIFAR, read_cifar, mirrored=True),
+    'CIFAR100': DataSet(CIFAR, read_cifar, mirrored=True),
+    'SVHN': DataSet(HOUSE_NUMBERS, read_svhn),
+    'ImageNet': DataSet(PHOTOGRAPHS),
+    'folder': DataSet(PHOTOGRAPHS),
 }
-PREPROCESSING = {name: source.preprocessing for name, source in SOURCES.items()}
+PREPROCESSING = {name: known.preprocessing for name, known in DATA_SETS.items()}
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: `train` and `test` are each (images, targets) in memory, or an `ImageFolder`.
+    """A data set: `train` and `test` are each (images, targets), with int64 targets (N,).
 
-    Images in memory are uint8 (N, H, W, C), targets int64 (N,). `test` is None for a folder without
-    test images: see `tested_on`.
+    Images in memory are a tensor, uint8 (N, H, W, C); image files are an array of paths, bytes
+    (N,). `test` is None for a folder without test images: see `tested_on`.
     """
 
     name: str
-    train: object
-    test: object
+    train: tuple
+    test: tuple
     classes: tuple
     preprocessing: Preprocessing
     mirrored: bool = False  # whether training images are mirrored at random
@@ -91,7 +78,7 @@ class Data:
 
     @property
     def in_memory(self):
-        return not isinstance(self.train, ImageFolder)
+        return isinstance(self.train[0], torch.Tensor)
 
     def batches(
         self, train, *, batch_size, device='cpu', seed=0, pad=0, cutout=0, workers=0, shard=(0, 1)
@@ -100,38 +87,23 @@ class Data:
 
         Args:
             batch_size: of all processes together.
-            pad, cutout: pixels of reflection around a random crop, and the side of the square that
-                is cut out, for images in memory.
+            pad, cutout: for images in memory, see MemoryBatches.
             workers: processes that decode image files.
             shard: (rank, number of processes).
 
         Returns:
-            MemoryBatches or FolderBatches.
-
-        Raises:
-            OptionError: cutout for image files, or an impossible crop.
+            MemoryBatches or FolderBatches. Raises OptionError for options that do not fit them.
         """
-        source = self.train if train else self.test
-        if not self.in_memory:
-            if cutout:
-                raise self._needs_memory('--cutout')
-            source = source.changed(mirrored=self.mirrored)
-            return FolderBatches(
-                source, batch_size, device=device, seed=seed, workers=workers, shard=shard
+        args = *(self.train if train else self.test), self.preprocessing, batch_size
+        shared = {'train': train, 'mirrored': self.mirrored, 'device': device, 'seed': seed}
+        if self.in_memory:
+            broken = self.broken[0 if train else 1]
+            return MemoryBatches(
+                *args, pad=pad, cutout=cutout, broken=broken, shard=shard, **shared
             )
-        return MemoryBatches(
-            *source,
-            self.preprocessing,
-            batch_size,
-            device=device,
-            seed=seed,
-            shuffle=train,
-            pad=pad if train else 0,
-            cutout=cutout if train else 0,
-            flip=train and self.mirrored,
-            shard=shard,
-            broken=self.broken[0 if train else 1],
-        )
+        if cutout:
+            raise self._needs_memory('--cutout')
+        return FolderBatches(*args, workers=workers, shard=shard, **shared)
 
     def _needs_memory(self, option):
         return OptionError(
@@ -166,11 +138,10 @@ class Data:
         Raises:
             OptionError: the number is out of range, or a class has no sample left.
         """
-        targets = np.asarray(targets_of(self.train))
+        targets = np.asarray(self.train[1])
         total = len(targets)
-        n = amount
-        if isinstance(amount, str):
-            n = round(total * float(amount.rstrip('%')) / 100)
+        is_share = isinstance(amount, str)
+        n = round(total * float(amount.rstrip('%')) / 100) if is_share else amount
         if not 0 < n < total:
             raise OptionError(
                 f'--holdout {amount} is impossible: that is {n} of the {total} training samples of '
@@ -186,7 +157,7 @@ class Data:
                     f'--holdout {amount} leaves {printable(self.classes[left.argmin()])} without '
                     'training samples: choose fewer'
                 )
-        test = _select(self.train, held_out, train=False)
+        test = _select(self.train, held_out)
         return self._with_train(rest, test=test, broken=(self.broken[0], {}))
 
     def per_class(self, n):
@@ -195,7 +166,7 @@ class Data:
         Raises:
             OptionError: a class has fewer.
         """
-        targets = np.asarray(targets_of(self.train))
+        targets = np.asarray(self.train[1])
         indices = [np.flatnonzero(targets == c)[:n] for c in range(len(self.classes))]
         for label, own in zip(self.classes, indices):
             if len(own) < n:
@@ -207,7 +178,7 @@ class Data:
 
     def _with_train(self, indices, **changes):
         """This data set with a part of its training set."""
-        changed = replace(self, train=_select(self.train, indices, train=True), **changes)
+        changed = replace(self, train=_select(self.train, indices), **changes)
         return changed.standardized() if self.in_memory and self.from_files else changed
 
     def standardized(self):
@@ -226,22 +197,16 @@ class Data:
         return replace(self, preprocessing=replace(self.preprocessing, whitening=whitening))
 
 
-def targets_of(part):
-    """The classes (N,) of a training or test set."""
-    return part.targets if isinstance(part, ImageFolder) else part[1]
-
-
-def _select(part, indices, train):
-    if isinstance(part, ImageFolder):
-        return part.changed(names=part.names[indices], targets=part.targets[indices], train=train)
-    return tuple(tensor[indices] for tensor in part)
+def _select(part, indices):
+    images, targets = part
+    return images[indices], targets[indices]
 
 
 def load(name, root, *, download=True, form=None, image_size=None):
     """Read a data set.
 
     Args:
-        name: a key of SOURCES.
+        name: a key of DATA_SETS.
         root: the folder with its files. If `download`, small data sets are downloaded to it.
         form: for a folder of image files, 'imagenet' (the default), whose images stay in their
             files, or 'cifar', whose small images are read into memory.
@@ -254,14 +219,13 @@ def load(name, root, *, download=True, form=None, image_size=None):
         OptionError: an unknown name.
         UserError: files are missing or broken; the message says what to put where.
     """
-    if name not in SOURCES:
-        raise OptionError(f'unknown data set {name}: choose from {", ".join(SOURCES)}')
-    source = SOURCES[name]
-    root = _expanded(root)
-    if source.read is None:
-        return _load_folder(name, root, source.preprocessing, form, image_size)
-    train, test, classes = source.read(name, root, download)
-    return Data(name, train, test, tuple(classes), source.preprocessing, source.mirrored)
+    if name not in DATA_SETS:
+        raise OptionError(f'unknown data set {name}: choose from {", ".join(DATA_SETS)}')
+    known, root = DATA_SETS[name], _expanded(root)
+    if known.read is None:
+        return _load_folder(name, root, form, image_size)
+    train, test, classes = known.read(name, root, download)
+    return Data(name, train, test, tuple(classes), known.preprocessing, known.mirrored)
 
 
 def _expanded(root):
@@ -270,59 +234,58 @@ def _expanded(root):
     return Path(os.path.expanduser(root))
 
 
-def _load_folder(name, root, preprocessing, form, image_size):
+def _load_folder(name, root, form, image_size):
     """The Data of image files under `root`, in the splits that `find_splits` finds."""
-    small = form == 'cifar'
-    size = image_size or (CIFAR if small else preprocessing).image_size
-    resize = size if small else round(size * 256 / 224)
-    preprocessing = replace(preprocessing, image_size=size, resize=resize)
     folders = find_splits(root)
-    labels = list_classes(*folders)
-    classes = class_names(root, labels)
-    parts, ignored = [], Counter()
-    for folder, other in (folders, folders[::-1]):
-        if folder is None:
-            parts.append(None)
-            continue
-        names, targets, others = list_images(folder, labels, other)
-        parts.append(ImageFolder(folder, names, targets, preprocessing, train=not parts))
-        ignored += others
-    notes = []
-    if folders[1] is not None and folders[1].name != TEST_FOLDERS[0]:
-        notes.append(f'the test images are those in {folders[1].name}/')
+    classes, train, ignored = list_images(folders[0])
+    test, notes = None, []
+    if folders[1]:
+        test_classes, test, ignored_too = list_images(folders[1])
+        ignored += ignored_too
+        differences = sorted(set(classes) ^ set(test_classes))
+        if differences:
+            label = differences[0]
+            has, lacks = folders if label in classes else folders[::-1]
+            raise UserError(
+                f'{lacks} has no folder {printable(label)}, but {has} has: both need the same '
+                'classes'
+            )
+        if folders[1].name != TEST_FOLDERS[0]:
+            notes.append(f'the test images are those in {folders[1].name}/')
     if ignored:
-        notes.append(_describe_ignored(ignored))
-    if name == 'folder' and form is None and has_small_images(parts[0]):
+        counts = (f'{n} {suffix} in {label}' for (label, suffix), n in ignored.most_common(5))
+        notes.append(
+            f'{ignored.total():,} files are ignored, because their suffixes are not those of '
+            f'images, such as {", ".join(counts)}'
+        )
+    if name == 'folder' and form is None and has_small_images(train[0]):
         notes.append(
             'the images are at most 64 pixels wide: consider --form cifar, whose networks are made '
             'for small images'
         )
+    if form == 'cifar':
+        size = resize = image_size or CIFAR.image_size
+    else:
+        size = image_size or PHOTOGRAPHS.image_size
+        resize = round(size * 256 / 224)
     data = Data(
         display_name(name, root),
-        *parts,
-        classes,
-        preprocessing,
+        train,
+        test,
+        class_names(root, classes),
+        replace(PHOTOGRAPHS, image_size=size, resize=resize),
         mirrored=True,
         from_files=True,
         notes=tuple(map(printable, notes)),
     )
-    return _in_memory(data) if small else data
-
-
-def _describe_ignored(ignored):
-    """How many files are not read, by what `list_images` counts, in words."""
-    most = ignored.most_common(5)
-    counts = ', '.join(f'{n} {suffix} in {label}' for (label, suffix), n in most)
-    return (
-        f'{ignored.total():,} files are ignored, because their suffixes are not those of images, '
-        f'such as {counts}'
-    )
+    return _in_memory(data) if form == 'cifar' else data
 
 
 def _in_memory(data):
     """A Data of image files with its images in memory. Raises UserError."""
     size = data.preprocessing.image_size
-    n = len(data.train) + len(data.test or ())
+    parts = [data.train, data.test] if data.test else [data.train]
+    n = sum(len(targets) for _, targets in parts)
     needed, available = n * size**2 * data.preprocessing.channels, total_memory()
     if needed > available:
         raise UserError(
@@ -330,9 +293,7 @@ def _in_memory(data):
             f'as {size} x {size} pixels, but this machine has {available / 1e9:,.1f} GB: use a '
             'smaller --image_size, or --form imagenet'
         )
-    (train, train_broken), (test, test_broken) = (
-        read_into_memory(part, data.classes) if part else (None, {})
-        for part in (data.train, data.test)
-    )
+    read = [read_into_memory(*part, data.preprocessing) for part in parts]
+    (train, train_broken), (test, test_broken) = [*read, (None, {})][:2]
     data = replace(data, train=train, test=test, broken=(train_broken, test_broken))
     return data.standardized()

@@ -1,4 +1,4 @@
-"""Image files: find them, decode them to RGB with OpenCV, and crop them to a network's input.
+"""Image files: decode them to RGB with OpenCV, and crop them to a network's input.
 
 The preprocessing is the one that the published weights were trained with. Resizing is bicubic.
 Testing: the shorter side is resized to 256, and the image cropped to its central 224 x 224.
@@ -11,14 +11,12 @@ import io
 import os
 import re
 import warnings
-from pathlib import Path
 
 import numpy as np
 
 from lab.errors import UserError, printable
 from lab.files import size_of
 
-SUFFIXES = ('.jpg', '.jpeg', '.jfif', '.png', '.gif', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 LARGE_FILE = 150_000  # bytes; smaller JPEGs rarely have crops of twice the usual 224 pixels
 ORIENTATION = 0x0112  # a tag of EXIF
 TURNED = (5, 6, 7, 8)  # its values for images that lie on their side
@@ -28,79 +26,6 @@ LONGEST = 64  # times the shorter side: how much of the longer side testing look
 # first when it is imported, and cannot hold more bytes than the second.
 os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(2**28))
 MAX_BYTES = 2**31 - 1
-
-
-# --- finding ----------------------------------------------------------------------------------
-
-
-def find_images(path):
-    """The image files that `path` names: itself, or the images under it, sorted, if it is a folder.
-
-    Raises:
-        UserError: the folder has no images, or a folder in it cannot be read.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return [path]
-    files = sorted(
-        Path(folder, name) for _, folder, images, _ in walk_images([path]) for name in images
-    )
-    if not files:
-        raise UserError(f'{printable(str(path))} contains no images ({", ".join(SUFFIXES)})')
-    return files
-
-
-def is_hidden(name):
-    """Whether a file or folder is none of the user's: its name begins with a dot, or it is what
-    macOS adds to archives."""
-    return name.startswith('.') or name == '__MACOSX'
-
-
-def walk_images(roots, apart=()):
-    """Yield (index of the root, folder, sorted names of its images, names of its other files) for
-    all folders under `roots`, without hidden files and folders.
-
-    Links are followed. A folder is walked once, and one that contains a root or a folder walked
-    before is not walked, so links cannot form loops. Nor do they lead to the folders `apart` or to
-    those that contain them.
-
-    Raises:
-        UserError: a folder cannot be read.
-    """
-    walked = set()
-    for root in (*roots, *apart):
-        walked.update(real_lineage(root))
-    for index, root in enumerate(roots):
-        for folder, inner, files in os.walk(root, onerror=_raise, followlinks=True):
-            inner[:] = _new_folders(folder, inner, walked)
-            files = [name for name in files if not is_hidden(name)]
-            images = sorted(name for name in files if name.lower().endswith(SUFFIXES))
-            others = [name for name in files if not name.lower().endswith(SUFFIXES)]
-            yield index, folder, images, others
-
-
-def real_lineage(path):
-    """A path without links, and the paths of all folders that contain it."""
-    real = Path(os.path.realpath(path))
-    return [real, *real.parents]
-
-
-def _new_folders(folder, names, walked):
-    """The names of folders whose real paths are not yet in the set `walked`; adds them to it."""
-    new = []
-    for name in sorted(name for name in names if not is_hidden(name)):
-        lineage = real_lineage(os.path.join(folder, name))
-        if lineage[0] not in walked:
-            walked.update(lineage)
-            new.append(name)
-    return new
-
-
-def _raise(error):
-    raise UserError(
-        f'{printable(str(error.filename))} cannot be read ({error.strerror}): fix its permissions '
-        'or remove it'
-    )
 
 
 # --- decoding ---------------------------------------------------------------------------------
@@ -114,11 +39,11 @@ def read_image(path):
     Raises:
         UserError: the file cannot be read, is not an image, is truncated, or is too large.
     """
-    return decode(_read(path), path)
+    return decode(read_bytes(path), path)
 
 
-def _read(path):
-    """The bytes of a file, uint8 (N,)."""
+def read_bytes(path):
+    """The bytes of an image file, uint8 (N,). Raises UserError."""
     try:
         if size_of(path) <= MAX_BYTES:
             return np.fromfile(path, np.uint8)
@@ -135,8 +60,6 @@ def decode(content, path, reduce=1):
     """
     import cv2
 
-    silence = cv2.setLogLevel if hasattr(cv2, 'setLogLevel') else cv2.utils.logging.setLogLevel
-    silence(0)  # the error below is enough
     with _opencv_errors(path), _silent_stderr():
         image = _decode_bgr(content, path, reduce) if _is_whole(content) else None
     if image is None:
@@ -165,7 +88,7 @@ def _opencv_errors(path):
 
 @contextlib.contextmanager
 def _silent_stderr():
-    """Drop what libpng and libjpeg print about broken images: it does not name the file."""
+    """Drop what OpenCV and its libraries print about broken images: it does not name the file."""
     try:
         stderr = os.dup(2)
     except OSError:  # closed from the start
@@ -190,10 +113,8 @@ def _decode_bgr(content, path, reduce):
     import cv2
 
     if _is_jpeg(content):
-        flag = cv2.IMREAD_COLOR
-        if reduce > 1:
-            flag = getattr(cv2, f'IMREAD_REDUCED_COLOR_{reduce}')
-        return cv2.imdecode(content, flag)
+        scale = f'REDUCED_COLOR_{reduce}' if reduce > 1 else 'COLOR'
+        return cv2.imdecode(content, getattr(cv2, f'IMREAD_{scale}'))
     image = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
     if image is None:
         return None
@@ -295,11 +216,12 @@ def training_crop(path, size, random, mirrored=True):
     """
     import cv2
 
-    content, window, reduce = _read(path), None, 1
-    shape = _jpeg_shape(content) if content.size > LARGE_FILE and _is_jpeg(content) else None
+    content, window, reduce = read_bytes(path), None, 1
+    shape = image_size(content) if content.size > LARGE_FILE and _is_jpeg(content) else None
     if shape:
         window = crop_window(*shape, random)
-        reduce = _reduction(min(window[2:]), size)
+        # The largest of JPEG's reductions after which the crop has still at least this size.
+        reduce = next((n for n in (8, 4, 2) if min(window[2:]) >= n * size), 1)
     image = decode(content, path, reduce)
     top, left, height, width = window or crop_window(*image.shape[:2], random)
     bottom, right = -(-(top + height) // reduce), -(-(left + width) // reduce)  # rounded up
@@ -309,30 +231,9 @@ def training_crop(path, size, random, mirrored=True):
     return cv2.flip(image, 1) if mirrored and random.integers(0, 2) else image
 
 
-def _reduction(length, size):
-    """The largest of JPEG's reductions after which `length` is still at least `size`."""
-    for reduce in (8, 4, 2):
-        if length >= reduce * size:
-            return reduce
-    return 1
-
-
-def _jpeg_shape(content):
-    """Height and width that a JPEG decodes to, from its header; None if Pillow cannot read it."""
-    size = _header_size(content)
-    return size and size[::-1]
-
-
-def image_size(path):
-    """Width and height of an image file, from its header; None if it cannot be read."""
-    try:
-        return _header_size(_read(path))
-    except UserError:
-        return None
-
-
-def _header_size(content):
-    """Width and height of the bytes of an image, uint8 (N,); None if Pillow cannot read them."""
+def image_size(content):
+    """Height and width of the bytes of an image, uint8 (N,), when it is upright, from its header;
+    None if Pillow cannot read it."""
     from PIL import Image
 
     try:
@@ -343,4 +244,4 @@ def _header_size(content):
                 turned = header.getexif().get(ORIENTATION, 1) in TURNED
     except Exception:  # Pillow raises many types for broken headers
         return None
-    return (height, width) if turned else (width, height)
+    return (width, height) if turned else (height, width)

@@ -1,6 +1,6 @@
-"""Folders of image files: their splits, their classes, the lists of their files, their images."""
+"""Folders of image files: their splits, the lists of their files, and small images in memory."""
 
-import copy
+import contextlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -8,122 +8,76 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.data.image_files import (
-    SUFFIXES,
-    image_size,
-    is_hidden,
-    prepare,
-    read_image,
-    real_lineage,
-    training_crop,
-    walk_images,
-)
-from lab.data.messages import missing_data
-from lab.data.names import read_names
+from lab.data.image_files import image_size, prepare, read_bytes, read_image
 from lab.distributed import rank
 from lab.errors import UserError, printable
 
+SUFFIXES = ('.jpg', '.jpeg', '.jfif', '.png', '.gif', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 TEST_FOLDERS = ('val', 'validation', 'valid', 'test')  # the first that exists is the test set
-CLASS_NAMES = 'classes.txt'  # may be in the root: a line FOLDER<TAB>NAME for each class
 SMALL = 64  # pixels: images up to this width are better kept in memory
 
 
-class ImageFolder(torch.utils.data.Dataset):
-    """The images of a training set (`train`) or a test set in the folder `root`.
-
-    The index of an item is (seed, epoch, index). The item is (image, target, problems): uint8
-    (size, size, 3), the class, and (path, message) of each broken file encountered. In training,
-    the next intact image replaces a broken one. In testing, image is None for a broken file.
-
-    Args:
-        names, targets: arrays of the files relative to `root` (bytes), and of their classes
-            (int64). They are no lists, so that worker processes share their memory: counting
-            references to the items of a list would write to it, and so copy it.
-        mirrored: whether half of the training images are mirrored.
-    """
-
-    TRIES = 20  # this many broken files in a row, or in a batch: something else must be wrong
-
-    def __init__(self, root, names, targets, preprocessing, train, mirrored=True):
-        self.root, self.names, self.targets = Path(root), names, targets
-        self.preprocessing, self.train, self.mirrored = preprocessing, train, mirrored
-
-    def __len__(self):
-        return len(self.names)
-
-    def changed(self, **attributes):
-        """A copy with other attributes."""
-        other = copy.copy(self)
-        vars(other).update(attributes)
-        return other
-
-    def path(self, index):
-        return self.root / os.fsdecode(self.names[index])
-
-    def __getitem__(self, place):
-        seed, epoch, index = place
-        problems = []
-        for attempt in range(self.TRIES if self.train else 1):
-            sample = (index + attempt) % len(self)
-            path = self.path(sample)
-            try:
-                image = self._read(path, seed=(seed, epoch, 1, sample))
-            except UserError as error:
-                # Returned, not raised: DataLoader would put a traceback into the message.
-                problems.append((str(path), str(error)))
-            else:
-                image = torch.from_numpy(np.ascontiguousarray(image))
-                return image, int(self.targets[sample]), problems
-        return None, int(self.targets[index]), problems
-
-    def _read(self, path, seed):
-        if self.train:
-            size = self.preprocessing.image_size
-            return training_crop(path, size, np.random.default_rng(seed), self.mirrored)
-        return prepare(read_image(path), self.preprocessing)
-
-
-def read_into_memory(folder, classes):
-    """All images of an ImageFolder, as `prepare` makes them, without the broken ones.
-
-    Returns:
-        (images, targets): uint8 (N, size, size, channels), int64 (N,).
-        broken: {path: message} of the files that could not be used.
+def find_images(path):
+    """The image files that `path` names: itself, or the images under it, sorted, if it is a folder.
 
     Raises:
-        UserError: all images of a class are broken.
+        UserError: the folder has no images, or a folder in it cannot be read.
     """
-    from tqdm import tqdm
-
-    size, channels = folder.preprocessing.image_size, folder.preprocessing.channels
-    images = np.empty((len(folder), size, size, channels), np.uint8)
-    whole, broken = np.ones(len(folder), bool), {}
-    label = f'reading {printable(folder.root.name)}'
-    disable = None if rank() == 0 else True  # None: if the output is not a terminal
-    for index in tqdm(range(len(folder)), label, unit='img', disable=disable, leave=False):
-        path = folder.path(index)
-        try:
-            images[index] = prepare(read_image(path), folder.preprocessing)
-        except UserError as error:
-            whole[index], broken[str(path)] = False, str(error)
-    if broken:
-        images = images[whole]
-    targets = folder.targets[whole]
-    counts = np.bincount(targets, minlength=len(classes))
-    if not counts.all():
-        label = printable(classes[counts.argmin()])
-        raise UserError(f'{printable(str(folder.root))} has no image of {label} that can be read')
-    return (torch.from_numpy(images), torch.from_numpy(targets)), broken
+    path = Path(path)
+    if not path.is_dir():
+        return [path]
+    files = sorted(Path(folder, name) for folder, images, _ in walk_images(path) for name in images)
+    if not files:
+        raise UserError(f'{printable(str(path))} contains no images ({", ".join(SUFFIXES)})')
+    return files
 
 
-def has_small_images(folder):
-    """Whether the first hundred images of an ImageFolder, as far as they can be read, are small."""
-    sizes = [image_size(folder.path(index)) for index in range(min(100, len(folder)))]
-    widths = [size[0] for size in sizes if size]
-    return bool(widths) and max(widths) <= SMALL
+def walk_images(root):
+    """Yield (folder, sorted names of its images, names of its other files) for `root` and all
+    folders under it, without hidden ones.
+
+    Links are followed, but no folder is walked twice, and none that contains one that is walked.
+    So links cannot form loops.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    walked = set()
+    _add_folder(root, walked)
+    for folder, inner, files in os.walk(root, onerror=_raise, followlinks=True):
+        inner[:] = [
+            name
+            for name in sorted(inner)
+            if not _is_hidden(name) and _add_folder(os.path.join(folder, name), walked)
+        ]
+        images, others = [], []
+        for name in sorted(files):
+            if not _is_hidden(name):
+                (images if name.lower().endswith(SUFFIXES) else others).append(name)
+        yield folder, images, others
 
 
-# --- splits and classes -----------------------------------------------------------------------
+def _is_hidden(name):
+    """Whether a file or folder is none of the user's: its name begins with a dot, or it is what
+    macOS adds to archives."""
+    return name.startswith('.') or name == '__MACOSX'
+
+
+def _add_folder(path, walked):
+    """Add the real path of a folder, and of those that contain it, to the set `walked`. Returns
+    False if it is already there."""
+    real = Path(os.path.realpath(path))
+    if real in walked:
+        return False
+    walked.update((real, *real.parents))
+    return True
+
+
+def _raise(error):
+    raise UserError(
+        f'{printable(str(error.filename))} cannot be read ({error.strerror}): fix its permissions '
+        'or remove it'
+    )
 
 
 def find_splits(root):
@@ -136,93 +90,83 @@ def find_splits(root):
     return (root if names and test is None and 'train' not in folders else train), test
 
 
-def list_classes(train, test=None):
-    """The class names: the folders in `train`, which must also be those in `test`.
-
-    Raises:
-        UserError: the folders do not exist, or they differ, or there is only one class.
-    """
-    classes = _class_folders(train)
-    if test is not None:
-        found = {train: classes, test: _class_folders(test)}
-        for folder, other in ((train, test), (test, train)):
-            missing = sorted(set(found[other]) - set(found[folder]))
-            if missing:
-                more = f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''
-                raise UserError(
-                    f'{folder} has no folder {printable(missing[0])}{more}, but {other} has: '
-                    f'{folder.name} and {other.name} need the same classes'
-                )
-    if len(classes) == 1:
-        raise UserError(
-            f'{train} has one class, {printable(classes[0])}: a network needs two or more to '
-            'choose from'
-        )
-    return classes
-
-
-def _class_folders(folder):
-    """Sorted names of the folders in a folder, without hidden ones and links that lead back up."""
-    remedy = 'put train/CLASS/*.jpg and val/CLASS/*.jpg under the folder of the data'
-    above = real_lineage(folder)
-    try:
-        classes = [
-            entry.name
-            for entry in os.scandir(folder)
-            if os.path.isdir(entry)
-            and not is_hidden(entry.name)
-            and real_lineage(entry)[0] not in above
-        ]
-    except OSError as error:
-        raise missing_data(f'{folder} cannot be read ({error.strerror})', remedy) from None
-    if not classes:
-        raise missing_data(f'{folder} has no folders of classes', remedy)
-    names = {}
-    for name in sorted(classes):
-        first = names.setdefault(os.path.realpath(folder / name), name)
-        if first != name:
-            raise UserError(f'{printable(str(folder / name))} is the same folder as {first}')
-    return list(names.values())
-
-
-def class_names(root, classes):
-    """The classes with the names that root/classes.txt gives them. Raises UserError."""
-    names = read_names(root / CLASS_NAMES)
-    return tuple(names.get(label, label) for label in classes)
-
-
-# --- the files --------------------------------------------------------------------------------
-
-
-def list_images(folder, classes, apart=None):
-    """The image files under folder/CLASS.
-
-    Args:
-        apart: the folder of the other split. Links to it are not followed.
+def list_images(folder):
+    """The image files of a training or test set.
 
     Returns:
-        names: array of the files relative to `folder`, bytes (N,).
-        targets: array of the indices of their classes, int64 (N,).
+        classes: the sorted names of the folders in `folder`.
+        (paths, targets): arrays of bytes and int64 (N,). They are no lists, so that worker
+            processes share their memory: counting references to the items of a list would write
+            to it, and so copy it.
         ignored: Counter of the other files, by their class and suffix.
 
     Raises:
-        UserError: a folder cannot be read, or a class has no images.
+        UserError: there are fewer than two classes, or one without images, or a folder that cannot
+            be read.
     """
-    roots, others = ([place / label for label in classes] for place in (folder, apart or folder))
-    names, targets, ignored = [], [], Counter()
-    for index, inside, images, rest in walk_images(roots, others):
-        relative = os.path.relpath(inside, folder)
-        names.extend(os.fsencode(os.path.join(relative, image)) for image in images)
-        targets.extend([index] * len(images))
-        suffixes = (os.path.splitext(name)[1].lower() or 'without a suffix' for name in rest)
-        ignored.update((classes[index], suffix) for suffix in suffixes)
-    targets = np.array(targets, np.int64)
+    if not folder.is_dir():
+        raise _refusal(folder, 'is not a folder that can be read')
+    classes, paths, targets, ignored = [], [], [], Counter()
+    for inside, images, others in walk_images(folder):
+        label = os.path.relpath(inside, folder).split(os.sep)[0]
+        if label == os.curdir:
+            continue
+        if label not in classes[-1:]:
+            classes.append(label)
+        paths.extend(os.fsencode(os.path.join(inside, name)) for name in images)
+        targets.extend([len(classes) - 1] * len(images))
+        suffixes = (os.path.splitext(name)[1].lower() or 'without a suffix' for name in others)
+        ignored.update((label, suffix) for suffix in suffixes)
+    if len(classes) < 2:
+        raise _refusal(folder, f'has {len(classes)} folders of classes, but two are needed')
     counts = np.bincount(targets, minlength=len(classes))
     if not counts.all():
         empty = classes[counts.argmin()]
-        raise UserError(
-            f'{printable(str(folder / empty))} has no images of its own ({", ".join(SUFFIXES)}), '
-            f'and {sum(n for (label, _), n in ignored.items() if label == empty)} other files: add '
-            'images, or remove the folder'
-        )
-    return np.array(names), targets, ignored
+        others = sum(n for (label, _), n in ignored.items() if label == empty)
+        raise _refusal(folder / empty, f'has no images of its own, and {others} other files')
+    return classes, (np.array(paths), np.array(targets, np.int64)), ignored
+
+
+def _refusal(folder, problem):
+    return UserError(
+        f'{printable(str(folder))} {problem}: put images ({", ".join(SUFFIXES)}) into train/CLASS '
+        'and val/CLASS, or pass another folder with --dataroot'
+    )
+
+
+def has_small_images(paths):
+    """Whether the first hundred images, as far as they can be read, are small."""
+    widths = []
+    for path in paths[:100]:
+        with contextlib.suppress(UserError):
+            widths += (image_size(read_bytes(os.fsdecode(path))) or ())[1:]
+    return bool(widths) and max(widths) <= SMALL
+
+
+def read_into_memory(paths, targets, preprocessing):
+    """The images of files, as `prepare` makes them, without the broken ones.
+
+    Returns:
+        (images, targets): uint8 (N, size, size, channels), int64 (N,).
+        broken: {path: message} of the files that could not be used.
+
+    Raises:
+        UserError: all images of a class are broken.
+    """
+    from tqdm import tqdm
+
+    size = preprocessing.image_size
+    images = np.empty((len(paths), size, size, preprocessing.channels), np.uint8)
+    whole, broken = np.ones(len(paths), bool), {}
+    disable = None if rank() == 0 else True  # None: if the output is not a terminal
+    for index in tqdm(range(len(paths)), 'reading', unit='img', disable=disable, leave=False):
+        path = os.fsdecode(paths[index])
+        try:
+            images[index] = prepare(read_image(path), preprocessing)
+        except UserError as error:
+            whole[index], broken[path] = False, str(error)
+    lost = set(targets) - set(targets[whole])
+    if lost:
+        path = os.fsdecode(paths[np.isin(targets, list(lost)).argmax()])
+        raise UserError(f'no image like {printable(path)}, of its class, can be read')
+    return (torch.from_numpy(images[whole]), torch.from_numpy(targets[whole])), broken

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lab.errors import UserError, printable
 
+CLASS_NAMES = 'classes.txt'  # may be next to train/: a line FOLDER<TAB>NAME for each class
 # ImageNet's 1,000 classes: WordNet's ids, and the names that torchvision gives them.
 IMAGENET = Path(__file__).with_name('imagenet_classes.txt')
 
@@ -54,6 +55,13 @@ def read_names(path):
             )
         names[label] = name
     return names
+
+
+def class_names(root, folders):
+    """The names of the classes in `folders`: those that root/classes.txt gives them, or the folders
+    themselves. Raises UserError."""
+    names = read_names(root / CLASS_NAMES)
+    return tuple(names.get(folder, folder) for folder in folders)
 
 
 def display_name(dataset, root):

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,10 +50,8 @@ def random_training():
 def cifar_batches(root, sums):
     """Training batches of files from made_data.write_cifar; sums: JSON of their MD5 sums."""
     from lab.data.datasets import PREPROCESSING, Data
-    from lab.data.torchvision_sets import read_in_child
 
-    read = partial(read_made_cifar, json.loads(sums))
-    train, test, classes = read_in_child(read, 'CIFAR10', Path(root), download=False)
+    train, test, classes = read_made_cifar(json.loads(sums), 'CIFAR10', Path(root), download=False)
     data = Data('CIFAR10', train, test, classes, PREPROCESSING['CIFAR10'], mirrored=True)
     return data.batches(True, batch_size=128, pad=4)
 
@@ -63,7 +60,7 @@ def read_made_cifar(sums, name, root, download):
     """`read_cifar`, which accepts files with these MD5 sums."""
     from torchvision.datasets import CIFAR10
 
-    from lab.data.torchvision_sets import read_cifar
+    from lab.data.readers import read_cifar
 
     for part in (CIFAR10.train_list, CIFAR10.test_list):
         part[:] = [[file, sums[file]] for file, _ in part]

@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.data.datasets import targets_of
-from lab.data.image_folders import ImageFolder
 from lab.data.names import display_name, readable
 from lab.data.preprocessing import normalize
 from lab.errors import UserError, printable
@@ -181,8 +179,8 @@ def _test(found, dataroot):
 def _sample(part, files, preprocessing, most=None):
     """Pixels and targets of a training or test set: of `files` images at most if they are files,
     of `most` if they are in memory (None: all)."""
-    targets = np.asarray(targets_of(part))
-    most = files if isinstance(part, ImageFolder) else most or len(targets)
+    targets = np.asarray(part[1])
+    most = most or len(targets) if torch.is_tensor(part[0]) else files
     chosen = np.linspace(0, len(targets) - 1, min(most, len(targets))).astype(int)
     pixels, chosen = read_pixels(part, chosen, preprocessing)
     return pixels, targets[chosen]

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab.data.digits import read_digits
+from lab.data.readers import read_digits
 from lab.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
