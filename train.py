@@ -188,7 +188,6 @@ def train(options, resumed, pretrained, device, folder, arguments):
                     if averages:
                         averages.update_parameters(module)
                     training.add(loss, logits, targets)
-                    distributed.check_parent()
                     recorder.check_loss(epoch)
                     recorder.save_if_due(finished, training.progress)
             progress = None  # only the first epoch can start in the middle

@@ -9,24 +9,18 @@ import stat
 from hashlib import sha256
 from pathlib import Path
 
-NAME, PATH = 255, 4000  # bytes that most systems allow in the name of a file, and in a path
-
 
 def path_argument(text):
     """The path of a file or folder, as written."""
-    if not text.strip() or '\0' in text:
-        raise argparse.ArgumentTypeError(f'{text!r} is not the path of a file or folder')
     try:
-        expanded = Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(
-            f'{text}: there is no such user; write ./~ for a file whose name begins with ~'
-        ) from None
-    longest = max((len(os.fsencode(part)) for part in expanded.parts), default=0)
-    if longest > NAME or len(os.fsencode(expanded)) > PATH:
-        raise argparse.ArgumentTypeError(
-            f'{text} is too long: a path may have names of {NAME} bytes, and {PATH} bytes in all'
-        )
+        if not text.strip():
+            raise ValueError('it is empty')
+        os.lstat(Path(text).expanduser())
+    except (ValueError, RuntimeError) as error:  # a NUL character; no such user after ~
+        raise argparse.ArgumentTypeError(f'{text!r} is not a path: {error}') from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise argparse.ArgumentTypeError(f'{text} is too long for a path') from None
     return text
 
 
@@ -71,14 +65,8 @@ def write_atomically(path, content, keep_previous_as=None):
         temporary.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):  # not every system can sync a folder
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder):
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+        handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
-    finally:
         os.close(handle)
 
 
