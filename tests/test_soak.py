@@ -14,14 +14,12 @@ import subprocess
 import time
 
 import pytest
-from torchrun_helpers import needs_proc, processes_of, torchrun
+from torchrun_helpers import DIGITS, needs_proc, processes_of, torchrun
 
 from conftest import read_log, same, start, without_times
 
-RUN = (
-    'train.py --dataset digits --depth 10 --epochs 60 --epoch_step [30,50] --randomcrop_pad 1 '
-    '--device cpu --resume auto'
-).split()
+RUN = ['train.py', *DIGITS, '--epochs', '60', '--epoch_step', '[30,50]', '--randomcrop_pad', '1']
+RUN += ['--resume', 'auto']
 MINUTES = ('0', '0.005', '10')  # checkpoints at every step; every 0.3 s; after epochs only
 PATIENCE = 90  # seconds in which all processes of a killed run must have ended
 
