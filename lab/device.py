@@ -51,54 +51,46 @@ def choose_device(given):
         # below). Otherwise the page faults of a batch of 224 x 224 images take several times as
         # long as its normalization. Small images do not gain, and would use more memory.
         os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
-    n_devices = torch.cuda.device_count()
-    processes = given.get('ngpu', distributed.local_world())
-    if distributed.under_torchrun() and processes != distributed.local_world():
+    name, n_devices = _device_name(given), torch.cuda.device_count()
+    kind, _, number = name.partition(':')
+    if kind == 'cpu' and (given.get('cuda') or 'gpu_id' in given):
+        raise OptionError(f'--cuda and --gpu_id contradict --device {name}; use one of the two')
+    _check_processes(given.get('ngpu', distributed.local_world()), name, n_devices)
+    if name == 'cuda':
+        name = f'cuda:{distributed.local_rank()}'
+    try:
+        if kind in ('cpu', 'cuda'):
+            device = torch.device(name)
+            torch.empty(1, device=device).add_(1)
+            return device
+    except (RuntimeError, AssertionError):
+        pass
+    raise OptionError(
+        f'--device {name!r} cannot be used: this program trains on cpu and cuda (cuda:1, ...), '
+        f'and this machine has {n_devices} CUDA devices'
+    )
+
+
+def _device_name(given):
+    uses_gpu = given.get('cuda') or 'gpu_id' in given or torch.cuda.is_available()
+    name = given.get('device', 'cuda' if uses_gpu else 'cpu')
+    return f'cuda:{given["gpu_id"]}' if name == 'cuda' and 'gpu_id' in given else name
+
+
+def _check_processes(n, name, n_devices):
+    """Raise OptionError if n processes cannot train on the device of this name."""
+    if distributed.under_torchrun() and n != distributed.local_world():
         raise OptionError(
-            f'--ngpu {processes}, but torchrun started {distributed.local_world()} processes on '
-            'this machine; use one of the two'
+            f'--ngpu {n}, but torchrun started {distributed.local_world()} processes on this '
+            'machine; use one of the two'
         )
-    name = _device_name(given, n_devices)
-    if name.partition(':')[0] not in ('cpu', 'cuda'):
+    if name.startswith('cuda:') and n > 1:
         raise OptionError(
-            f'--device {name!r} cannot be used: this program trains on cpu and cuda (cuda:1, ...)'
-        )
-    if name.startswith('cuda:') and processes > 1:
-        raise OptionError(
-            f'{name} is one device, but each of the {processes} processes needs its own; '
+            f'{name} is one device, but each of the {n} processes needs its own; '
             'choose devices with CUDA_VISIBLE_DEVICES'
         )
-    try:
-        device = torch.device(name)
-        if name == 'cuda':
-            device = torch.device(name, distributed.local_rank())
-        if device.type == 'cuda' and max(device.index, processes - 1) >= n_devices:
-            wanted = name if processes == 1 else f'--ngpu {processes}'
-            raise OptionError(
-                f'{wanted} is not available: this machine has {n_devices} CUDA devices; '
-                '--device cpu works everywhere'
-            )
-        torch.empty(1, device=device).add_(1)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise OptionError(
-            f'--device {name} cannot be used here; --device cpu works everywhere'
-        ) from None
-    for flag in ('cuda', 'gpu_id'):
-        if given.get(flag) is not None and device.type != 'cuda':
-            raise OptionError(f'--{flag} contradicts --device {name}; use one of the two')
-    return device
-
-
-def _device_name(given, n_devices):
-    if given.get('device') is not None:
-        name = given['device']
-    elif given.get('cuda') or given.get('gpu_id') or n_devices:
-        name = 'cuda'
-    else:
-        name = 'cpu'
-    if name == 'cuda' and given.get('gpu_id') is not None:
-        name = f'cuda:{given["gpu_id"]}'
-    return name
+    if name == 'cuda' and n > max(n_devices, 1):
+        raise OptionError(f'--ngpu {n} needs as many CUDA devices; this machine has {n_devices}')
 
 
 def set_up(options, device):

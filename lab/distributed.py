@@ -5,20 +5,19 @@ alone is rank 0 of 1, and the functions here then do nothing. Each process takes
 every batch (see lab.data.batches), so that together they see what one process would see.
 """
 
+import logging
 import os
-import sys
-import uuid
+import signal
 import warnings
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from lab import cuda
-from lab.errors import OptionError, UserError, is_out_of_memory
+from lab.errors import OptionError, UserError
+from lab.memory import libc_function
 
-PARENT = os.getppid()
 UNDER_TORCHRUN = 'TORCHELASTIC_RUN_ID'  # set in each process by torchrun (and by `launch`)
 UNDER_LAUNCH = 'DIRACNETS_NGPU'
 
@@ -60,75 +59,62 @@ def say(text):
         print(text, flush=True)
 
 
+def stop_with_parent():
+    """From now on the death of torchrun, even by SIGKILL, is a SIGTERM to this process: the run
+    saves and stops, so that it can be started again (on Linux)."""
+    prctl = libc_function('prctl')
+    if prctl:
+        prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG of sys/prctl.h
+
+
 def start(device):
     """Connect to the other processes if torchrun started this one."""
     if not under_torchrun() or dist.is_initialized():
         return
+    stop_with_parent()
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-    # torchrun's store is there already, unless torchrun has died: waiting would not help.
-    has_store = os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
-    patience = timedelta(seconds=15) if has_store else dist.default_pg_timeout
-    store, number, count = next(dist.rendezvous('env://', timeout=patience))
-    store.set_timeout(dist.default_pg_timeout)
-    if os.environ.get('GROUP_WORLD_SIZE') == '1':
+    store, number, count = next(dist.rendezvous('env://'))
+    if os.environ['GROUP_WORLD_SIZE'] == '1':
         # torchrun's store outlives a restart (torch 2.14), and with it the addresses of dead
-        # processes. A prefix for each restart hides them. On several machines the restart counts
-        # may differ; there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart its own store.
+        # processes: the new ones would wait for them. On several machines, restart counts may
+        # differ; there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart its own store.
         store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
     backend = cuda.BACKEND if device.type == 'cuda' else 'gloo'
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
 
 
-def check_parent():
-    """Raise UserError if torchrun, which started this process, has ended.
-
-    Another run may then start in the same folder at any time.
-    """
-    if under_torchrun() and os.getppid() != PARENT:
-        raise UserError('torchrun has ended: the run stops')
-
-
 def launch(n, command):
-    """Run a Python program, [file, *arguments], in n processes on this machine, as
-    torchrun --nproc_per_node does. Returns the exit status."""
+    """Run a Python program, [file, *arguments], in n processes on this machine with torchrun.
+    Returns the exit status: that of the first process that failed, or, after a signal, 128 + its
+    number."""
+    from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, torch.get_num_threads() // n)))
     os.environ[UNDER_LAUNCH] = str(n)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=n,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend='c10d',
-        rdzv_endpoint='localhost:0',
-        max_restarts=0,
-    )
+    logging.disable(logging.ERROR)  # a process that fails prints its own line
     try:
-        elastic_launch(config, sys.executable)('-u', *command)
+        torchrun.main(['--standalone', f'--nproc_per_node={n}', *command])
     except SignalException as stopped:
         return 128 + stopped.sigval
     except ChildFailedError as failed:
-        status = failed.get_first_failure()[1].exitcode
-        return status if status > 0 else 128 - status  # negative: the number of a signal
+        local_rank, failure = failed.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        raise UserError(
+            f'process {local_rank} was ended by {failure.signal_name()}: the run stops'
+        ) from None
     return 0
 
 
 @contextmanager
 def one_line_errors():
-    """Raise a UserError if memory runs out, or if another process died: one that trains, or one
-    that decodes images."""
+    """Raise a UserError if another process died: one that trains, or one that decodes images."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            raise UserError(
-                'there is not enough memory: try a smaller --batch_size, --width or --image_size, '
-                'or --recompute'
-            ) from None
+    except RuntimeError as error:
         if str(error).startswith('DataLoader worker'):
             raise UserError(
                 'a process that decodes images died (out of memory?); '

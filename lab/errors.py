@@ -68,15 +68,13 @@ def is_out_of_memory(error):
 def run(main, name):
     """Run a program's `main()` and exit with its status."""
     for stream in (sys.stdout, sys.stderr):
-        if stream:  # None if it was closed from the start
-            stream.reconfigure(errors='backslashreplace')  # ASCII cannot print every name
+        stream.reconfigure(errors='backslashreplace')  # ASCII cannot print every name
     rank = os.environ.get('RANK', '0')  # set by torchrun
     if rank != '0':
         name += f' (rank {rank})'
     try:
         status = _status(main, name)
-        if sys.stdout:  # None if it was closed from the start
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:  # the program that reads our output, such as head, has ended
         status = 1
         _discard_output()
@@ -86,11 +84,8 @@ def run(main, name):
         _print_error(name, f'the output cannot be written ({error.strerror})')
         status = 1
         _discard_output()
-    if _is_distributed():
+    if 'torch.distributed' in sys.modules and sys.modules['torch.distributed'].is_initialized():
         # The threads of gloo's connections would abort the process while it exits.
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
-                stream.flush()
         os._exit(status or 0)
     sys.exit(status)
 
@@ -105,7 +100,8 @@ def _status(main, name):
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _print_error(name, 'there is not enough memory: use fewer or smaller images')
+        remedy = 'fewer or smaller images; in training, a smaller --batch_size or --width'
+        _print_error(name, f'there is not enough memory: try {remedy}, or --recompute')
         return 1
     except KeyboardInterrupt:
         _print_error(name, 'interrupted')
@@ -116,17 +112,11 @@ def _status(main, name):
 
 def _print_error(name, message):
     # A single write: other processes may write at the same time.
-    with contextlib.suppress(OSError, AttributeError):  # stderr is full, or closed from the start
+    with contextlib.suppress(OSError):  # stderr cannot be written either
         sys.stderr.write(f'{name}: {one_line(message)}\n')
 
 
 def _discard_output():
     """Write no more to stdout and stderr. Python would try again when it exits, and complain."""
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _is_distributed():
-    module = sys.modules.get('torch.distributed')  # do not import it just for this
-    return module is not None and module.is_initialized()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -11,15 +11,13 @@ from pathlib import Path
 
 
 def path_argument(text):
-    """The path of a file or folder, as written. An argparse type."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f'{text!r} is not the path of a file or folder')
+    """The path of a file or folder, as written."""
     try:
-        os.stat(Path(text).expanduser())
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(
-            f'{text}: there is no such user; write ./~ for a file whose name begins with ~'
-        ) from None
+        if not text.strip():
+            raise ValueError('it is empty')
+        os.lstat(Path(text).expanduser())
+    except (ValueError, RuntimeError) as error:  # a NUL character; no such user after ~
+        raise argparse.ArgumentTypeError(f'{text!r} is not a path: {error}') from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise argparse.ArgumentTypeError(f'{text} is too long for a path') from None
@@ -67,14 +65,8 @@ def write_atomically(path, content, keep_previous_as=None):
         temporary.unlink(missing_ok=True)
         raise
     with contextlib.suppress(OSError):  # not every system can sync a folder
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder):
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+        handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
-    finally:
         os.close(handle)
 
 

@@ -22,7 +22,7 @@ def total_memory():
     return min(found)
 
 
-def _libc_function(name):
+def libc_function(name):
     """A function of the C library, or None."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == 'linux' else None
 
@@ -33,7 +33,7 @@ def keep_freed_memory():
     By default each training step returns its activations to the system. The page faults of the
     next step then take a tenth of its time.
     """
-    mallopt = _libc_function('mallopt')
+    mallopt = libc_function('mallopt')
     if mallopt:
         trim_threshold, mmap_threshold = -1, -3  # the M_ constants of malloc.h
         # An older glibc ignores a size that is too large for it.
@@ -44,6 +44,6 @@ def keep_freed_memory():
 
 def release_freed_memory():
     """Return to the system the free memory that malloc holds."""
-    malloc_trim = _libc_function('malloc_trim')
+    malloc_trim = libc_function('malloc_trim')
     if malloc_trim:
         malloc_trim(0)

@@ -10,7 +10,7 @@ from conftest import ROOT, read_log
 
 
 def test_losses_and_tests_do_not_depend_on_the_number_of_processes(tmp_path):
-    """20 steps of 437 samples each, in uneven shares.
+    """20 steps of 437 samples each, in three uneven shares.
 
     In double precision: in single precision, even one process differs by 5e-3 after eight steps
     from itself in double.
@@ -21,11 +21,9 @@ def test_losses_and_tests_do_not_depend_on_the_number_of_processes(tmp_path):
     command = [*DIGITS, *options.split(), '--save']
     train.main([*command, str(tmp_path / '1')])
     expected = read_log(tmp_path / '1')
-    for n in (2, 3):
-        text = end(torchrun('train.py', *command, tmp_path / str(n), n=n))
-        assert f'{n} processes' in text
-        assert text.count('done: ') == 1 and text.count('epoch 2/') == 1
-        compare(read_log(tmp_path / str(n)), expected, n)
+    text = end(torchrun('train.py', *command, tmp_path / '3', n=3))
+    assert '3 processes' in text and text.count('done: ') == 1 and text.count('epoch 2/') == 1
+    compare(read_log(tmp_path / '3'), expected, 3)
     assert expected[-1]['train_loss'] < expected[0]['train_loss'] - 0.2  # it learns
 
 
@@ -99,11 +97,3 @@ def test_two_agents(tmp_path):
         assert 'Traceback' not in text
     train.main([*command[1:], str(tmp_path / 'one')])
     compare(read_log(tmp_path / 'run'), read_log(tmp_path / 'one'), 2)
-
-
-def test_a_batch_that_is_too_small_for_all(tmp_path):
-    """1437 samples are two batches of 718 and one of 1."""
-    command = ('train.py', *DIGITS, '--batch_size', 718, '--save', tmp_path / 'run')
-    text = end(torchrun(*command), 1)
-    assert 'train.py: --batch_size 718' in text and '2 processes' in text
-    assert not (tmp_path / 'run').exists()

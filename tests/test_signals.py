@@ -17,18 +17,11 @@ from lab.runs import checkpoint
 from lab.training.broken_images import BrokenImages
 
 
-# An epoch has 23 training and 6 test batches: in an epoch, at its last step, in a test, one step
-# after it, and in the last epoch.
+# An epoch has 23 training and 6 test batches: in an epoch, at its last step, in a test, and in the
+# last epoch.
 @pytest.mark.parametrize(
     'batch, number',
-    [
-        (1, signal.SIGINT),
-        (7, signal.SIGTERM),
-        (23, signal.SIGTERM),
-        (26, signal.SIGINT),
-        (30, signal.SIGTERM),
-        (29 * 3 + 22, signal.SIGTERM),
-    ],
+    [(7, signal.SIGINT), (23, signal.SIGTERM), (26, signal.SIGINT), (109, signal.SIGTERM)],
 )
 def test_signal_stops_and_resume_is_exact(batch, number, short_run, tmp_path, stop_at, call):
     folder = tmp_path / 'run'
@@ -50,13 +43,12 @@ def test_signal_stops_and_resume_is_exact(batch, number, short_run, tmp_path, st
     assert without_times(short_run) == without_times(folder)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-def test_stopped_within_image_files(workers, image_folder, tmp_path, stop_at, monkeypatch):
+def test_stopped_within_image_files(image_folder, tmp_path, stop_at, monkeypatch):
     """Broken images are counted and replaced as in an undisturbed run."""
     (image_folder / 'train' / 'flower' / '9.jpg').write_text('not an image')
     monkeypatch.setattr(BrokenImages, 'LIMIT', 1)
     options = '--dataset folder --image_size 64 --batch_size 2 --epochs 2 --width 0.25'
-    data = ('--dataroot', str(image_folder), '--nthread', str(workers))
+    data = ('--dataroot', str(image_folder), '--nthread', '2')
     command = [*options.split(), *data]
     whole, cut = tmp_path / 'whole', tmp_path / 'cut'
     train.main([*command, '--save', str(whole)])
@@ -83,7 +75,7 @@ def test_killed_repeatedly(short_run, tmp_path):
             return 0
 
     positions = []
-    for _ in range(3):
+    for _ in range(2):
         before = saved_at()
         process = start(*command)
         while saved_at() <= before:
@@ -127,24 +119,15 @@ def test_repeated_signal(short_run, tmp_path, stop_at, call, monkeypatch):
     assert same(short_run, tmp_path / 'run')
 
 
-def test_as_a_process(tmp_path):
-    folder = tmp_path / 'run'
-    process = start('train.py', *SHORT_RUN, '--epochs', 500, '--save', folder)
-    while not (folder / 'model.pt7').exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and err == ''
-    assert f'    python train.py --resume {folder}\n' in out
-    assert len(read_log(folder)) == checkpoint.load(folder).epoch > 0
-
-
 def test_output_that_cannot_be_written(tmp_path):
-    """A full disk does not stop training; a reader of the output that has ended does."""
+    """A full disk does not stop training, but is an error at its end; a reader of the output that
+    has ended stops it."""
     command = [sys.executable, 'train.py', *SHORT_RUN, '--save']
     with open('/dev/full', 'w') as full:
-        subprocess.run([*command, tmp_path / 'run'], cwd=ROOT, stdout=full, stderr=full)
+        result = subprocess.run(
+            [*command, tmp_path / 'run'], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert result.returncode == 1 and 'No space left' in result.stderr
     assert [line['epoch'] for line in read_log(tmp_path / 'run')] == [1, 2, 3, 4]
     line = shlex.join([*command, str(tmp_path / 'cut'), '--epochs', '5000'])
     result = subprocess.run(
@@ -167,9 +150,7 @@ def test_worker_that_is_killed(image_folder, tmp_path, stop_at, refused):
     refused(1, ['decodes images', '--nthread'], train.main, *command.split(), *data)
 
 
-@pytest.mark.parametrize(
-    'number, begun', [(signal.SIGTERM, True), (signal.SIGINT, True), (signal.SIGTERM, False)]
-)
+@pytest.mark.parametrize('number, begun', [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_signal_to_all_processes(number, begun, many_files, tmp_path):
     """As schedulers and terminals send it: the processes that decode images leave it to the main
     process, which saves, and they end with it. Also if it comes while they start."""

@@ -31,10 +31,7 @@ class Stop:
             number = getattr(signal, name, None)
             # nohup ignores a signal: leave it ignored.
             if number and signal.getsignal(number) is not signal.SIG_IGN:
-                try:
-                    self.handlers[number] = signal.signal(number, self._receive)
-                except ValueError:  # only the main thread may handle signals
-                    break
+                self.handlers[number] = signal.signal(number, self._receive)
 
     def __exit__(self, *_):
         if self.last_words:
