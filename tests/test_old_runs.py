@@ -107,11 +107,3 @@ def test_interrupted_run_folds(old_run):
     with torch.no_grad():
         expected, actual = module(inputs), folded(inputs)
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def test_previous_checkpoint(old_run, call):
-    """The fixtures' previous.pt7 is used if model.pt7 is broken."""
-    folder = old_run(INTERRUPTED)
-    (folder / 'model.pt7').write_bytes(b'')
-    result = call(train.main, '--evaluate', folder)
-    assert result.status == 0 and str(folder / 'previous.pt7') in result.err

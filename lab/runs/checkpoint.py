@@ -183,12 +183,12 @@ def load(path):
         path = _find_trained(TRAINED_NAMES[str(path)])
     if os.path.isdir(path):
         path = path / FILE_NAME
-    previous = path.with_name(PREVIOUS)
-    if path.name != FILE_NAME or not os.path.exists(previous):
-        return load_file(path)
     try:
         return load_file(path)
     except BrokenFile as error:
+        previous = path.with_name(PREVIOUS)
+        if path.name != FILE_NAME or not os.path.exists(previous):
+            raise
         try:
             found = load_file(previous)
         except UserError as other:
@@ -285,7 +285,7 @@ def _check_tensors(tensors):
 def _read_network(stated, params, folded):
     """The arguments of `registry.define` for the network that a file states, whose tensors must be
     these."""
-    network = {**registry.own_options(stated['model']), **stated, 'form': registry.form_of(stated)}
+    network = {**stated, 'form': registry.form_of(stated)}
     if network['depth'] > len(params):  # the names alone of its tensors could fill the memory
         raise ValueError(f'its network has depth {network["depth"]}, but {len(params)} tensors')
     expected = registry.shapes(**network)
