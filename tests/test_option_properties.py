@@ -1,28 +1,22 @@
-"""Whatever an option or a study is given: it is refused in one line, or it has a valid value.
+"""Whatever an option is given: it is refused in one line, or it has a valid value.
 
 HYPOTHESIS_PROFILE=full tries 2,000 examples of each.
 """
 
-from hypothesis_profiles import places  # noqa: I001
-import copy
+import hypothesis_profiles  # noqa: F401, I001
 import json
 import math
 from itertools import product
-from pathlib import Path
 
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from diracnet import DATASETS
-from lab.errors import LONGEST, OptionError, UserError, one_line
+from lab.errors import LONGEST, OptionError, one_line
 from lab.models.registry import MODELS
 from lab.training.option_table import OPTIONS
 from lab.training.options import check_combination, complete, parse
 from test_options import EXAMPLES
-from test_study import TINY
-from tools.study.definition import read
-from tools.study.runs import all_runs
 
 KINDS = {name: type(value) for name, (_, value) in EXAMPLES.items()}
 WORDS = {
@@ -102,80 +96,3 @@ def test_options_together(names, network, rate):
         return
     assert all(name in OPTIONS for name in options)
     json.dumps(options, allow_nan=False)
-
-
-# --- studies ---------------------------------------------------------------------------------
-
-VALUES = st.recursive(
-    st.one_of(st.none(), st.booleans(), NUMBERS, st.text(max_size=20), st.dates(), st.binary()),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=8), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-KEYS = st.one_of(
-    st.sampled_from([*OPTIONS, *yaml.safe_load(TINY), 'x', 'lines', 'y', 'panels', 'signal']),
-    st.text(max_size=8),
-)
-
-
-@st.composite
-def changed_studies(draw):
-    """A valid study with up to three values replaced, removed, added or repeated."""
-    study = copy.deepcopy(yaml.safe_load(TINY))
-    for _ in range(draw(st.integers(1, 3))):
-        path = draw(st.sampled_from(list(places(study))[1:]))
-        parent = study
-        for key in path[:-1]:
-            parent = parent[key]
-        change = draw(st.sampled_from(['replace', 'remove', 'add', 'repeat']))
-        if change == 'remove':
-            del parent[path[-1]]
-        elif change == 'add' and isinstance(parent, dict):
-            parent[draw(KEYS)] = draw(VALUES)
-        elif change == 'repeat' and isinstance(parent, list):
-            parent.append(copy.deepcopy(parent[path[-1]]))
-        else:
-            parent[path[-1]] = draw(VALUES)
-    return study
-
-
-def read_runs(path, text):
-    """The study in a file with this text, and its runs; None if it is refused in one line."""
-    path.write_bytes(text)
-    try:
-        study = read(path)
-        return study, all_runs(study, study.seeds, study.dataset, Path('never'))
-    except UserError as error:
-        assert is_one_line(error) and path.name in str(error)
-        return None
-
-
-def check_study(path, text):
-    found = read_runs(path, text)
-    if found is None:
-        return
-    study, runs = found
-    assert runs and set(study.table) <= set(OPTIONS)
-    commands = [json.dumps(one.all_options, sort_keys=True) for one in runs]
-    assert len(set(commands)) == len(commands)
-    assert len({one.folder for one in runs}) == len(runs)
-    assert all(one.folder.parent.parent == Path('never') for one in runs)
-    assert all(is_valid(name, value) for one in runs for name, value in one.options.items())
-
-
-@given(changed_studies())
-def test_changed_studies(tmp_path_factory, study):
-    check_study(tmp_path_factory.getbasetemp() / 'changed.yaml', yaml.safe_dump(study).encode())
-
-
-@given(st.data())
-def test_damaged_studies(tmp_path_factory, data):
-    """Bytes of a file are removed, replaced or added."""
-    text = TINY.encode()
-    start = data.draw(st.integers(0, len(text)))
-    end = data.draw(st.integers(start, min(start + 20, len(text))))
-    added = data.draw(st.one_of(st.binary(max_size=8), st.text(':-[]{}&*!|# \n', max_size=4)))
-    added = added if isinstance(added, bytes) else added.encode()
-    path = tmp_path_factory.getbasetemp() / 'damaged.yaml'
-    check_study(path, text[:start] + added + text[end:])

@@ -95,9 +95,9 @@ def seeds_in(folder):
 def draw(study, rows, runs, folder, dataroot):
     """Draw the figure that the study asks for, if any."""
     out = folder / 'figure'
-    if study.figure is None:
+    if not study.figure:
         return
-    if not study.figure.get('signal'):
+    if 'signal' not in study.figure:
         draw_study(study, rows, runs, out)
         return
     folders = [one.folder for one in runs if one.seed == runs[0].seed and not one.failed]
