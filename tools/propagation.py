@@ -30,7 +30,7 @@ import csv
 import re
 import shlex
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import compress, count
 from pathlib import Path
 
 import numpy as np
@@ -51,19 +51,7 @@ from tools.propagation_figure import draw
 
 IMAGES = 256
 ALL_LAYERS = 100  # of longer chains, some are measured
-COLUMNS = (
-    'run',
-    'epoch',
-    'layer',
-    'name',
-    'alpha',
-    'beta',
-    'identity',
-    'active',
-    'neighbour',
-    'kept',
-    'gradient',
-)
+COLUMNS = 'run epoch layer name alpha beta identity active neighbour kept gradient'.split()
 DISTINGUISHING = ('width', 'init', *SCALES, 'seed')  # options that a label has if they differ
 
 
@@ -85,42 +73,33 @@ def read_run(folder):
     newest = checkpoint.load(folder)
     if not newest.is_run or not is_chain(newest.network['model']):
         raise UserError(f'{folder} is not a run of a chain ({", ".join(CHAINS + VERSION_1)})')
-    found = {0: untrained(newest.options, newest.network)}
-    for path in Path(folder).glob('epoch*.pt7'):
-        match = re.fullmatch(r'epoch(\d+)\.pt7', path.name)
-        if match:
-            found[int(match[1])] = checkpoint.load(path)
-    found[newest.epoch] = newest
-    return Chain(str(folder), newest.options, dict(sorted(found.items())), read_log(folder))
+    kept = {
+        int(path.stem.removeprefix('epoch')): checkpoint.load(path)
+        for path in Path(folder).glob('epoch*.pt7')
+        if re.fullmatch(r'epoch\d+', path.stem)
+    }
+    kept.update({0: untrained(newest.options, newest.network), newest.epoch: newest})
+    return Chain(str(folder), newest.options, dict(sorted(kept.items())), read_log(folder))
 
 
 def define_untrained(text, dataroot=None):
     """The Chain that options of train.py define. Raises OptionError."""
     try:
         options = complete(parse(shlex.split(text)))
-    except ValueError as error:  # an open quote
-        raise OptionError(f'--untrained {text} cannot be read: {error}') from None
-    check_combination(options)
-    if not is_chain(options['model']):
-        raise OptionError(
-            f'--model {options["model"]} is not one of {", ".join(CHAINS + VERSION_1)}'
-        )
-    source = load_images(options, dataroot)
-    try:
-        found = untrained(options, network_arguments(options, source))
-    except ValueError as error:
-        raise OptionError(str(error)) from None
-    return Chain(text, options, {0: found})
+        check_combination(options)
+        network = network_arguments(options, load_images(options, dataroot))
+        if not is_chain(options['model']):
+            raise OptionError(f'--untrained {text} is none of {", ".join(CHAINS + VERSION_1)}')
+        return Chain(text, options, {0: untrained(options, network)})
+    except ValueError as error:  # an open quote, an impossible depth
+        raise OptionError(f'--untrained {text} cannot be used: {error}') from None
 
 
 def load_images(options, dataroot):
     """The Data of a run's data set, in `dataroot` if it is given."""
-    return datasets.load(
-        options['dataset'],
-        dataroot or options['dataroot'],
-        form=options.get('form'),
-        image_size=options.get('image_size'),
-    )
+    form, image_size = options.get('form'), options.get('image_size')
+    root = dataroot or options['dataroot']
+    return datasets.load(options['dataset'], root, form=form, image_size=image_size)
 
 
 def is_chain(model):
@@ -142,19 +121,16 @@ def labels(chains):
         UserError: two chains have the same name.
     """
     options = [{**registry.initial_scales(one.options['model']), **one.options} for one in chains]
-    texts = [{name: option_text(name, one) for name in DISTINGUISHING} for one in options]
-    differing = [name for name in DISTINGUISHING if len({text[name] for text in texts}) > 1]
-    sources = {}
+    texts = [[option_text(name, one) for name in DISTINGUISHING] for one in options]
+    differs = [len(set(values)) > 1 for values in zip(*texts)]
+    names = {}
     for chain, text in zip(chains, texts):
-        parts = [f'{chain.options["model"]}-{chain.options["depth"]}']
-        parts += [text[name] for name in differing if text[name]]
-        label = ', '.join(parts)
-        if label in sources:
-            raise UserError(
-                f'{chain.source} and {sources[label]} are both {label}: pass one of them'
-            )
-        sources[label] = chain.source
-    return list(sources)
+        parts = [f'{chain.options["model"]}-{chain.options["depth"]}', *compress(text, differs)]
+        name = ', '.join(filter(None, parts))
+        if name in names:
+            raise UserError(f'{chain.source} and {names[name]} are both {name}: pass one of them')
+        names[name] = chain.source
+    return list(names)
 
 
 def option_text(name, options):
@@ -241,7 +217,10 @@ def weight_rows(found, version_1):
         row = {'layer': layer, 'name': name}
         if layer > 1:  # the first convolution has no identity
             row['identity'] = identity_share(weight, version_1)
-            row.update(mean_scales(found.params, name.removesuffix('conv')))
+            for part in ('alpha', 'beta'):  # plain weights have none
+                scale = found.params.get(f'{name.removesuffix("conv")}{part}')
+                if scale is not None:
+                    row[part] = scale.abs().mean().item()
         rows.append(row)
     return rows
 
@@ -250,12 +229,6 @@ def identity_share(weight, version_1):
     """Share of the energy of a folded weight, (out, in, *kernel), at the taps of the identity."""
     delta = tiled_delta(weight) if version_1 else torch.nn.init.dirac_(torch.empty_like(weight))
     return ((weight * delta).square().sum() / weight.square().sum()).item()
-
-
-def mean_scales(params, prefix):
-    """The mean absolute alpha and beta of a convolution; {} for plain weights."""
-    keys = {part: f'{prefix}{part}' for part in ('alpha', 'beta')}
-    return {part: params[key].abs().mean().item() for part, key in keys.items() if key in params}
 
 
 def unit_measures(output, stem, targets, version_1):
@@ -302,17 +275,13 @@ def kept(values, stem):
 
 def write_csv(measured, path):
     with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
         for label, epochs in measured.items():
             for epoch, rows in epochs.items():
-                writer.writerows({'run': label, 'epoch': epoch, **as_text(row)} for row in rows)
-
-
-def as_text(row):
-    return {
-        key: f'{value:.4g}' if isinstance(value, float) else value for key, value in row.items()
-    }
+                for row in rows:
+                    values = [label, epoch, *map(row.get, COLUMNS[2:])]
+                    writer.writerow(f'{v:.4g}' if isinstance(v, float) else v for v in values)
 
 
 def report(folders, out, dataroot=None, options=()):
@@ -326,8 +295,7 @@ def report(folders, out, dataroot=None, options=()):
         The paths.
 
     Raises:
-        UserError: a folder is not a run of a chain, two chains are the same, or they have
-            different data sets.
+        UserError: see read_run, labels and first_batch.
         OptionError: options do not define a chain.
     """
     chains = [read_run(folder) for folder in folders]
