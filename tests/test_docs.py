@@ -100,16 +100,21 @@ def test_there_are_measured_rows():
 
 @pytest.mark.parametrize('row', measured_rows(), ids=lambda row: row[0])
 def test_readme_numbers_are_in_the_logs(row):
-    network, data, n, middle, bounds, runs = row
+    network, data, recipe, n, middle, bounds, runs = row
+    epochs, _, recipe = recipe.partition(', ')
+    options = dict(re.findall(r'(bn_init|recipe|dtype|lr|warmup) ([\w.]+)', f'{network} {recipe}'))
+    assert options or recipe == 'defaults'
     folders = sorted(ROOT.glob(runs.strip('`')))
     last = [read_log(folder)[-1] for folder in folders]
     errors = [100 - line['test_acc'] for line in last]
     assert (n, middle) == (str(len(folders)), f'{median(errors):.2f}')
     assert bounds == f'{min(errors):.2f} to {max(errors):.2f}'
     for line in last:
-        assert line['epoch'] == line['epochs'] and line['holdout'] == 0
+        assert line['epoch'] == line['epochs'] == int(epochs) and line['holdout'] == 0
         assert line['dataset'].lower() == data.replace('-', '').lower()
         assert str(line['depth']) in re.findall(r'\d+', network)
+        assert options == {name: str(line[name]) for name in options}
+        assert ('shifted' in network) == (line.get('bn_init') == 'shifted')
         model = 'plain' if network.startswith('plain') else network.split('-')[0].lower()
         assert line['model'] == model
 

@@ -51,7 +51,8 @@ from tools.propagation_figure import draw
 
 IMAGES = 256
 ALL_LAYERS = 100  # of longer chains, some are measured
-COLUMNS = 'run epoch layer name alpha beta identity active neighbour kept gradient'.split()
+PLACE = ('run', 'epoch', 'layer', 'name')  # columns of the CSV, with the measurements
+MEASUREMENTS = ('alpha', 'beta', 'identity', 'active', 'neighbour', 'kept', 'gradient')
 DISTINGUISHING = ('width', 'init', *SCALES, 'seed')  # options that a label has if they differ
 
 
@@ -87,9 +88,9 @@ def define_untrained(text, dataroot=None):
     try:
         options = complete(parse(shlex.split(text)))
         check_combination(options)
-        network = network_arguments(options, load_images(options, dataroot))
         if not is_chain(options['model']):
             raise OptionError(f'--untrained {text} is none of {", ".join(CHAINS + VERSION_1)}')
+        network = network_arguments(options, load_images(options, dataroot))
         return Chain(text, options, {0: untrained(options, network)})
     except ValueError as error:  # an open quote, an impossible depth
         raise OptionError(f'--untrained {text} cannot be used: {error}') from None
@@ -276,11 +277,12 @@ def kept(values, stem):
 def write_csv(measured, path):
     with open(path, 'w', newline='') as file:
         writer = csv.writer(file)
-        writer.writerow(COLUMNS)
+        columns = PLACE + MEASUREMENTS
+        writer.writerow(columns)
         for label, epochs in measured.items():
             for epoch, rows in epochs.items():
                 for row in rows:
-                    values = [label, epoch, *map(row.get, COLUMNS[2:])]
+                    values = [label, epoch, *map(row.get, columns[2:])]
                     writer.writerow(f'{v:.4g}' if isinstance(v, float) else v for v in values)
 
 
