@@ -175,7 +175,7 @@ def test_malformed_studies(content, status, word, tiny, tmp_path, refused):
 def test_mistakes_in_the_command_line(tiny, tmp_path, refused):
     refused(1, 'nowhere.yaml', main, tmp_path / 'nowhere.yaml')
     refused(2, 'digitz', main, tiny, '--dataset', 'digitz', '--out', tmp_path / 'out')
-    refused(2, '--seeds', main, tiny, '--seeds', '1,1')
+    refused(2, '--seeds', main, tiny, '--seeds', '1,')
     refused(2, '--jobs', main, tiny, '--jobs', '0')
     refused(1, 'out', main, tiny, '--out', tiny / 'out')  # below a file
     refused(1, 'finished', main, tiny, '--out', tmp_path / 'out', '--table')

@@ -172,14 +172,16 @@ def draw_checkpoint(path, out):
     """Draw the network of a checkpoint. Returns the paths of the figure."""
     import torch
 
-    from lab.runs import checkpoint
+    from lab.runs.checkpoint import load
     from tools.network_graph import draw_graph
 
-    found = checkpoint.load(path)
-    size = (found.preprocessing or {}).get('image_size')
+    checkpoint = load(path)
+    size = (checkpoint.preprocessing or {}).get('image_size')
     if not size:
-        size = 224 if found.network['form'] == 'imagenet' else 32
-    return draw_graph(found.module(), torch.zeros(2, found.network['in_channels'], size, size), out)
+        size = 224 if checkpoint.network['form'] == 'imagenet' else 32
+    return draw_graph(
+        checkpoint.module(), torch.zeros(2, checkpoint.network['in_channels'], size, size), out
+    )
 
 
 def main(arguments=None):

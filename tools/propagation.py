@@ -43,7 +43,7 @@ from lab.files import path_argument
 from lab.models import registry
 from lab.models.diracnet_v1 import ncrelu, tiled_delta
 from lab.models.registry import CHAINS, SCALES, VERSION_1
-from lab.runs import checkpoint
+from lab.runs.checkpoint import Checkpoint, load
 from lab.runs.log import read_log
 from lab.training.network import network_arguments
 from lab.training.options import check_combination, complete, parse
@@ -71,11 +71,11 @@ class Chain:
 
 def read_run(folder):
     """The Chain of a run. Raises UserError."""
-    newest = checkpoint.load(folder)
+    newest = load(folder)
     if not newest.is_run or not is_chain(newest.network['model']):
         raise UserError(f'{folder} is not a run of a chain ({", ".join(CHAINS + VERSION_1)})')
     kept = {
-        int(path.stem.removeprefix('epoch')): checkpoint.load(path)
+        int(path.stem.removeprefix('epoch')): load(path)
         for path in Path(folder).glob('epoch*.pt7')
         if re.fullmatch(r'epoch\d+', path.stem)
     }
@@ -112,7 +112,7 @@ def untrained(options, network):
     torch.manual_seed(options['seed'])  # as train.py does
     _, params = registry.define(**registry.initialization(options), **network)
     params = {key: tensor.detach() for key, tensor in params.items()}
-    return checkpoint.Checkpoint('', params, network=network)
+    return Checkpoint('', params, network=network)
 
 
 def labels(chains):
@@ -160,40 +160,35 @@ def first_batch(chains, dataroot):
 # --- the measurements ------------------------------------------------------------------------
 
 
-def measure(found, images, targets):
+def measure(checkpoint, images, targets):
     """The measurements of a checkpoint: one dict for each measured layer of its chain."""
-    version_1 = found.network['model'] in VERSION_1
-    rows = {row['layer']: row for row in weight_rows(found, version_1)}
+    version_1 = checkpoint.network['model'] in VERSION_1
+    rows = {row['layer']: row for row in weight_rows(checkpoint, version_1)}
     layers, stem = count(1), None
 
-    def norm(*args, **kwargs):
+    def norm(*args, **kwargs):  # of all layers, in order
         nonlocal stem
-        output = F.batch_norm(*args, **kwargs)
+        output = F.batch_norm(*args, **kwargs)  # (N, C, H, W)
         layer = next(layers)
         if layer == 1:
-            stem = output.detach().clone()  # the next ReLU works in place
+            stem = output.detach().relu()  # a copy: the next ReLU works in place
         if layer in rows:
-            values = output.detach()
-            rows[layer].update(unit_measures(values, stem, targets, version_1))
+            row, values = rows[layer], output.detach().relu()
+            units = ncrelu(output.detach()) if version_1 else values
+            row['active'] = units.count_nonzero().item() / output.numel()
+            row['neighbour'] = neighbour_accuracy(units, targets)
+            row['kept'] = kept(values, stem)
             # The hook gets the gradient at the values before the ReLU.
-            output.register_hook(
-                lambda gradient: rows[layer].update(gradient=gradient.norm().item())
-            )
+            output.register_hook(lambda gradient: row.update(gradient=gradient.norm().item()))
         return output
 
-    f, _ = registry.define(**found.network)
-    logits = f(images, trainable(found.params), True, norm=norm)
-    F.cross_entropy(logits, targets).backward()
+    f, _ = registry.define(**checkpoint.network)
+    params = {
+        key: tensor.clone().requires_grad_('.running_' not in key)
+        for key, tensor in checkpoint.params.items()
+    }
+    F.cross_entropy(f(images, params, True, norm=norm), targets).backward()
     return list(rows.values())
-
-
-def trainable(params):
-    """A copy of params in which all but the running statistics require gradients."""
-    copies = {}
-    for key, tensor in params.items():
-        is_running = key.rpartition('.')[2].startswith('running_')
-        copies[key] = tensor.clone().requires_grad_(not is_running)
-    return copies
 
 
 def measured_layers(n):
@@ -207,10 +202,10 @@ def measured_layers(n):
     return np.unique(spread.round().astype(int)).tolist()
 
 
-def weight_rows(found, version_1):
+def weight_rows(checkpoint, version_1):
     """For each measured layer of a checkpoint a dict of what its weight tells."""
-    names = [key for key in found.params if key.rpartition('.')[2] == 'conv']
-    folded = registry.fold(found.network['model'], found.params)
+    names = [key for key in checkpoint.params if key.rpartition('.')[2] == 'conv']
+    folded = registry.fold(checkpoint.network['model'], checkpoint.params)
     weights = [weight for key, weight in folded.items() if key.endswith('conv.weight')]
     rows = []
     for layer in measured_layers(len(names)):
@@ -219,7 +214,7 @@ def weight_rows(found, version_1):
         if layer > 1:  # the first convolution has no identity
             row['identity'] = identity_share(weight, version_1)
             for part in ('alpha', 'beta'):  # plain weights have none
-                scale = found.params.get(f'{name.removesuffix("conv")}{part}')
+                scale = checkpoint.params.get(f'{name.removesuffix("conv")}{part}')
                 if scale is not None:
                     row[part] = scale.abs().mean().item()
         rows.append(row)
@@ -230,17 +225,6 @@ def identity_share(weight, version_1):
     """Share of the energy of a folded weight, (out, in, *kernel), at the taps of the identity."""
     delta = tiled_delta(weight) if version_1 else torch.nn.init.dirac_(torch.empty_like(weight))
     return ((weight * delta).square().sum() / weight.square().sum()).item()
-
-
-def unit_measures(output, stem, targets, version_1):
-    """The measurements of one layer, from outputs of its batch norm and of the first, (N, C, H, W),
-    before the activation."""
-    values = ncrelu(output) if version_1 else output.relu()
-    return {
-        'active': values.count_nonzero().item() / output.numel(),
-        'neighbour': neighbour_accuracy(values, targets),
-        'kept': kept(output.relu(), stem.relu()),
-    }
 
 
 def neighbour_accuracy(values, targets):
@@ -307,7 +291,7 @@ def report(folders, out, dataroot=None, options=()):
     for label, chain in zip(labels(chains), chains):
         logs[label] = chain.log
         measured[label] = {
-            epoch: measure(found, *batch) for epoch, found in chain.checkpoints.items()
+            epoch: measure(checkpoint, *batch) for epoch, checkpoint in chain.checkpoints.items()
         }
     table = Path(out).with_suffix('.csv')
     write_csv(measured, table)
