@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.model_selection import LeaveOneOut, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
+from test_signal_maths import outputs
 
 from conftest import read_log
 from lab.data import datasets
@@ -38,20 +39,6 @@ def fresh(model, depth, **scales):
     _, params = define(**network, **scales)
     params = {key: tensor.detach() for key, tensor in params.items()}
     return Checkpoint('', params, network=network)
-
-
-def outputs(found, images):
-    """The output of each batch norm, before the ReLU, (N, C, H, W)."""
-    f, _ = define(**found.network)
-    params = {key: tensor.clone() for key, tensor in found.params.items()}
-    values = []
-
-    def norm(*args, **kwargs):
-        values.append(F.batch_norm(*args, **kwargs))
-        return values[-1].clone()
-
-    f(images, params, True, norm=norm)
-    return values
 
 
 @pytest.fixture(scope='module')
@@ -118,7 +105,8 @@ def test_measures_of_a_fresh_network(model, batch):
             assert 'alpha' not in row
     for row in rows:
         assert row['gradient'] > 0
-    for row, output in zip(rows, outputs(found, batch[0]), strict=True):
+    f, _ = define(**found.network)
+    for row, output in zip(rows, outputs(f, found.params, batch[0]), strict=True):
         is_version_1 = model in ('diracnet-v1', 'plain-ncrelu')
         expected = 1 if is_version_1 else (output > 0).double().mean().item()
         assert row['active'] == pytest.approx(expected)
@@ -127,7 +115,8 @@ def test_measures_of_a_fresh_network(model, batch):
 def test_gradients_are_those_of_the_outputs(batch):
     """That of the last batch norm, by its own formula, from the softmax of the logits."""
     found, (images, targets) = fresh('diracnet', 10), batch
-    last = outputs(found, images)[-1]
+    f, _ = define(**found.network)
+    last = outputs(f, found.params, images)[-1]
     weight, bias = found.params['fc.weight'], found.params['fc.bias']
     logits = F.linear(last.relu().mean((2, 3)), weight, bias)
     grad = (logits.softmax(1) - F.one_hot(targets, 10)) / len(targets) @ weight

@@ -12,7 +12,7 @@ from conftest import read_log, start
 from tools.study.__main__ import main
 from tools.study.definition import read
 from tools.study.heat_map import draw_heat_maps
-from tools.study.runs import Run, all_runs, expand, flags
+from tools.study.runs import all_runs, expand, flags
 
 TINY = """
 title: A try
@@ -181,39 +181,22 @@ def test_mistakes_in_the_command_line(tiny, tmp_path, refused):
     refused(1, 'finished', main, tiny, '--out', tmp_path / 'out', '--table')
 
 
-def test_options_have_the_types_of_train(tiny, tmp_path):
-    tiny.write_text(TINY.replace('lr: 0.1', 'lr: 1e-1'))  # a text in YAML
-    one = Run(read(tiny), {'model': 'resnet', 'depth': 8}, 1, 'digits', tmp_path)
-    assert one.options['lr'] == 0.1
-
-
 def test_lists_expand_to_runs():
     rows = expand({'model': ['diracnet', 'plain'], 'depth': [10, 16], 'epoch_step': [3, 5]})
-    assert [(row['model'], row['depth']) for row in rows] == [
-        ('diracnet', 10),
-        ('diracnet', 16),
-        ('plain', 10),
-        ('plain', 16),
-    ]
+    values = [(row['model'], row['depth']) for row in rows]
+    assert values == [('diracnet', 10), ('diracnet', 16), ('plain', 10), ('plain', 16)]
     assert all(row['epoch_step'] == [3, 5] for row in rows)
-    assert flags({'sync_bn': True, 'recompute': False, 'lr': 0.1, 'epoch_step': [3, 5]}) == [
-        '--sync_bn',
-        '--lr',
-        '0.1',
-        '--epoch_step',
-        '[3,5]',
-    ]
+    arguments = flags({'sync_bn': True, 'recompute': False, 'lr': 0.1, 'epoch_step': [3, 5]})
+    assert arguments == ['--sync_bn', '--lr', '0.1', '--epoch_step', '[3,5]']
 
 
-def test_some_runs_have_fewer_seeds(tiny, tmp_path):
-    tiny.write_text(TINY.replace('depth: 8}', 'depth: 8, seeds: [2]}'))
+def test_runs_have_the_options_and_seeds_of_their_study(tiny, tmp_path):
+    text = TINY.replace('lr: 0.1', 'lr: 1e-1')  # a text in YAML
+    tiny.write_text(text.replace('depth: 8}', 'depth: 8, seeds: [2]}'))
     runs = all_runs(read(tiny), [1, 2], 'digits', tmp_path)
-    assert [(one.options['model'], one.seed) for one in runs] == [
-        ('diracnet', 1),
-        ('diracnet', 2),
-        ('resnet', 2),
-    ]
-    assert all('seeds' not in one.row for one in runs)
+    seeds = [(one.options['model'], one.seed) for one in runs]
+    assert seeds == [('diracnet', 1), ('diracnet', 2), ('resnet', 2)]
+    assert all(one.options['lr'] == 0.1 and 'seeds' not in one.row for one in runs)
 
 
 def test_heat_maps(tiny, tmp_path):

@@ -187,20 +187,9 @@ def draw_checkpoint(path, out):
 def main(arguments=None):
     parser = OneLineParser(prog='-m tools.plot', description=__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', type=path_argument)
-    parser.add_argument(
-        '--out',
-        type=path_argument,
-        required=True,
-        help='file for the figure; its PNG and its SVG are written',
-    )
-    parser.add_argument(
-        '--median',
-        action='store_true',
-        help='draw median and band of runs that differ only in their seed',
-    )
-    parser.add_argument(
-        '--graph', action='store_true', help="draw the network of a run's checkpoint instead"
-    )
+    parser.add_argument('--out', type=path_argument, required=True, help='where PNG and SVG go')
+    parser.add_argument('--median', action='store_true', help='one line for all seeds')
+    parser.add_argument('--graph', action='store_true', help="draw the checkpoint's network")
     args = parser.parse_args(arguments)
     out = Path(args.out)
     if not out.name or out.suffix not in ('', '.png', '.svg'):

@@ -308,15 +308,8 @@ def main(arguments=None):
         metavar='OPTIONS',
         help='options of train.py for a network to measure before any training; may be repeated',
     )
-    parser.add_argument(
-        '--out',
-        required=True,
-        type=path_argument,
-        help='file for the figure; PNG, SVG and CSV are written',
-    )
-    parser.add_argument(
-        '--dataroot', help='folder of the data set, if it is not where the training had it'
-    )
+    parser.add_argument('--out', required=True, type=path_argument, help='where the figure goes')
+    parser.add_argument('--dataroot', help='folder of the data set, if it has moved')
     args = parser.parse_args(arguments)
     if not args.runs and not args.untrained:
         raise OptionError('nothing to measure: pass a RUN, or --untrained OPTIONS')
