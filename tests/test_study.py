@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT, read_log, start
-from lab.errors import UserError
-from lab.training.options import OPTIONS, complete
+from conftest import read_log, start
 from tools.study.__main__ import main
-from tools.study.definition import expand, read
+from tools.study.definition import read
 from tools.study.heat_map import draw_heat_maps
-from tools.study.runs import Run, all_runs, flags
+from tools.study.runs import all_runs, expand, flags
 
 TINY = """
 title: A try
@@ -109,8 +107,6 @@ def test_stops_and_resumes(tiny, tmp_path):
     n = len(read_log(folder))
     assert 0 < n < 60
     assert 'python train.py --resume' in (folder / 'output.txt').read_text()
-    with pytest.raises(UserError, match=str(out)):  # a table needs a finished run
-        main([str(tiny), '--out', str(out), '--seeds', '1', '--table'])
 
 
 def test_a_run_that_diverges_is_a_result(tiny, tmp_path, call):
@@ -123,75 +119,84 @@ def test_a_run_that_diverges_is_a_result(tiny, tmp_path, call):
     assert 'the loss is' in (tmp_path / 'out' / 'diracnet-10' / 'seed1' / 'failed.txt').read_text()
 
 
-def test_a_file_that_is_not_a_study(tiny, tmp_path, refused):
-    refused(1, 'nowhere.yaml', main, tmp_path / 'nowhere.yaml')
-    tiny.write_text('title: [')
-    refused(1, 'tiny.yaml', main, tiny)
-    tiny.write_text('- title')
-    refused(1, 'tiny.yaml', main, tiny)
-    tiny.write_text('title: A try')
-    refused(1, ['tiny.yaml', 'seeds'], main, tiny)
-    for old, new, word in (
-        ('seeds: [1, 2]', 'seeds: 1', 'seeds'),
-        ('options: {width: 0.5}', 'options:', 'options'),
-        ('x: depth', 'x: lr', 'figure'),
-        ('figure: {x: depth, lines: model}', 'figure:', 'figure'),
-        ('lines: model}', 'y: lr, panels: model}', 'figure'),
-    ):
-        tiny.write_text(TINY.replace(old, new))
-        refused(1, ['tiny.yaml', word], main, tiny)
-
-
-def test_options_that_train_refuses(tiny, tmp_path, refused):
-    for old, new, word in (
-        ('dataset: digits', 'dataset: digitz', 'digitz'),
-        ('lr: 0.1', 'rate: 0.1', 'rate'),
-        ('lr: 0.1', 'lr: fast', 'fast'),
-        ('depth: 8', 'depth: 8, dropout: 0.1', '--dropout'),
-    ):
-        tiny.write_text(TINY.replace(old, new))
-        refused(2, word, main, tiny, '--out', tmp_path / 'never')
-    assert not (tmp_path / 'never').exists()  # before anything is trained
-
+def test_a_run_that_train_refuses(tiny, tmp_path, refused):
+    """What only the training finds ends the study, with the training's last line."""
     text = TINY.replace('depth: 8', 'depth: 9')
     tiny.write_text(text.replace('  - {model: diracnet, depth: 10, reported: 5.5}\n', ''))
-    words = ['--depth 9', 'depth 9 is impossible']
-    refused(1, words, main, tiny, '--out', tmp_path / 'out', '--seeds', '1')
+    refused(1, ['--depth 9', 'depth 9'], main, tiny, '--out', tmp_path / 'out', '--seeds', '1')
 
 
-def test_options_have_the_types_of_train(tiny, tmp_path):
-    tiny.write_text(TINY.replace('lr: 0.1', 'lr: 1e-1'))  # a text in YAML
-    one = Run(read(tiny), {'model': 'resnet', 'depth': 8}, 1, 'digits', tmp_path)
-    assert one.options['lr'] == 0.1
+# A change of TINY, (old, new), or a whole file; the exit status; a word of the line.
+MALFORMED = [
+    ('', 1, 'keys'),
+    ('title: [', 1, 'title'),
+    ('- title', 1, 'keys'),
+    (b'\x80\x81\xff', 1, 'byte'),
+    (('title: A try', 'title: !!python/object/apply:os.system [true]'), 1, 'python'),
+    (('title:', 'titel:'), 1, 'titel'),
+    (('title: A try', 'title: A try\nkeep: [7]'), 1, '7'),
+    (('seeds: [1, 2]', 'seeds: 1'), 1, 'seeds'),
+    (('seeds: [1, 2]', 'seeds: [one]'), 1, 'one'),
+    (('seeds: [1, 2]', 'seeds: [1, 1]'), 1, 'twice'),
+    (('dataset: digits', 'dataset: digitz'), 2, 'digitz'),
+    (('  digits:', '  digitz:'), 2, 'digitz'),
+    (TINY.partition('runs:')[0] + 'runs: [abc, def]\ntable: [model]', 1, 'abc'),
+    # options of runs
+    (('lr: 0.1', 'rate: 0.1'), 2, 'rate'),
+    (('lr: 0.1', 'lr: fast'), 2, 'fast'),
+    (('lr: 0.1', 'recompute: true, compile: true'), 2, '--compile'),
+    (('depth: 8', 'depth: 8, dropout: 0.1'), 2, '--dropout'),
+    (('width: 0.5', 'save: /tmp/mine'), 2, 'save'),
+    (('depth: 8', 'depth: 8, seeds: [3]'), 1, 'seeds'),
+    # runs that are none, or equal, or share a row of the table
+    (('depth: 8', 'depth: []'), 1, 'empty'),
+    (('depth: 8', 'depth: [8, 8]'), 1, 'twice'),
+    (('{model: resnet, depth: 8}', '{model: diracnet, depth: 10, lr: 0.1}'), 1, 'twice'),
+    (('depth: 8', 'depth: 8, warmup: [0, 1]'), 1, 'twice'),
+    # table and figure
+    (('[model, depth]', '[model, dpeth]'), 1, 'dpeth'),
+    (('x: depth', 'x: lr'), 1, 'lr'),
+    (('lines: model', 'y: lr, panels: model'), 1, 'lr'),
+    (('figure: {x: depth, lines: model}', 'figure:'), 1, 'figure'),
+]
+
+
+@pytest.mark.parametrize('content, status, word', MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed_studies(content, status, word, tiny, tmp_path, refused):
+    """Nothing is trained, and the line names the file."""
+    if isinstance(content, tuple):
+        assert content[0] in TINY
+        content = TINY.replace(*content, 1)
+    tiny.write_bytes(content if isinstance(content, bytes) else content.encode())
+    refused(status, ['tiny.yaml', word], main, tiny, '--out', tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_mistakes_in_the_command_line(tiny, tmp_path, refused):
+    refused(1, 'nowhere.yaml', main, tmp_path / 'nowhere.yaml')
+    refused(2, 'digitz', main, tiny, '--dataset', 'digitz', '--out', tmp_path / 'out')
+    refused(2, '--seeds', main, tiny, '--seeds', '1,')
+    refused(2, '--jobs', main, tiny, '--jobs', '0')
+    refused(1, 'out', main, tiny, '--out', tiny / 'out')  # below a file
+    refused(1, 'finished', main, tiny, '--out', tmp_path / 'out', '--table')
 
 
 def test_lists_expand_to_runs():
     rows = expand({'model': ['diracnet', 'plain'], 'depth': [10, 16], 'epoch_step': [3, 5]})
-    assert [(row['model'], row['depth']) for row in rows] == [
-        ('diracnet', 10),
-        ('diracnet', 16),
-        ('plain', 10),
-        ('plain', 16),
-    ]
+    values = [(row['model'], row['depth']) for row in rows]
+    assert values == [('diracnet', 10), ('diracnet', 16), ('plain', 10), ('plain', 16)]
     assert all(row['epoch_step'] == [3, 5] for row in rows)
-    assert flags({'sync_bn': True, 'recompute': False, 'lr': 0.1, 'epoch_step': [3, 5]}) == [
-        '--sync_bn',
-        '--lr',
-        '0.1',
-        '--epoch_step',
-        '[3,5]',
-    ]
+    arguments = flags({'sync_bn': True, 'recompute': False, 'lr': 0.1, 'epoch_step': [3, 5]})
+    assert arguments == ['--sync_bn', '--lr', '0.1', '--epoch_step', '[3,5]']
 
 
-def test_some_runs_have_fewer_seeds(tiny, tmp_path):
-    tiny.write_text(TINY.replace('depth: 8}', 'depth: 8, seeds: [2]}'))
+def test_runs_have_the_options_and_seeds_of_their_study(tiny, tmp_path):
+    text = TINY.replace('lr: 0.1', 'lr: 1e-1')  # a text in YAML
+    tiny.write_text(text.replace('depth: 8}', 'depth: 8, seeds: [2]}'))
     runs = all_runs(read(tiny), [1, 2], 'digits', tmp_path)
-    assert [(one.options['model'], one.seed) for one in runs] == [
-        ('diracnet', 1),
-        ('diracnet', 2),
-        ('resnet', 2),
-    ]
-    assert all('seeds' not in one.row for one in runs)
+    seeds = [(one.options['model'], one.seed) for one in runs]
+    assert seeds == [('diracnet', 1), ('diracnet', 2), ('resnet', 2)]
+    assert all(one.options['lr'] == 0.1 and 'seeds' not in one.row for one in runs)
 
 
 def test_heat_maps(tiny, tmp_path):
@@ -208,11 +213,3 @@ def test_heat_maps(tiny, tmp_path):
     texts = re.findall(r'<!-- ([\d.]+) -->', Path(svg).read_text())
     cells = [text for text in texts if float(text) >= 10]
     assert sorted(cells) == ['10.1', '10.2', '10.2', '20.1', '20.1']
-
-
-def test_committed_studies_are_well_formed():
-    for path in (ROOT / 'studies').glob('*.yaml'):
-        study = read(path)
-        for one in all_runs(study, [1], study.dataset, ROOT):
-            assert set(one.options) <= set(OPTIONS), path
-            complete(one.options)

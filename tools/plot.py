@@ -10,8 +10,6 @@ median and a band from the minimum to the maximum.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -21,44 +19,24 @@ from lab.errors import OneLineParser, OptionError, UserError, printable, run
 from lab.files import path_argument
 from lab.runs.log import log_file, read_log, seconds, test_error, test_loss
 from tools import figures
-from tools.network_graph import draw_graph
+
+# What a panel shows over the epochs: its label, and functions of a line of the log, for the test
+# and for the training.
+LOSSES = ('loss (thin: training)', test_loss, lambda line: line['train_loss'])
+ERRORS = ('error, % (thin: training)', test_error, lambda line: 100 - line['train_acc'])
+TEST_ERRORS = ('error, % (test)', test_error, None)
 
 
-@dataclass
-class Panel:
-    """What one pair of axes shows over the epochs: functions of a line of the log."""
-
-    label: str
-    test: Callable
-    train: Callable | None = None
-
-
-def train_error(line):
-    return 100 - line['train_acc']
-
-
-LOSSES = Panel('loss (thin: training)', test_loss, lambda line: line['train_loss'])
-ERRORS = Panel('error, % (thin: training)', test_error, train_error)
-TEST_ERRORS = Panel('error, % (test)', test_error)
-
-
-def curves(groups, out, errors_only=False, x='epoch'):
-    """Draw loss and error over the epochs or the seconds, and save.
+def draw_curves(groups, errors_only=False, stacked=False, x='epoch'):
+    """A figure of loss and error over the epochs or the seconds.
 
     Args:
         groups: maps a label to the logs of some runs. Their median is drawn, and a band from the
             minimum to the maximum.
         errors_only: draw only the test error.
+        stacked: one panel below the other, for phones.
         x: 'epoch', or 'seconds' (of training and tests together, the median over the runs).
-
-    Returns:
-        The paths of the figure.
     """
-    return figures.save(draw_curves(groups, errors_only, x=x), out)
-
-
-def draw_curves(groups, errors_only=False, stacked=False, x='epoch'):
-    """The figure that `curves` saves; `stacked`: with one panel below the other, for phones."""
     panels = [TEST_ERRORS] if errors_only else [LOSSES, ERRORS]
     if stacked:
         figure, axes = figures.new_figure(rows=len(panels), width=5.0, height=3.2)
@@ -68,12 +46,11 @@ def draw_curves(groups, errors_only=False, stacked=False, x='epoch'):
         for g, (label, logs) in enumerate(groups.items()):
             draw_group(ax, g, label, logs, panel, x)
         ax.set_xlabel(x)
-        ax.set_ylabel(panel.label)
+        ax.set_ylabel(panel[0])
         figures.use_log_scale(ax)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     figure.suptitle(title([log for logs in groups.values() for log in logs]), fontsize=10)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    add_legend_below(figure, dict(zip(labels, handles)), axes.shape[1])
+    add_legend_below(figure, axes)
     return figure
 
 
@@ -96,28 +73,20 @@ def title(logs):
 def draw_group(ax, g, label, logs, panel, x):
     """Draw the g-th group of runs: its test curve with a band, and its training curve."""
     style, marker, color = figures.style_of(g)
-    values = by_epoch(logs, panel.test)
-    places, n = list(values), len(values)
-    if x == 'seconds':
-        places = [median(v) for v in seconds_by_epoch(logs).values()]
-    every = max(1, n // 8)
-    markers = {'marker': marker, 'markevery': (g % every, every)}
-    ax.plot(
-        places,
-        [median(v) for v in values.values()],
-        color=color,
-        linestyle=style,
-        linewidth=1.6,
-        markersize=4,
-        label=figures.plain(label),
-        **markers,
-    )
+    _, test, train = panel
+    values = by_epoch(logs, test)
+    places = [median(v) for v in seconds_by_epoch(logs).values()] if x == 'seconds' else [*values]
+    every = max(1, len(values) // 8)
+    markers = {'color': color, 'marker': marker, 'markevery': (g % every, every)}
+    medians = [median(v) for v in values.values()]
+    label = figures.plain(label)
+    ax.plot(places, medians, ls=style, lw=1.6, ms=4, label=label, **markers)
     if len(logs) > 1:
         low, high = ([end(v) for v in values.values()] for end in (min, max))
         ax.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
-    if panel.train:
-        medians = [median(v) for v in by_epoch(logs, panel.train).values()]
-        ax.plot(places, medians, color=color, linestyle=':', linewidth=1, markersize=2.5, **markers)
+    if train:
+        medians = [median(v) for v in by_epoch(logs, train).values()]
+        ax.plot(places, medians, ls=':', lw=1, ms=2.5, **markers)
 
 
 def by_epoch(logs, measure):
@@ -139,13 +108,13 @@ def seconds_by_epoch(logs):
     return by_epoch(totals, lambda line: line['total'])
 
 
-def add_legend_below(figure, handles, panels):
-    """Add a legend, from {label: line}, under a figure with this many panels; make room for it."""
-    longest = max(map(len, handles))
-    columns = max(1, min(3, 80 * panels // (8 + longest)))
-    rows = -(-len(handles) // columns)
+def add_legend_below(figure, axes):
+    """Add the legend of the first panel under a figure, and make room for it."""
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    columns = max(1, min(3, 80 * axes.shape[1] // (8 + max(map(len, labels)))))
+    rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.16 * rows)
-    figure.legend(handles.values(), handles, loc='outside lower center', fontsize=8, ncols=columns)
+    figure.legend(handles, labels, loc='outside lower center', fontsize=8, ncols=columns)
 
 
 def group_by_options(logs):
@@ -183,9 +152,8 @@ def options_of(log):
     """The options of a run that may change its numbers, except the seed."""
     from lab.training.options import FREE_ON_RESUME  # imports torch
 
-    without_effect = FREE_ON_RESUME - {'epochs'}
     measured = {'epoch', 'n_parameters', 'broken_images'}
-    ignored = {'seed', *without_effect, *measured}
+    ignored = {'seed', *measured, *FREE_ON_RESUME} - {'epochs'}
     return {
         name: value
         for name, value in log[-1].items()
@@ -195,48 +163,36 @@ def options_of(log):
 
 def differing_options(dicts):
     """The keys for which these dicts have more than one value."""
-    values = {}
-    for options in dicts:
-        for name, value in options.items():
-            values.setdefault(name, set()).add(json.dumps(value))
-    return [name for name, found in values.items() if len(found) > 1]
+    names = dict.fromkeys(name for options in dicts for name in options)
+    values = {name: {json.dumps(d[name]) for d in dicts if name in d} for name in names}
+    return [name for name in names if len(values[name]) > 1]
 
 
 def draw_checkpoint(path, out):
     """Draw the network of a checkpoint. Returns the paths of the figure."""
     import torch
 
-    from lab.runs import checkpoint
+    from lab.runs.checkpoint import load
+    from tools.network_graph import draw_graph
 
-    found = checkpoint.load(path)
-    module = found.module()
-    size = (found.preprocessing or {}).get('image_size')
+    checkpoint = load(path)
+    size = (checkpoint.preprocessing or {}).get('image_size')
     if not size:
-        size = 224 if found.network['form'] == 'imagenet' else 32
-    inputs = torch.zeros(2, found.network['in_channels'], size, size)
-    return draw_graph(module, inputs, out)
+        size = 224 if checkpoint.network['form'] == 'imagenet' else 32
+    return draw_graph(
+        checkpoint.module(), torch.zeros(2, checkpoint.network['in_channels'], size, size), out
+    )
 
 
 def main(arguments=None):
     parser = OneLineParser(prog='-m tools.plot', description=__doc__)
     parser.add_argument('runs', nargs='+', metavar='RUN', type=path_argument)
-    parser.add_argument(
-        '--out',
-        type=path_argument,
-        required=True,
-        help='file for the figure; its PNG and its SVG are written',
-    )
-    parser.add_argument(
-        '--median',
-        action='store_true',
-        help='draw median and band of runs that differ only in their seed',
-    )
-    parser.add_argument(
-        '--graph', action='store_true', help="draw the network of a run's checkpoint instead"
-    )
+    parser.add_argument('--out', type=path_argument, required=True, help='where PNG and SVG go')
+    parser.add_argument('--median', action='store_true', help='one line for all seeds')
+    parser.add_argument('--graph', action='store_true', help="draw the checkpoint's network")
     args = parser.parse_args(arguments)
     out = Path(args.out)
-    if not out.name or out.name in ('.png', '.svg') or out.suffix not in ('', '.png', '.svg'):
+    if not out.name or out.suffix not in ('', '.png', '.svg'):
         raise OptionError(f'--out {args.out} must end in .png or .svg; both are written')
     if args.graph and (args.median or len(args.runs) > 1):
         raise OptionError('--graph draws the network of one run; --median does not apply')
@@ -248,7 +204,8 @@ def main(arguments=None):
             paths.setdefault(log_file(path).resolve(), path)
         logs = {path: read_log(path) for path in paths.values()}
         by_path = {path: [log] for path, log in logs.items()}
-        files = curves(group_by_options(logs) if args.median else by_path, args.out)
+        groups = group_by_options(logs) if args.median else by_path
+        files = figures.save(draw_curves(groups), args.out)
     print(*(printable(str(file)) for file in files))
 
 

@@ -30,7 +30,7 @@ import csv
 import re
 import shlex
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import compress, count
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +43,7 @@ from lab.files import path_argument
 from lab.models import registry
 from lab.models.diracnet_v1 import ncrelu, tiled_delta
 from lab.models.registry import CHAINS, SCALES, VERSION_1
-from lab.runs import checkpoint
+from lab.runs.checkpoint import Checkpoint, load
 from lab.runs.log import read_log
 from lab.training.network import network_arguments
 from lab.training.options import check_combination, complete, parse
@@ -51,19 +51,8 @@ from tools.propagation_figure import draw
 
 IMAGES = 256
 ALL_LAYERS = 100  # of longer chains, some are measured
-COLUMNS = (
-    'run',
-    'epoch',
-    'layer',
-    'name',
-    'alpha',
-    'beta',
-    'identity',
-    'active',
-    'neighbour',
-    'kept',
-    'gradient',
-)
+PLACE = ('run', 'epoch', 'layer', 'name')  # columns of the CSV, with the measurements
+MEASUREMENTS = ('alpha', 'beta', 'identity', 'active', 'neighbour', 'kept', 'gradient')
 DISTINGUISHING = ('width', 'init', *SCALES, 'seed')  # options that a label has if they differ
 
 
@@ -82,45 +71,36 @@ class Chain:
 
 def read_run(folder):
     """The Chain of a run. Raises UserError."""
-    newest = checkpoint.load(folder)
+    newest = load(folder)
     if not newest.is_run or not is_chain(newest.network['model']):
         raise UserError(f'{folder} is not a run of a chain ({", ".join(CHAINS + VERSION_1)})')
-    found = {0: untrained(newest.options, newest.network)}
-    for path in Path(folder).glob('epoch*.pt7'):
-        match = re.fullmatch(r'epoch(\d+)\.pt7', path.name)
-        if match:
-            found[int(match[1])] = checkpoint.load(path)
-    found[newest.epoch] = newest
-    return Chain(str(folder), newest.options, dict(sorted(found.items())), read_log(folder))
+    kept = {
+        int(path.stem.removeprefix('epoch')): load(path)
+        for path in Path(folder).glob('epoch*.pt7')
+        if re.fullmatch(r'epoch\d+', path.stem)
+    }
+    kept.update({0: untrained(newest.options, newest.network), newest.epoch: newest})
+    return Chain(str(folder), newest.options, dict(sorted(kept.items())), read_log(folder))
 
 
 def define_untrained(text, dataroot=None):
     """The Chain that options of train.py define. Raises OptionError."""
     try:
         options = complete(parse(shlex.split(text)))
-    except ValueError as error:  # an open quote
-        raise OptionError(f'--untrained {text} cannot be read: {error}') from None
-    check_combination(options)
-    if not is_chain(options['model']):
-        raise OptionError(
-            f'--model {options["model"]} is not one of {", ".join(CHAINS + VERSION_1)}'
-        )
-    source = load_images(options, dataroot)
-    try:
-        found = untrained(options, network_arguments(options, source))
-    except ValueError as error:
-        raise OptionError(str(error)) from None
-    return Chain(text, options, {0: found})
+        check_combination(options)
+        if not is_chain(options['model']):
+            raise OptionError(f'--untrained {text} is none of {", ".join(CHAINS + VERSION_1)}')
+        network = network_arguments(options, load_images(options, dataroot))
+        return Chain(text, options, {0: untrained(options, network)})
+    except ValueError as error:  # an open quote, an impossible depth
+        raise OptionError(f'--untrained {text} cannot be used: {error}') from None
 
 
 def load_images(options, dataroot):
     """The Data of a run's data set, in `dataroot` if it is given."""
-    return datasets.load(
-        options['dataset'],
-        dataroot or options['dataroot'],
-        form=options.get('form'),
-        image_size=options.get('image_size'),
-    )
+    form, image_size = options.get('form'), options.get('image_size')
+    root = dataroot or options['dataroot']
+    return datasets.load(options['dataset'], root, form=form, image_size=image_size)
 
 
 def is_chain(model):
@@ -132,7 +112,7 @@ def untrained(options, network):
     torch.manual_seed(options['seed'])  # as train.py does
     _, params = registry.define(**registry.initialization(options), **network)
     params = {key: tensor.detach() for key, tensor in params.items()}
-    return checkpoint.Checkpoint('', params, network=network)
+    return Checkpoint('', params, network=network)
 
 
 def labels(chains):
@@ -142,19 +122,16 @@ def labels(chains):
         UserError: two chains have the same name.
     """
     options = [{**registry.initial_scales(one.options['model']), **one.options} for one in chains]
-    texts = [{name: option_text(name, one) for name in DISTINGUISHING} for one in options]
-    differing = [name for name in DISTINGUISHING if len({text[name] for text in texts}) > 1]
-    sources = {}
+    texts = [[option_text(name, one) for name in DISTINGUISHING] for one in options]
+    differs = [len(set(values)) > 1 for values in zip(*texts)]
+    names = {}
     for chain, text in zip(chains, texts):
-        parts = [f'{chain.options["model"]}-{chain.options["depth"]}']
-        parts += [text[name] for name in differing if text[name]]
-        label = ', '.join(parts)
-        if label in sources:
-            raise UserError(
-                f'{chain.source} and {sources[label]} are both {label}: pass one of them'
-            )
-        sources[label] = chain.source
-    return list(sources)
+        parts = [f'{chain.options["model"]}-{chain.options["depth"]}', *compress(text, differs)]
+        name = ', '.join(filter(None, parts))
+        if name in names:
+            raise UserError(f'{chain.source} and {names[name]} are both {name}: pass one of them')
+        names[name] = chain.source
+    return list(names)
 
 
 def option_text(name, options):
@@ -183,40 +160,35 @@ def first_batch(chains, dataroot):
 # --- the measurements ------------------------------------------------------------------------
 
 
-def measure(found, images, targets):
+def measure(checkpoint, images, targets):
     """The measurements of a checkpoint: one dict for each measured layer of its chain."""
-    version_1 = found.network['model'] in VERSION_1
-    rows = {row['layer']: row for row in weight_rows(found, version_1)}
+    version_1 = checkpoint.network['model'] in VERSION_1
+    rows = {row['layer']: row for row in weight_rows(checkpoint, version_1)}
     layers, stem = count(1), None
 
-    def norm(*args, **kwargs):
+    def norm(*args, **kwargs):  # of all layers, in order
         nonlocal stem
-        output = F.batch_norm(*args, **kwargs)
+        output = F.batch_norm(*args, **kwargs)  # (N, C, H, W)
         layer = next(layers)
         if layer == 1:
-            stem = output.detach().clone()  # the next ReLU works in place
+            stem = output.detach().relu()  # a copy: the next ReLU works in place
         if layer in rows:
-            values = output.detach()
-            rows[layer].update(unit_measures(values, stem, targets, version_1))
+            row, values = rows[layer], output.detach().relu()
+            units = ncrelu(output.detach()) if version_1 else values
+            row['active'] = units.count_nonzero().item() / output.numel()
+            row['neighbour'] = neighbour_accuracy(units, targets)
+            row['kept'] = kept(values, stem)
             # The hook gets the gradient at the values before the ReLU.
-            output.register_hook(
-                lambda gradient: rows[layer].update(gradient=gradient.norm().item())
-            )
+            output.register_hook(lambda gradient: row.update(gradient=gradient.norm().item()))
         return output
 
-    f, _ = registry.define(**found.network)
-    logits = f(images, trainable(found.params), True, norm=norm)
-    F.cross_entropy(logits, targets).backward()
+    f, _ = registry.define(**checkpoint.network)
+    params = {
+        key: tensor.clone().requires_grad_('.running_' not in key)
+        for key, tensor in checkpoint.params.items()
+    }
+    F.cross_entropy(f(images, params, True, norm=norm), targets).backward()
     return list(rows.values())
-
-
-def trainable(params):
-    """A copy of params in which all but the running statistics require gradients."""
-    copies = {}
-    for key, tensor in params.items():
-        is_running = key.rpartition('.')[2].startswith('running_')
-        copies[key] = tensor.clone().requires_grad_(not is_running)
-    return copies
 
 
 def measured_layers(n):
@@ -230,10 +202,10 @@ def measured_layers(n):
     return np.unique(spread.round().astype(int)).tolist()
 
 
-def weight_rows(found, version_1):
+def weight_rows(checkpoint, version_1):
     """For each measured layer of a checkpoint a dict of what its weight tells."""
-    names = [key for key in found.params if key.rpartition('.')[2] == 'conv']
-    folded = registry.fold(found.network['model'], found.params)
+    names = [key for key in checkpoint.params if key.rpartition('.')[2] == 'conv']
+    folded = registry.fold(checkpoint.network['model'], checkpoint.params)
     weights = [weight for key, weight in folded.items() if key.endswith('conv.weight')]
     rows = []
     for layer in measured_layers(len(names)):
@@ -241,7 +213,10 @@ def weight_rows(found, version_1):
         row = {'layer': layer, 'name': name}
         if layer > 1:  # the first convolution has no identity
             row['identity'] = identity_share(weight, version_1)
-            row.update(mean_scales(found.params, name.removesuffix('conv')))
+            for part in ('alpha', 'beta'):  # plain weights have none
+                scale = checkpoint.params.get(f'{name.removesuffix("conv")}{part}')
+                if scale is not None:
+                    row[part] = scale.abs().mean().item()
         rows.append(row)
     return rows
 
@@ -250,23 +225,6 @@ def identity_share(weight, version_1):
     """Share of the energy of a folded weight, (out, in, *kernel), at the taps of the identity."""
     delta = tiled_delta(weight) if version_1 else torch.nn.init.dirac_(torch.empty_like(weight))
     return ((weight * delta).square().sum() / weight.square().sum()).item()
-
-
-def mean_scales(params, prefix):
-    """The mean absolute alpha and beta of a convolution; {} for plain weights."""
-    keys = {part: f'{prefix}{part}' for part in ('alpha', 'beta')}
-    return {part: params[key].abs().mean().item() for part, key in keys.items() if key in params}
-
-
-def unit_measures(output, stem, targets, version_1):
-    """The measurements of one layer, from outputs of its batch norm and of the first, (N, C, H, W),
-    before the activation."""
-    values = ncrelu(output) if version_1 else output.relu()
-    return {
-        'active': values.count_nonzero().item() / output.numel(),
-        'neighbour': neighbour_accuracy(values, targets),
-        'kept': kept(output.relu(), stem.relu()),
-    }
 
 
 def neighbour_accuracy(values, targets):
@@ -302,17 +260,14 @@ def kept(values, stem):
 
 def write_csv(measured, path):
     with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
+        writer = csv.writer(file)
+        columns = PLACE + MEASUREMENTS
+        writer.writerow(columns)
         for label, epochs in measured.items():
             for epoch, rows in epochs.items():
-                writer.writerows({'run': label, 'epoch': epoch, **as_text(row)} for row in rows)
-
-
-def as_text(row):
-    return {
-        key: f'{value:.4g}' if isinstance(value, float) else value for key, value in row.items()
-    }
+                for row in rows:
+                    values = [label, epoch, *map(row.get, columns[2:])]
+                    writer.writerow(f'{v:.4g}' if isinstance(v, float) else v for v in values)
 
 
 def report(folders, out, dataroot=None, options=()):
@@ -326,8 +281,7 @@ def report(folders, out, dataroot=None, options=()):
         The paths.
 
     Raises:
-        UserError: a folder is not a run of a chain, two chains are the same, or they have
-            different data sets.
+        UserError: see read_run, labels and first_batch.
         OptionError: options do not define a chain.
     """
     chains = [read_run(folder) for folder in folders]
@@ -337,7 +291,7 @@ def report(folders, out, dataroot=None, options=()):
     for label, chain in zip(labels(chains), chains):
         logs[label] = chain.log
         measured[label] = {
-            epoch: measure(found, *batch) for epoch, found in chain.checkpoints.items()
+            epoch: measure(checkpoint, *batch) for epoch, checkpoint in chain.checkpoints.items()
         }
     table = Path(out).with_suffix('.csv')
     write_csv(measured, table)
@@ -354,15 +308,8 @@ def main(arguments=None):
         metavar='OPTIONS',
         help='options of train.py for a network to measure before any training; may be repeated',
     )
-    parser.add_argument(
-        '--out',
-        required=True,
-        type=path_argument,
-        help='file for the figure; PNG, SVG and CSV are written',
-    )
-    parser.add_argument(
-        '--dataroot', help='folder of the data set, if it is not where the training had it'
-    )
+    parser.add_argument('--out', required=True, type=path_argument, help='where the figure goes')
+    parser.add_argument('--dataroot', help='folder of the data set, if it has moved')
     args = parser.parse_args(arguments)
     if not args.runs and not args.untrained:
         raise OptionError('nothing to measure: pass a RUN, or --untrained OPTIONS')

@@ -24,16 +24,16 @@ def draw(measured, logs, out):
     figure, axes = figures.new_figure(rows=4 if after else 2, columns=2, width=4.6, height=2.8)
     left, right = (axes[:, 0], axes[:, 1]) if after else (axes.flat, [])
 
-    draw_shares(left[0], styles, before, 'active', 'share of active units')
-    draw_shares(left[1], styles, before, 'neighbour', NEIGHBOUR)
-    draw_shares(left[2], styles, before, 'kept', 'squared correlation with the first layer')
+    draw_layers(left[0], styles, before, 'active', 'share of active units')
+    draw_layers(left[1], styles, before, 'neighbour', NEIGHBOUR)
+    draw_layers(left[2], styles, before, 'kept', 'squared correlation with the first layer')
     draw_layers(left[3], styles, before, 'gradient', 'norm of the gradient')
     left[3].set_yscale('log')
     if after:
         left[0].set_title('Before training\n\nshare of active units', fontsize=12)
-        draw_shares(right[0], styles, after, 'active', 'After training\n\nshare of active units')
-        draw_shares(right[1], styles, after, 'neighbour', NEIGHBOUR)
-        draw_shares(right[2], styles, after, 'identity', "identity's share of the weight")
+        draw_layers(right[0], styles, after, 'active', 'After training\n\nshare of active units')
+        draw_layers(right[1], styles, after, 'neighbour', NEIGHBOUR)
+        draw_layers(right[2], styles, after, 'identity', "identity's share of the weight")
         draw_errors(right[3], styles, logs)
     handles = left[0].get_legend_handles_labels()
     figure.legend(*handles, loc='outside upper center', ncols=2, frameon=False, fontsize=12)
@@ -50,12 +50,8 @@ def draw_layers(ax, styles, rows_by_label, part, title):
     ax.xaxis.set_major_formatter('{x:g}')
     ax.set_title(title, fontsize=12)
     ax.set_xlabel('layer')
-
-
-def draw_shares(ax, styles, rows_by_label, part, title):
-    """Draw a measurement that is a share."""
-    draw_layers(ax, styles, rows_by_label, part, title)
-    ax.set_ylim(-0.03, 1.03)
+    if part != 'gradient':  # a share
+        ax.set_ylim(-0.03, 1.03)
 
 
 def draw_errors(ax, styles, logs):

@@ -3,7 +3,7 @@
 import textwrap
 
 from tools import figures
-from tools.plot import curves
+from tools.plot import draw_curves
 from tools.study.heat_map import draw_heat_maps
 from tools.study.table import text_of
 
@@ -11,7 +11,8 @@ from tools.study.table import text_of
 def draw_study(study, rows, runs, out):
     """Draw the figure, and save. Returns its paths."""
     if study.figure['x'] in ('epoch', 'seconds'):
-        return curves(logs_by_row(study, runs), out, errors_only=True, x=study.figure['x'])
+        figure = draw_curves(logs_by_row(study, runs), errors_only=True, x=study.figure['x'])
+        return figures.save(figure, out)
     if 'panels' in study.figure:
         return draw_heat_maps(study, rows, out)
     return draw_errors(study, rows, out)
@@ -39,7 +40,9 @@ def draw_errors(study, rows, out):
     x = study.figure['x']
     lines = study.figure.get('lines', [])
     lines = lines if isinstance(lines, list) else [lines]
-    axis = NumericAxis(rows, x) if is_numeric(rows, x) else NamedAxis(rows, x)
+    values = [row[x] for row in rows]
+    is_numeric = all(isinstance(value, (int, float)) for value in values)
+    ticks = sorted(set(values)) if is_numeric else list(dict.fromkeys(map(str, values)))
     rows_by_label = {}
     for row in rows:
         if row['error'] is not None:  # not all its runs diverged
@@ -47,9 +50,15 @@ def draw_errors(study, rows, out):
     for g, (label, group) in enumerate(rows_by_label.items()):
         # Several lines are drawn side by side, or their bars would hide each other.
         shift = g - (len(rows_by_label) - 1) / 2
-        places = [axis.place(row, shift) for row in group]
-        draw_line(ax, g, label, places, group, axis.linestyle)
-    axis.label(ax)
+        if is_numeric:
+            places = [row[x] * 1.025**shift for row in group]
+        else:
+            places = [ticks.index(str(row[x])) + 0.12 * shift for row in group]
+        draw_line(ax, g, label, places, group, is_numeric)
+    if is_numeric:
+        label_numbers(ax, ticks)
+    else:
+        ax.set_xticks(range(len(ticks)), map(figures.plain, ticks), rotation=20)
     if spans_decades(rows):
         figures.use_log_scale(ax)
     ax.set_xlabel(x)
@@ -60,21 +69,21 @@ def draw_errors(study, rows, out):
     return figures.save(figure, out)
 
 
-def draw_line(ax, g, label, places, rows, linestyle):
+def draw_line(ax, g, label, places, rows, is_connected):
     style, marker, color = figures.style_of(g)
-    ax.errorbar(
-        places,
-        [row['error'] for row in rows],
-        yerr=[
-            [row['error'] - row['least'] for row in rows],
-            [row['most'] - row['error'] for row in rows],
-        ],
-        color=color,
-        linestyle=linestyle or style,
-        marker=marker,
-        capsize=3,
-        label=label,
-    )
+    errors = [row['error'] for row in rows]
+    below = [row['error'] - row['least'] for row in rows]
+    above = [row['most'] - row['error'] for row in rows]
+    style = {'ls': style if is_connected else 'none', 'marker': marker, 'color': color}
+    ax.errorbar(places, errors, yerr=[below, above], capsize=3, label=label, **style)
+
+
+def label_numbers(ax, ticks):
+    """Make the x axis logarithmic, with those ticks that the next one is not within 20 % of."""
+    ticks = [tick for tick in ticks if not any(tick < other <= 1.2 * tick for other in ticks)]
+    ax.set_xscale('log')
+    ax.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+    ax.minorticks_off()
 
 
 def spans_decades(rows):
@@ -82,46 +91,3 @@ def spans_decades(rows):
     trained = [row for row in rows if row['error'] is not None]
     errors = [row[name] for row in trained for name in ('least', 'most')]
     return bool(errors) and min(errors) > 0 and max(errors) > 3 * min(errors)
-
-
-def is_numeric(rows, name):
-    return all(isinstance(row[name], (int, float)) for row in rows)
-
-
-class NumericAxis:
-    """A logarithmic x axis for an option whose values are numbers."""
-
-    linestyle = None  # that of the line
-
-    def __init__(self, rows, name):
-        self.name = name
-        self.ticks = sorted({row[name] for row in rows})
-
-    def place(self, row, shift):
-        return row[self.name] * 1.025**shift
-
-    def label(self, ax):
-        ticks = [tick for tick in self.ticks if self._has_room(tick)]
-        ax.set_xscale('log')
-        ax.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
-        ax.minorticks_off()
-
-    def _has_room(self, tick):
-        """Whether the next tick is more than 20 % above this one."""
-        return not any(tick < other <= 1.2 * tick for other in self.ticks)
-
-
-class NamedAxis:
-    """An x axis for an option whose values are names: a place for each."""
-
-    linestyle = 'none'
-
-    def __init__(self, rows, name):
-        self.name = name
-        self.ticks = list(dict.fromkeys(figures.plain(str(row[name])) for row in rows))
-
-    def place(self, row, shift):
-        return self.ticks.index(figures.plain(str(row[self.name]))) + 0.12 * shift
-
-    def label(self, ax):
-        ax.set_xticks(range(len(self.ticks)), self.ticks, rotation=20)

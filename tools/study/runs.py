@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from itertools import product
 from pathlib import Path
 
 from lab.errors import OptionError, UserError
@@ -10,10 +11,22 @@ from lab.files import write_atomically
 from lab.runs.checkpoint import FILE_NAME
 from lab.runs.log import LOG, read_lines
 from lab.training.options import FREE_ON_RESUME, check_combination, complete, parse
-from tools.study.definition import expand
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILED = 'failed.txt'  # why a run diverged
+
+
+def expand(options):
+    """One dict for each combination of the elements of all values that are lists.
+
+    epoch_step is an exception: its value for a single run is a list already.
+    """
+    choices = {
+        name: value if isinstance(value, list) and name != 'epoch_step' else [value]
+        for name, value in options.items()
+        if name != 'seeds'
+    }
+    return [dict(zip(choices, values)) for values in product(*choices.values())]
 
 
 def flags(options):
@@ -65,12 +78,6 @@ class Run:
         if not os.path.exists(path):
             return []
         return [stats for _, stats in read_lines(path) if stats is not None]
-
-    @property
-    def settings(self):
-        """The options that determine its results."""
-        without_effect = FREE_ON_RESUME - {'epochs'}
-        return {key: self.all_options[key] for key in self.all_options.keys() - without_effect}
 
     @property
     def failed(self):
@@ -128,8 +135,12 @@ def all_runs(study, seeds, dataset, folder):
 
     Raises:
         OptionError: train.py would not accept the options of a run.
-        UserError: two runs are the same, or would have the same folder or row of the table.
+        UserError: a list is empty, no run has an option of the table, or two runs would have the
+            same row of the table or the same folder.
     """
+    for options in study.runs:
+        if not expand(options):
+            raise UserError(f'{study.path}: a run has an empty list: {options}')
     rows = [(row, options.get('seeds', seeds)) for options in study.runs for row in expand(options)]
     runs = [
         Run(study, row, seed, dataset, folder)
@@ -137,16 +148,15 @@ def all_runs(study, seeds, dataset, folder):
         for row, own_seeds in rows
         if seed in own_seeds
     ]
+    for name in study.table:
+        if not any(name in one.all_options for one in runs):
+            raise UserError(f'{study.path}: its table has {name}, an option that no run has')
     found = {}
     for one in runs:
         cells = {name: one.all_options.get(name) for name in (*study.table, 'seed')}
-        for what, key in (
-            ('the same run', one.settings),
-            ('the same row of the table', cells),
-            ('the same folder', str(one.folder)),
-        ):
+        for what, key in (('row of the table', cells), ('folder', str(one.folder))):
             other = found.setdefault((what, json.dumps(key, sort_keys=True)), one)
             if other is not one:
                 first, second = (' '.join(flags(run.row)) or 'no options' for run in (other, one))
-                raise UserError(f'{study.path} has {what} twice: {first}; {second}')
+                raise UserError(f'{study.path} has the same {what} twice: {first}; {second}')
     return runs
