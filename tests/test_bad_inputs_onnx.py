@@ -9,7 +9,7 @@ import pytest
 
 import train
 from lab.data.datasets import PREPROCESSING
-from tools import export, plot, predict, quantize
+from tools import export, plot, predict
 
 
 def onnx_file(path, metadata, shape=('batch', 1, 8, 8), last=None, kind=1):
@@ -103,7 +103,6 @@ def test_other_programs_name_the_one_that_reads_them(tmp_path, refused):
     onnx_file(path, {})
     for main, *options in (
         (export.main, tmp_path / 'out.pth'),
-        (quantize.main,),
         (train.main, '--evaluate'),
         (plot.main, '--graph', '--out', tmp_path / 'graph.png'),
     ):

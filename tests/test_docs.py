@@ -29,7 +29,7 @@ README = (ROOT / 'README.md').read_text()
 NOT_RUN = {
     'sh': re.compile(
         r'~/|/usr/|CIFAR|SVHN|ImageNet|FashionMNIST|--ngpu|torchrun|pytest|test\.py|NAME|'
-        r'tools\.(benchmark|quantize|soak|study)'
+        r'tools\.(benchmark|soak|study)'
     ),
     'python': re.compile(r'diracnet(18|34).*pretrained=True|~/|torchvision'),
 }
