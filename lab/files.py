@@ -9,6 +9,8 @@ import stat
 from hashlib import sha256
 from pathlib import Path
 
+from lab.errors import UserError
+
 NAME, PATH = 255, 4000  # bytes that most systems allow in the name of a file, and in a path
 
 
@@ -72,6 +74,20 @@ def write_atomically(path, content, keep_previous_as=None):
         raise
     with contextlib.suppress(OSError):  # not every system can sync a folder
         _sync_folder(path.parent)
+
+
+def write_output(path, content):
+    """`write_atomically` to a file that a user named; its folders are made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(path).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror})') from None
 
 
 def _sync_folder(folder):

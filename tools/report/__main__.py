@@ -8,36 +8,34 @@ their class activation maps, the first filters, alpha, beta and the signal over 
 network comes from. Without the data set, the page lacks what needs its images, and says so.
 """
 
+import json
 import sys
 from pathlib import Path
 
-from lab.errors import OneLineParser, UserError, printable, run
-from lab.files import path_argument, write_atomically
+import jinja2
+
+from lab.data.names import display_name
+from lab.errors import OneLineParser, printable, run
+from lab.files import path_argument, write_output
 from lab.runs import checkpoint
 from tools.report.content import describe
-from tools.report.page import render
+
+TEMPLATE = Path(__file__).with_name('page.html')
 
 
-def write_report(path, out, dataroot=None):
-    """Write the page about the checkpoint in `path`.
-
-    Args:
-        dataroot: folder of the data set; None for the folder that the training used.
-
-    Returns:
-        The reason why the page lacks pictures, or ''.
-
-    Raises:
-        UserError: the checkpoint or the data set cannot be read, or `out` cannot be written.
-    """
-    content = describe(checkpoint.load(path), path, dataroot)
-    out = Path(out).expanduser()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, render(content).encode())
-    except OSError as error:
-        raise UserError(f'{out} cannot be written ({error.strerror})') from None
-    return content.missing
+def render(source, facts, sections):
+    """The HTML about a Checkpoint. All texts are escaped."""
+    network, options = source.network, sorted(source.options.items())
+    name = display_name(network['dataset'], source.options.get('dataroot', '.'))
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(TEMPLATE.read_text('utf-8')).render(
+        title=printable(f'{network["model"]}-{network["depth"]}-{network["width"]:g} on {name}'),
+        facts=facts,
+        sections=sections,
+        options=[(k, v if isinstance(v, str) else json.dumps(v)) for k, v in options],
+    )
 
 
 def main(arguments=None):
@@ -50,7 +48,9 @@ def main(arguments=None):
         help='folder of the data set, if it is not where the training had it',
     )
     args = parser.parse_args(arguments)
-    missing = write_report(args.checkpoint, args.out, args.dataroot)
+    source = checkpoint.load(args.checkpoint)
+    facts, sections, missing = describe(source, args.checkpoint, args.dataroot)
+    write_output(args.out, render(source, facts, sections).encode())
     if missing:
         print(
             f'{printable(args.out)} lacks what needs images: {printable(missing)}', file=sys.stderr

@@ -1,24 +1,22 @@
-"""What a report says: facts, sections with pictures, and options."""
+"""What a report says: facts about a network, and sections with pictures."""
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lab.data.datasets import targets_of
-from lab.data.image_folders import ImageFolder
-from lab.data.names import display_name, readable
-from lab.data.preprocessing import normalize
+from lab.data.names import readable
+from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import UserError, printable
 from lab.folded import (
-    FILE_IMAGES,
     check_classes,
+    compute_logits,
     images_tested,
     load_data,
     preprocessing_of,
-    read_pixels,
+    sample_pixels,
 )
 from lab.models.registry import FOLDABLE
 from lab.runs.folder import COMMANDS, read_commands
@@ -26,273 +24,215 @@ from lab.runs.log import parse_line
 from tools.class_maps import class_maps, draw
 from tools.plot import draw_curves
 from tools.propagation import IMAGES, is_chain, measure
-from tools.report.pictures import (
-    classes_picture,
-    confusion_picture,
-    figure_uri,
-    filters_picture,
-    image_uri,
-    lines_picture,
-)
+from tools.report import pictures
 
 MISTAKES = 12  # pictures of them
-BATCH = 250  # images
 
 
-@dataclass
-class Section:
+class Section(NamedTuple):
     title: str
     text: str
     picture: str = ''  # a data URI
-    cards: list = field(default_factory=list)  # (data URI, caption)
-    rows: list = field(default_factory=list)  # (name, value)
+    cards: tuple = ()  # (data URI, caption)
 
 
-@dataclass
-class Content:
-    title: str
-    facts: list  # (name, value)
-    sections: list
-    options: list  # (name, value)
-    missing: str = ''  # why the images could not be had
+def describe(checkpoint, path, dataroot=None):
+    """The report of a Checkpoint that was read from `path`.
 
+    Returns:
+        facts: (name, value) of each.
+        sections: a list of Sections.
+        missing: the reason why the images could not be had, or ''.
 
-def describe(found, path, dataroot=None):
-    """The Content of the report of a Checkpoint that was read from `path`. Raises UserError."""
-    network = found.network
-    name = display_name(network['dataset'], found.options.get('dataroot', '.'))
-    content = Content(
-        title=printable(f'{network["model"]}-{network["depth"]}-{network["width"]:g} on {name}'),
-        facts=[],
-        sections=[],
-        options=[(name, _as_text(value)) for name, value in sorted(found.options.items())],
-    )
-    log = [parse_line(line, 'its log') for line in found.log or []]
+    Raises:
+        UserError: the log in the checkpoint is broken.
+    """
+    log = [parse_line(line, 'its log') for line in checkpoint.log or []]
     if log:
-        content.sections.append(_curves(log))
+        figure = draw_curves({'test': [log]}, stacked=True)
+        text, curves = 'Loss and error over the epochs.', pictures.figure_uri(figure)
     else:
-        content.sections.append(
-            Section('Training', f'{printable(str(found.path))} has no log of its training.')
-        )
-    tested = None
+        text, curves = f'{printable(str(checkpoint.path))} has no log of its training.', ''
+    sections, missing = [Section('Training', text, curves)], ''
+    tests = None
     try:
-        tested = _test(found, dataroot)
+        tests = test(checkpoint, dataroot)
     except UserError as error:
-        content.missing = str(error)
-        content.sections.append(
-            Section('Images', f'The images cannot be read, so their pictures are missing: {error}')
-        )
-    if tested:
-        content.sections += _test_sections(found, tested)
-    content.sections += _weight_sections(found)
-    if tested and is_chain(network['model']) and not found.folded:
-        content.sections.append(_signal(found, tested))
-    content.facts = _facts(found, path, log, tested)
-    return content
-
-
-def _as_text(value):
-    return value if isinstance(value, str) else json.dumps(value)
+        missing = str(error)
+        sections.append(Section('Images', f'What needs images is missing: {missing}'))
+    if tests:
+        sections += [confusion(tests), accuracies(tests), mistakes(checkpoint, tests)]
+    sections += weights(checkpoint)
+    if tests and is_chain(checkpoint.network['model']) and not checkpoint.folded:
+        sections.append(signal(checkpoint, tests))
+    return facts(checkpoint, path, log, tests), sections, missing
 
 
 # --- where it comes from ---------------------------------------------------------------------
 
 
-def _facts(found, path, log, tested):
-    parameters = sum(
-        tensor.numel() for key, tensor in found.params.items() if '.running_' not in f'.{key}'
-    )
-    facts = []
-    if tested:
-        accuracy = 100 * (tested.predicted == tested.targets).mean()
-        of = f'{len(tested.targets):,} {images_tested(found)} images'
-        facts.append(('test accuracy', f'{accuracy:.2f} % of {of}'))
+def facts(checkpoint, path, log, tests):
+    """(name, value) of what the page begins with."""
+    rows = {}
+    if tests:
+        accuracy = 100 * (tests.predicted == tests.targets).mean()
+        rows['test accuracy'] = f'{accuracy:.2f} % of {len(tests.targets):,} {tests.kind} images'
     elif log:
-        facts.append(('test accuracy', f'{log[-1]["test_acc"]:.2f} % (from the log)'))
-    facts += [('parameters', f'{parameters:,}'), ('file', printable(str(found.path)))]
-    if found.options:
-        epochs = f'{found.epoch} of {found.options["epochs"]}'
-        facts += [('epochs', epochs), ('seed', str(found.options['seed']))]
+        rows['test accuracy'] = f'{log[-1]["test_acc"]:.2f} % (from the log)'
+    parameters = (t for key, t in checkpoint.params.items() if 'running_' not in key)
+    rows['parameters'] = f'{sum(tensor.numel() for tensor in parameters):,}'
+    rows['file'] = printable(str(checkpoint.path))
+    if checkpoint.options:
+        rows['epochs'] = f'{checkpoint.epoch} of {checkpoint.options["epochs"]}'
+        rows['seed'] = checkpoint.options['seed']
     folder = Path(path).expanduser()
-    starts = read_commands((folder if folder.is_dir() else folder.parent) / COMMANDS) or []
-    for start in starts[-1:]:
-        facts.append(('command', start['command']))
-        for name in ('commit', 'time', 'device', 'python'):
-            if start.get(name):
-                facts.append((name, str(start[name])))
-        versions = start.get('versions')
-        if isinstance(versions, dict):
-            facts.append(('versions', ', '.join(f'{n} {v}' for n, v in versions.items() if v)))
+    starts = read_commands((folder if folder.is_dir() else folder.parent) / COMMANDS) or [{}]
+    for name in ('command', 'commit', 'time', 'device', 'python', 'versions'):
+        value = starts[-1].get(name)
+        if isinstance(value, dict):
+            value = ', '.join(f'{package} {version}' for package, version in value.items())
+        if value:
+            rows[name] = value
     if len(starts) > 1:
-        facts.append(('starts', f'{len(starts)}; these are the facts of the last one'))
-    return facts
-
-
-def _curves(log):
-    figure = draw_curves({'test': [log]}, stacked=True)
-    return Section('Training', 'Loss and error over the epochs.', figure_uri(figure))
+        rows['starts'] = f'{len(starts)}; these are the facts of the last one'
+    return list(rows.items())
 
 
 # --- the test images -------------------------------------------------------------------------
 
 
 @dataclass
-class Tested:
+class Tests:
     """A network's answers for test images."""
 
     pixels: np.ndarray  # uint8 (N, H, W, C)
     targets: np.ndarray  # (N,)
     predicted: np.ndarray  # (N,)
     probabilities: np.ndarray  # (N,), of what is predicted
+    kind: str  # 'test' or 'held-out' images
     classes: list
-    preprocessing: object
-    training_images: tuple  # the first of the training set: normalized (N, C, H, W), and targets
+    preprocessing: Preprocessing
+    training_images: tuple  # some of the training set: normalized (N, C, H, W), and targets
 
 
-@torch.no_grad()
-def _test(found, dataroot):
-    """The Tested of a checkpoint. Of a folder of image files, FILE_IMAGES images are tested.
+def test(checkpoint, dataroot):
+    """The Tests of a checkpoint.
 
-    Raises UserError if the data set is missing or does not fit the network.
+    Raises:
+        UserError: the data set is missing or does not fit the network.
     """
-    preprocessing = preprocessing_of(found, found.network['dataset'])
-    data = load_data(found, found.network['dataset'], preprocessing, dataroot)
-    check_classes(found, found.network['dataset'], data)
-    pixels, targets = _sample(data.test, FILE_IMAGES, preprocessing)
-    module = found.module().float()
-    predicted, probabilities = [], []
-    for start in range(0, len(pixels), BATCH):
-        images = torch.from_numpy(pixels[start : start + BATCH])
-        surest = module(normalize(images, preprocessing)).softmax(1).max(1)
-        predicted.append(surest.indices)
-        probabilities.append(surest.values)
-    first, first_targets = _sample(data.train, IMAGES, preprocessing, IMAGES)
-    return Tested(
+    preprocessing = preprocessing_of(checkpoint, checkpoint.network['dataset'])
+    data = load_data(checkpoint, checkpoint.network['dataset'], preprocessing, dataroot)
+    check_classes(checkpoint, data)
+    pixels, targets = sample_pixels(data.test, preprocessing)
+    inputs = normalize(torch.from_numpy(pixels), preprocessing)
+    logits = torch.from_numpy(compute_logits(checkpoint.module().float(), inputs))
+    probabilities, predicted = logits.softmax(1).max(1)
+    training_pixels, training_targets = sample_pixels(data.train, preprocessing, IMAGES)
+    return Tests(
         pixels,
         targets,
-        torch.cat(predicted).numpy(),
-        torch.cat(probabilities).numpy(),
-        readable(list(found.classes or data.classes), len(data.classes)),
+        predicted.numpy(),
+        probabilities.numpy(),
+        images_tested(checkpoint),
+        readable(list(checkpoint.classes or data.classes), len(data.classes)),
         preprocessing,
-        (normalize(torch.from_numpy(first), preprocessing), torch.from_numpy(first_targets)),
+        (
+            normalize(torch.from_numpy(training_pixels), preprocessing),
+            torch.from_numpy(training_targets),
+        ),
     )
 
 
-def _sample(part, files, preprocessing, most=None):
-    """Pixels and targets of a training or test set: of `files` images at most if they are files,
-    of `most` if they are in memory (None: all)."""
-    targets = np.asarray(targets_of(part))
-    most = files if isinstance(part, ImageFolder) else most or len(targets)
-    chosen = np.linspace(0, len(targets) - 1, min(most, len(targets))).astype(int)
-    pixels, chosen = read_pixels(part, chosen, preprocessing)
-    return pixels, targets[chosen]
+def confusion(tests):
+    counts = np.zeros((len(tests.classes),) * 2, int)
+    np.add.at(counts, (tests.targets, tests.predicted), 1)
+    return Section(
+        'Confusion',
+        f'How often a class (row) is taken for another (column), among the {tests.kind} images.',
+        pictures.confusion(counts, tests.classes),
+    )
 
 
-def _test_sections(found, tested):
-    k, kind = len(tested.classes), images_tested(found)
-    confusion = np.zeros((k, k), int)
-    np.add.at(confusion, (tested.targets, tested.predicted), 1)
-    counts = confusion.sum(1)
-    accuracies = 100 * confusion.diagonal() / np.maximum(counts, 1)
-    accuracies[counts == 0] = np.nan
-    sections = [
-        Section(
-            'Confusion',
-            f'How often a class (row) is taken for another (column), among the {kind} images.',
-            confusion_picture(confusion, tested.classes),
-        ),
-        Section(
-            'Accuracy of each class',
-            f'Among the {kind} images{"; the worst first" if k > 20 else ""}.',
-            classes_picture(accuracies, tested.classes),
-        ),
+def accuracies(tests):
+    right = tests.predicted == tests.targets
+    percents = [
+        100 * right[tests.targets == k].mean() if (tests.targets == k).any() else np.nan
+        for k in range(len(tests.classes))
     ]
-    wrong = np.flatnonzero(tested.predicted != tested.targets)
-    surest = wrong[np.argsort(-tested.probabilities[wrong], kind='stable')][:MISTAKES]
-    text = f'{len(wrong):,} of {len(tested.targets):,} {kind} images are classified wrongly.'
-    if len(wrong):
-        text += ' These are the mistakes of which the network is surest.'
-        text += _how_to_read(found)
-    sections.append(Section('Surest mistakes', text, cards=_cards(found, tested, surest)))
-    return sections
-
-
-def _folds(found):
-    return found.folded or found.network['model'] in FOLDABLE
-
-
-def _how_to_read(found):
-    if not _folds(found):
-        return ''
-    return (
-        ' Next to each is its class activation map: red speaks for the predicted class, blue '
-        'against it.'
+    many = len(percents) > pictures.MOST_NAMED
+    return Section(
+        'Accuracy of each class',
+        f'Among the {tests.kind} images{"; the worst first" if many else ""}.',
+        pictures.accuracies(np.array(percents), tests.classes),
     )
 
 
-def _cards(found, tested, indices):
-    """(picture, caption) of some test images, with their maps if the network folds."""
-    if not len(indices):
-        return []
-    pixels = tested.pixels[indices]
-    maps = [None] * len(indices)
-    if _folds(found):
-        images = normalize(torch.from_numpy(pixels), tested.preprocessing)
-        all_maps, _ = class_maps(found.fold().float(), images)
-        maps = [all_maps[i, tested.predicted[index]] for i, index in enumerate(indices)]
+def mistakes(checkpoint, tests):
+    """The mistakes of which the network is surest, with their maps if it folds."""
+    wrong = np.flatnonzero(tests.predicted != tests.targets)
+    surest = wrong[np.argsort(-tests.probabilities[wrong], kind='stable')][:MISTAKES]
+    text = f'{len(wrong):,} of {len(tests.targets):,} {tests.kind} images are classified wrongly.'
+    if not len(wrong):
+        return Section('Surest mistakes', text)
+    text += ' These are the mistakes of which the network is surest.'
+    pixels, maps = tests.pixels[surest], [None] * len(surest)
+    if checkpoint.network['model'] in FOLDABLE:
+        text += (
+            ' Next to each is its class activation map: red speaks for the predicted class, blue '
+            'against it.'
+        )
+        inputs = normalize(torch.from_numpy(pixels), tests.preprocessing)
+        all_maps, _ = class_maps(checkpoint.fold().float(), inputs)
+        maps = all_maps[range(len(surest)), tests.predicted[surest]]  # (N, h, w)
     cards = []
-    for index, image, class_map in zip(indices, pixels, maps):
-        true, predicted = (tested.classes[c[index]] for c in (tested.targets, tested.predicted))
-        caption = f'{predicted} ({100 * tested.probabilities[index]:.1f} %), truly {true}'
-        cards.append((image_uri(draw(image, class_map)), printable(caption)))
-    return cards
+    for index, image, class_map in zip(surest, pixels, maps):
+        predicted, true = (tests.classes[k[index]] for k in (tests.predicted, tests.targets))
+        caption = f'{predicted} ({100 * tests.probabilities[index]:.1f} %), truly {true}'
+        cards.append((pictures.image_uri(draw(image, class_map)), printable(caption)))
+    return Section('Surest mistakes', text, cards=tuple(cards))
 
 
 # --- the weights -----------------------------------------------------------------------------
 
 
-def _weight_sections(found):
-    sections = []
-    stem = next(tensor for tensor in found.params.values() if tensor.ndim == 4)
-    sections.append(
-        Section(
-            'First filters',
-            f'The filters of the first convolution, {" x ".join(map(str, stem.shape))}.',
-            filters_picture(stem.float().numpy()),
-        )
-    )
+def weights(checkpoint):
+    """The Sections about the first filters, and about alpha and beta if the network has them."""
+    stem = next(tensor for tensor in checkpoint.params.values() if tensor.ndim == 4)
+    text = f'The filters of the first convolution, {" x ".join(map(str, stem.shape))}.'
+    sections = [Section('First filters', text, pictures.filters(stem.float().numpy()))]
     lines = {}
     for part in ('alpha', 'beta'):
-        tensors = [t.float() for key, t in found.params.items() if key.endswith(f'.{part}')]
-        if tensors:
-            columns = [[f(t).item() for t in tensors] for f in (torch.mean, torch.min, torch.max)]
-            lines[part] = (range(2, len(tensors) + 2), *columns)
+        scales = [t.float() for key, t in checkpoint.params.items() if key.endswith(f'.{part}')]
+        if scales:
+            layers = range(2, len(scales) + 2)
+            ends = [[getattr(t, end)().item() for t in scales] for end in ('mean', 'min', 'max')]
+            lines[part] = (layers, *ends)
     if lines:
+        text = (
+            'alpha scales the identity, beta the normalized weight: the mean over the channels '
+            'of each convolution, and a band from the least to the largest.'
+        )
         sections.append(
-            Section(
-                'Scales of the Dirac weights',
-                'alpha scales the identity, beta the normalized weight: the mean over the channels '
-                'of each convolution, and a band from the least to the largest.',
-                lines_picture(lines, 'scale'),
-            )
+            Section('Scales of the Dirac weights', text, pictures.lines(lines, 'scale'))
         )
     return sections
 
 
-def _signal(found, tested):
-    rows = measure(found, *tested.training_images)
-    meanings = {
-        'active': 'units that ReLU does not set to zero',
-        'neighbour': 'images whose nearest other image has their class',
-        'identity': "energy of the weight at the identity's taps",
-    }
+def signal(checkpoint, tests):
+    images, targets = tests.training_images
+    rows = measure(checkpoint, images, targets)
     lines = {}
-    for name, meaning in meanings.items():
-        layers = [row['layer'] for row in rows if name in row]
-        lines[meaning] = (layers, [row[name] for row in rows if name in row], None, None)
+    for name, meaning in (
+        ('active', 'units that ReLU does not set to zero'),
+        ('neighbour', 'images whose nearest other image has their class'),
+        ('identity', "energy of the weight at the identity's taps"),
+    ):
+        measured = [row for row in rows if name in row]
+        lines[meaning] = [row['layer'] for row in measured], [row[name] for row in measured]
     return Section(
         'Signal over depth',
-        f'What is left of the signal at each layer, over {len(tested.training_images[0])} training '
-        'images with the statistics of this batch. docs/signal.md explains the measurements.',
-        lines_picture(lines, 'share', (0, 1.02)),
+        f'What is left of the signal at each layer, over {len(images)} training images with the '
+        'statistics of this batch. docs/signal.md explains the measurements.',
+        pictures.lines(lines, 'share', (0, 1.02)),
     )
