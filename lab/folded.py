@@ -179,8 +179,8 @@ def check_classes(checkpoint, data):
     n_outputs, n_classes = checkpoint.network['num_classes'], len(data.classes)
     if n_outputs != n_classes:
         raise UserError(
-            f'{checkpoint.path} has {n_outputs} classes, but the {data.name} found here has '
-            f'{n_classes}: name another data set with --dataset or --dataroot'
+            f'{checkpoint.path} has {n_outputs} classes, but the data set {data.name} has '
+            f'{n_classes}: name another one with --dataset or --dataroot'
         )
 
 
