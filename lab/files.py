@@ -9,6 +9,8 @@ import stat
 from hashlib import sha256
 from pathlib import Path
 
+from lab.errors import UserError
+
 
 def path_argument(text):
     """The path of a file or folder, as written."""
@@ -68,6 +70,20 @@ def write_atomically(path, content, keep_previous_as=None):
         handle = os.open(path.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
+
+
+def write_output(path, content):
+    """`write_atomically` to a file that a user named; its folders are made.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path = Path(path).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror})') from None
 
 
 def cache_path(root, name):

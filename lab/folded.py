@@ -3,7 +3,6 @@
 import os
 import sys
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import UserError, one_line, printable
 from lab.runs.checkpoint import Checkpoint
 
-FILE_IMAGES = 500  # sample_images reads at most this many image files
+FILE_IMAGES = 500  # sample_pixels reads at most this many image files
 
 
 @dataclass
@@ -31,7 +30,6 @@ class FoldedNetwork:
     unfolded: torch.nn.Module
     dataset: str
     preprocessing: Preprocessing
-    classes: list  # names, or None
     data: datasets.Data = None
     missing: str = ''
 
@@ -42,57 +40,54 @@ class FoldedNetwork:
         return self.preprocessing.channels, size, size
 
     @property
-    def facts(self):
+    def metadata(self):
         """What an exported file says about its network: a dict of values that JSON can hold."""
+        classes = self.checkpoint.classes or (list(self.data.classes) if self.data else None)
         return {
             'network': {**self.checkpoint.network, 'dataset': self.dataset},
-            'classes': readable(self.classes, self.checkpoint.network['num_classes']),
+            'classes': readable(classes, self.checkpoint.network['num_classes']),
             'preprocessing': self.preprocessing.as_dict(),
         }
 
-    def sample_images(self, train, n, span=None):
+    def sample_images(self, train, n):
         """At most n images, evenly spaced over the training or the test set, not augmented.
-
-        Args:
-            span: (begin, end) of the part of the set to sample; None samples all of it.
 
         Returns:
             Normalized images (N, C, H, W) and their classes (N,). For a folder of image files,
             N is at most FILE_IMAGES.
         """
         part = self.data.train if train else self.data.test
-        images, targets = part
-        begin, end = span or (0, len(targets))
-        n = min(n, end - begin)
-        if not torch.is_tensor(images):
-            n = min(n, FILE_IMAGES)
-        chosen = np.linspace(begin, end - 1, n).astype(int)
-        pixels, chosen = read_pixels(part, chosen, self.preprocessing)
-        images = torch.from_numpy(pixels)
-        inputs = normalize(images, self.preprocessing).contiguous()
-        return inputs, torch.as_tensor(np.asarray(targets)[chosen])
-
-    def reference(self, inputs, targets):
-        """What to compare a converted network with, on images (N, C, H, W) of classes (N,)."""
-        return Reference(inputs, targets, compute_logits(self.unfolded, inputs))
+        pixels, targets = sample_pixels(part, self.preprocessing, n)
+        inputs = normalize(torch.from_numpy(pixels), self.preprocessing).contiguous()
+        return inputs, torch.from_numpy(targets)
 
 
-def read_pixels(part, chosen, preprocessing):
-    """uint8 (N, H, W, C) of the images with the indices `chosen`, and those indices; without broken
-    files, which are named on stderr."""
-    images, _ = part
+def sample_pixels(part, preprocessing, n=None):
+    """At most n images, evenly spaced over a training or test set; all of them without n.
+
+    Of image files, at most FILE_IMAGES are read. Broken ones are left out, and named on stderr.
+
+    Returns:
+        Arrays: images, uint8 (N, H, W, C), and their classes (N,).
+
+    Raises:
+        UserError: no image can be read.
+    """
+    images, targets = part[0], np.asarray(part[1])
+    n = min(n or len(targets), len(targets))
     if torch.is_tensor(images):
-        return images.numpy()[chosen], chosen
-    found = {}
-    for index in chosen:
+        chosen = np.linspace(0, len(targets) - 1, n).astype(int)
+        return images.numpy()[chosen], targets[chosen]
+    read = {}
+    for index in np.linspace(0, len(targets) - 1, min(n, FILE_IMAGES)).astype(int):
         path = os.fsdecode(images[index])
         try:
-            found[index] = prepare(read_image(path), preprocessing)
+            read[index] = prepare(read_image(path), preprocessing)
         except UserError as error:
             print(f'left out: {one_line(str(error))}', file=sys.stderr)
-    if not found:
+    if not read:
         raise UserError(f'none of the images can be read, such as {printable(path)}')
-    return np.stack(list(found.values())), np.array(list(found))
+    return np.stack(list(read.values())), targets[list(read)]
 
 
 # --- loading ---------------------------------------------------------------------------------
@@ -110,23 +105,18 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
             not fit the network.
     """
     folded = checkpoint.fold().float()
-    preprocessing = preprocessing_of(checkpoint, dataset, folded.architecture)
-    check_channels(checkpoint.path, folded.architecture.in_channels, preprocessing)
+    preprocessing = preprocessing_of(checkpoint, dataset)
+    if checkpoint.preprocessing:  # otherwise, the data set was only inferred from shapes
+        dataset = checkpoint.network['dataset']
     network = FoldedNetwork(
-        checkpoint,
-        folded,
-        checkpoint.module().float(),
-        _dataset_name(checkpoint, dataset),
-        preprocessing,
-        checkpoint.classes,
+        checkpoint, folded, checkpoint.module().float(), dataset or 'ImageNet', preprocessing
     )
     try:
         network.data = load_data(checkpoint, network.dataset, preprocessing, dataroot)
     except UserError as error:
         network.missing = str(error)
         return network
-    check_classes(checkpoint, network.dataset, network.data)
-    network.classes = list(network.classes or network.data.classes)
+    check_classes(checkpoint, network.data)
     return network
 
 
@@ -152,64 +142,47 @@ def images_tested(checkpoint):
     return 'held-out' if checkpoint.options.get('holdout') else 'test'
 
 
-def _dataset_name(checkpoint, given):
-    """The data set that the checkpoint records, else the given one, else ImageNet."""
-    # In a checkpoint without preprocessing, the data set was only inferred from shapes.
-    if checkpoint.preprocessing:
-        return checkpoint.network['dataset']
-    return given or 'ImageNet'
-
-
-def preprocessing_of(found, dataset=None, architecture=None):
+def preprocessing_of(source, dataset=None):
     """The Preprocessing of a network's images: the stored one, or that of its data set.
 
     Args:
-        found: a Checkpoint or an OnnxNetwork.
-        dataset: name of the data set, for a file that does not store its preprocessing.
-        architecture: a diracparams.Architecture; one for ImageNet needs no `dataset`.
+        source: a Checkpoint or an OnnxNetwork.
+        dataset: name of the data set, for a file that does not store its preprocessing; one with
+            a network of the ImageNet form needs none.
 
     Raises:
-        UserError: the preprocessing is unknown.
+        UserError: the preprocessing is unknown, or gives another number of channels than the
+            network expects.
     """
-    if found.preprocessing:
-        return Preprocessing.from_dict(found.preprocessing)
-    if dataset:
-        return datasets.PREPROCESSING[dataset]
-    if architecture and architecture.form == 'imagenet' and architecture.in_channels == 3:
-        return datasets.PREPROCESSING['ImageNet']
-    raise UserError(
-        f'{found.path} does not say how its images were prepared: name its data set with --dataset'
-    )
-
-
-def check_channels(path, in_channels, preprocessing):
-    """Raise UserError if the prepared images do not have the channels that the network expects."""
-    if in_channels != preprocessing.channels:
+    if source.preprocessing:
+        return Preprocessing.from_dict(source.preprocessing)
+    if not dataset and source.network.get('form') == 'imagenet':
+        dataset = 'ImageNet'
+    if not dataset:
         raise UserError(
-            f'{path} expects images with {in_channels} channels, not {preprocessing.channels}: '
+            f'{source.path} does not say how its images were prepared: name its data set with '
+            '--dataset'
+        )
+    preprocessing, expected = datasets.PREPROCESSING[dataset], source.network['in_channels']
+    if preprocessing.channels != expected:
+        raise UserError(
+            f'{source.path} expects images with {expected} channels, not {preprocessing.channels}: '
             'name the data set that it was trained on with --dataset'
         )
+    return preprocessing
 
 
-def check_classes(checkpoint, dataset, data):
+def check_classes(checkpoint, data):
     """Raise UserError if the data do not have as many classes as the network."""
     n_outputs, n_classes = checkpoint.network['num_classes'], len(data.classes)
     if n_outputs != n_classes:
         raise UserError(
-            f'{checkpoint.path} has {n_outputs} classes, but the {dataset} found here has '
-            f'{n_classes}: name another data set with --dataset or --dataroot'
+            f'{checkpoint.path} has {n_outputs} classes, but the data set {data.name} has '
+            f'{n_classes}: name another one with --dataset or --dataroot'
         )
 
 
 # --- comparing -------------------------------------------------------------------------------
-
-
-class Reference(NamedTuple):
-    """Images, and the logits to compare a converted network's logits with."""
-
-    inputs: torch.Tensor  # (N, C, H, W), normalized
-    targets: torch.Tensor  # (N,), or None for noise
-    logits: np.ndarray  # (N, num_classes), those of the unfolded network
 
 
 @torch.inference_mode()

@@ -5,7 +5,6 @@ import importlib
 import io
 import json
 import logging
-import os
 import warnings
 from pathlib import Path
 
@@ -58,8 +57,8 @@ class OnnxNetwork:
     """An ONNX image classifier in ONNX Runtime, on the CPU.
 
     Called with normalized images (N, C, H, W), it returns float32 logits (N, num_classes).
-    `classes` and `preprocessing` come from the file's metadata, or are None; `in_channels` and
-    `num_classes` come from the shapes of its input and output.
+    `classes` and `preprocessing` come from the file's metadata, or are None; `network` has the
+    `in_channels` and `num_classes` of its input and output.
 
     Args:
         model: a path, or the content of a file as bytes.
@@ -69,15 +68,14 @@ class OnnxNetwork:
             classifier.
     """
 
+    dtype = torch.float32  # of its input
+
     def __init__(self, model):
         require_onnx(['onnxruntime'])
         import onnxruntime
 
-        if isinstance(model, bytes):
-            self.path, content = None, model
-        else:
-            self.path = Path(os.path.expanduser(model))
-            content = _read(self.path)
+        self.path = 'the ONNX model' if isinstance(model, bytes) else Path(model).expanduser()
+        content = model if isinstance(model, bytes) else _read(self.path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are reported below
         try:
@@ -85,40 +83,38 @@ class OnnxNetwork:
                 content, options, providers=['CPUExecutionProvider']
             )
             [self.input], [self.output] = self.session.get_inputs(), self.session.get_outputs()
-            _, self.in_channels, height, _ = self.input.shape
-            _, self.num_classes = self.output.shape
+            _, in_channels, _, _ = self.input.shape
+            _, num_classes = self.output.shape
+            self.network = {'in_channels': in_channels, 'num_classes': num_classes}
             if self.output.type != 'tensor(float)':
                 raise ValueError(f'its output is a {self.output.type}')
             metadata = self.session.get_modelmeta().custom_metadata_map
             self.classes = json.loads(metadata.get('classes', 'null'))
             self.preprocessing = json.loads(metadata.get('preprocessing', 'null'))
-            shapes = {'in_channels': self.in_channels, 'num_classes': self.num_classes}
-            check_metadata(shapes, self.classes, self.preprocessing)
-            size = self.preprocessing and self.preprocessing['image_size']
-            if size and isinstance(height, int) and height != size:
-                raise ValueError(f'its images are {height} pixels high')
+            check_metadata(self.network, self.classes, self.preprocessing)
         except Exception as error:  # ONNX Runtime's errors have no common class
-            reason = error if isinstance(error, ValueError) else type(error).__name__
             raise UserError(
-                f'{self.path or "the ONNX model"} is broken or not an ONNX image classifier '
-                f'({reason}): export it again'
+                f'{self.path} is broken or not an ONNX image classifier ({_reason(error)}): '
+                'export it again'
             ) from None
 
     def __call__(self, inputs):
         array = np.ascontiguousarray(inputs.float().numpy())
         try:
             [logits] = self.session.run([self.output.name], {self.input.name: array})
+            if logits.ndim != 2 or len(logits) != len(array):
+                raise ValueError(f'it returns logits of the shape {logits.shape}')
         except Exception as error:
             raise UserError(
-                f'{self.path or "the ONNX model"} cannot classify images of the shape '
-                f'{array.shape} ({type(error).__name__}): export it again'
+                f'{self.path} cannot classify images of the shape {array.shape} '
+                f'({_reason(error)}): export it again'
             ) from None
-        if logits.ndim != 2 or len(logits) != len(array) or not logits.size:
-            raise UserError(
-                f'{self.path or "the ONNX model"} returns logits of the shape {logits.shape} for '
-                f'{len(array)} images: export it again'
-            )
         return torch.from_numpy(logits)
+
+
+def _reason(error):
+    """Our own message, or the name of an error of ONNX Runtime, whose messages fill a page."""
+    return error if isinstance(error, ValueError) else type(error).__name__
 
 
 def _read(path):
@@ -170,47 +166,34 @@ def to_onnx(net, shape, metadata):
 
 
 def _name_after_modules(graph, taken):
-    """Name each node after its module, and each value after the node that produces or reads it.
+    """Name each node after its module, and its outputs after the node.
 
     No node gets a name in `taken`.
     """
     names = {}
     for node in graph.node:
-        node.name = _unique(_node_name(node), taken)
+        node.name = _node_name(node)
+        while node.name in taken:
+            node.name += '_'
         taken.add(node.name)
         for i, output in enumerate(node.output):
             if output != 'logits':
                 names[output] = f'{node.name}.{i}' if i else node.name
-        for value in node.input:
-            if value.startswith('val_') and value not in names:  # a constant
-                names[value] = f'{node.name}.{value}'
     for node in graph.node:
         node.input[:] = [names.get(value, value) for value in node.input]
         node.output[:] = [names.get(value, value) for value in node.output]
-    for tensor in graph.initializer:
-        tensor.name = names.get(tensor.name, tensor.name)
 
 
 def _node_name(node):
     """The name of a layer's module; for other operations, the module's name and the operation."""
-    module = _module_name(node)
+    module = ''
+    for prop in node.metadata_props:
+        if prop.key == 'pkg.torch.onnx.name_scopes':
+            # The node's scopes as text: ['', 'features', 'features.conv', 'conv2d'].
+            module = prop.value.strip('[]').replace("'", '').split(', ')[-2]
     if node.op_type in ('Conv', 'Gemm'):
         return module
     return f'{module}.{node.op_type}' if module else node.op_type
-
-
-def _module_name(node):
-    """The innermost module in a node's scopes, ['', 'features', 'features.conv', 'conv2d']."""
-    for prop in node.metadata_props:
-        if prop.key == 'pkg.torch.onnx.name_scopes':
-            return prop.value.strip('[]').replace("'", '').split(', ')[-2]
-    return ''
-
-
-def _unique(name, taken):
-    while name in taken:
-        name += '_'
-    return name
 
 
 def _remove_traces(graph):

@@ -1,4 +1,4 @@
-"""ONNX files that are broken or hostile: tools.predict refuses them, each in one line."""
+"""ONNX files that are broken, hostile or of another network: each is refused in one line."""
 
 import json
 import os
@@ -8,100 +8,102 @@ import pytest
 
 import train
 from lab.data.datasets import PREPROCESSING
-from tools import export, plot, predict, quantize
+from tools import export, plot, predict
+
+onnx = pytest.importorskip('onnx')
+DIGITS = PREPROCESSING['digits'].as_dict()
 
 
 def onnx_file(path, metadata, shape=('batch', 1, 8, 8), last=None, kind=1):
     """An ONNX file with two classes, whose logits are zeros.
 
-    last: makes the node from `sums` to `logits`; kind: the type of the logits.
+    Args:
+        last: the operation from `sums` to `logits`, its inputs and its attributes.
+        kind: the type of the logits.
     """
-    onnx = pytest.importorskip('onnx')
     value = onnx.helper.make_tensor_value_info
-    pixels = shape[2] * shape[3]
+    operation, n_inputs, attributes = last or ('Identity', 1, {})
     nodes = [
         onnx.helper.make_node('Flatten', ['images'], ['flat']),
         onnx.helper.make_node('MatMul', ['flat', 'weight'], ['sums']),
-        last or onnx.helper.make_node('Identity', ['sums'], ['logits']),
+        onnx.helper.make_node(operation, ['sums'] * n_inputs, ['logits'], **attributes),
     ]
-    weight = onnx.numpy_helper.from_array(np.zeros((pixels, 2), np.float32), 'weight')
+    weight = np.zeros((shape[2] * shape[3], 2), np.float32)
     graph = onnx.helper.make_graph(
         nodes,
         'net',
         [value('images', 1, shape)],
         [value('logits', kind, ('batch', 2))],
-        [weight],
+        [onnx.numpy_helper.from_array(weight, 'weight')],
     )
     opset = onnx.helper.make_opsetid('', 18)
     model = onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9)
-    onnx.helper.set_model_props(model, metadata)
+    onnx.helper.set_model_props(model, {'preprocessing': json.dumps(DIGITS), **metadata})
     onnx.save(model, path)
 
 
-DIGITS = PREPROCESSING['digits'].as_dict()
-# Of an .onnx file: its metadata, and the words that the line must have.
-ONNX = [
-    ({'classes': '["a"]'}, ['classes', '2']),
-    ({'classes': '[1, 2]'}, ['classes', 'names']),
-    ({'classes': '{"a": 1}'}, ['classes']),
-    ({'classes': 'a, b'}, ['line 1 column 1']),
-    ({'preprocessing': '[]'}, ['TypeError']),
-    ({'preprocessing': json.dumps({**DIGITS, 'channels': 3})}, ['preprocessing', '1 channels']),
-    ({'preprocessing': json.dumps({**DIGITS, 'image_size': 9, 'resize': 9})}, ['8 pixels']),
-]
-
-
-@pytest.mark.parametrize('metadata, words', ONNX)
-def test_facts_in_an_onnx_file(metadata, words, tmp_path, refused):
-    path = tmp_path / 'net.onnx'
-    onnx_file(path, {'preprocessing': json.dumps(DIGITS), **metadata})
-    refused(1, ['net.onnx', *words], predict.main, path, __file__)
-
-
-def test_onnx_files_that_are_no_files_or_do_not_run(tmp_path, refused, call, digit_files, deadline):
-    os.mkfifo(tmp_path / 'pipe.onnx')
-    refused(1, ['pipe.onnx', 'regular'], predict.main, tmp_path / 'pipe.onnx', __file__)
-    refused(2, ['~nobody'], predict.main, '~nobody.onnx', __file__)
-    sound, wrong = tmp_path / 'sound.onnx', tmp_path / 'wrong.onnx'
-    facts = {'preprocessing': json.dumps(DIGITS), 'classes': '["a", "b"]'}
-    onnx_file(sound, facts)
-    result = call(predict.main, sound, digit_files)
+def test_a_sound_file(tmp_path, call, digit_files):
+    onnx_file(tmp_path / 'net.onnx', {'classes': '["a", "b"]'})
+    result = call(predict.main, tmp_path / 'net.onnx', digit_files)
     assert result.status == 0 and result.out.count('50.0 %') == 2 * 40
-    onnx_file(wrong, facts, shape=('batch', 1, 8, 9))  # its images must be 9 pixels wide
-    refused(1, ['wrong.onnx', '(40, 1, 8, 8)'], predict.main, wrong, digit_files)
 
 
-def node(operation, *inputs, **attributes):
-    onnx = pytest.importorskip('onnx')
-    return onnx.helper.make_node(operation, inputs, ['logits'], **attributes)
+@pytest.mark.parametrize(
+    'metadata',
+    [
+        {'classes': '["a"]'},
+        {'classes': '[1, 2]'},
+        {'classes': '{"a": 1}'},
+        {'classes': 'a, b'},
+        {'preprocessing': '[]'},
+        {'preprocessing': json.dumps({**DIGITS, 'channels': 3})},
+        {'preprocessing': json.dumps({**DIGITS, 'mean': [math.nan]})},
+        {'preprocessing': json.dumps({**DIGITS, 'std': [0]})},
+        {'preprocessing': json.dumps({**DIGITS, 'image_size': 9, 'resize': 9})},
+    ],
+    ids=str,
+)
+def test_metadata(metadata, tmp_path, refused, digit_files):
+    onnx_file(tmp_path / 'net.onnx', metadata)
+    refused(1, 'net.onnx', predict.main, tmp_path / 'net.onnx', digit_files)
 
 
-# What the file does to the logits, and the words that the line must have.
-OUTPUTS = [
-    (lambda: {'last': node('Concat', 'sums', 'sums', axis=0)}, ['(80, 2)', '40 images']),
-    (lambda: {'last': node('Shape', 'sums')}, ['ONNX']),
-    (lambda: {'last': node('ReduceSum', 'sums')}, ['(1, 1)', '40 images']),
-    (lambda: {'last': node('Cast', 'sums', to=7), 'kind': 7}, ['int64']),
-    (lambda: {'last': node('Cast', 'sums', to=9), 'kind': 9}, ['bool']),
-    (lambda: {'last': node('Cast', 'sums', to=8), 'kind': 8}, ['string']),
-]
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'shape': ('batch', 1, 8, 9)},
+        {'last': ('Concat', 2, {'axis': 0})},  # two rows for each image
+        {'last': ('Shape', 1, {})},
+        {'last': ('ReduceSum', 1, {})},
+        {'last': ('Cast', 1, {'to': 7}), 'kind': 7},  # int64
+        {'last': ('Cast', 1, {'to': 8}), 'kind': 8},  # string
+    ],
+    ids=str,
+)
+def test_another_input_or_output(changes, tmp_path, refused, digit_files):
+    onnx_file(tmp_path / 'net.onnx', {}, **changes)
+    refused(1, 'net.onnx', predict.main, tmp_path / 'net.onnx', digit_files)
 
 
-@pytest.mark.parametrize('make, words', OUTPUTS)
-def test_logits_of_another_form(make, words, tmp_path, refused, digit_files):
-    path = tmp_path / 'net.onnx'
-    onnx_file(path, {'preprocessing': json.dumps(DIGITS)}, **make())
-    refused(1, ['net.onnx', *words], predict.main, path, digit_files)
+@pytest.mark.parametrize('name', ['pipe', 'none', 'empty', 'text', 'cut'])
+def test_no_onnx_file(name, tmp_path, refused, digit_files, deadline):
+    path = tmp_path / f'{name}.onnx'
+    if name == 'pipe':
+        os.mkfifo(path)
+    elif name == 'cut':
+        onnx_file(path, {})
+        path.write_bytes(path.read_bytes()[:200])
+    elif name != 'none':
+        path.write_bytes(b'hello' if name == 'text' else b'')
+    refused(1, path.name, predict.main, path, digit_files)
 
 
-def test_other_programs_name_the_one_that_reads_them(tmp_path, refused):
+def test_programs_for_other_files(tmp_path, refused):
     path = tmp_path / 'net.onnx'
     onnx_file(path, {})
-    for main, *options in (
-        (export.main, tmp_path / 'out.pth'),
-        (quantize.main,),
-        (train.main, '--evaluate'),
-        (plot.main, '--graph', '--out', tmp_path / 'graph.png'),
+    for main, *arguments in (
+        (export.main, path, tmp_path / 'out.pth'),
+        (train.main, '--evaluate', path),
+        (plot.main, path, '--graph', '--out', tmp_path / 'graph.png'),
     ):
-        command = [*options, path] if '--evaluate' in options else [path, *options]
-        refused(1, ['net.onnx', 'tools.predict'], main, *command)
+        refused(1, ['net.onnx', 'tools.predict'], main, *arguments)

@@ -8,17 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import python
 from diracnet import DiracNet
 from lab.models import registry
-from lab.onnx_models import OnnxNetwork, to_onnx
+from lab.onnx_models import to_onnx
 from tools import export, predict
 from tools.class_maps import SIDE, class_maps, draw
 
 
-def random_folded(model, dataset):
+def random_folded(model, dataset, depth):
     torch.manual_seed(0)
-    depth = 18 if dataset == 'ImageNet' else 10
     _, params = registry.define(model, depth, 0.25, dataset, num_classes=7)
     for key, tensor in params.items():
         if key.startswith('bn') or '.bn.' in key or key == 'fc.bias':
@@ -26,20 +24,18 @@ def random_folded(model, dataset):
     return registry.folded_module(model, registry.fold(model, params))
 
 
-@pytest.mark.parametrize('model', registry.FOLDABLE)
-def test_maps_add_up_to_the_logits(model):
-    net = random_folded(model, 'CIFAR10')
-    images = torch.randn(3, 3, 32, 32)
+@torch.no_grad()
+@pytest.mark.parametrize(
+    'model, dataset, depth, size, map_size',
+    [(model, 'CIFAR10', 10, (32, 32), (8, 8)) for model in registry.FOLDABLE]
+    + [('diracnet', 'ImageNet', 18, (96, 64), (3, 2))],
+)
+def test_maps_add_up_to_the_logits(model, dataset, depth, size, map_size):
+    net = random_folded(model, dataset, depth)
+    images = torch.randn(3, 3, *size)
     maps, bias = class_maps(net, images)
-    assert maps.shape == (3, 7, 8, 8)
-    with torch.no_grad():
-        torch.testing.assert_close(maps.mean((2, 3)) + bias, net(images), rtol=1e-4, atol=1e-4)
-    assert not any(part._forward_pre_hooks for part in net.modules())
-
-
-def test_maps_of_the_imagenet_form():
-    maps, _ = class_maps(random_folded('diracnet', 'ImageNet'), torch.randn(1, 3, 96, 64))
-    assert maps.shape == (1, 7, 3, 2)
+    assert maps.shape == (3, 7, *map_size)
+    torch.testing.assert_close(maps.mean((2, 3)) + bias, net(images), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -56,14 +52,11 @@ def test_evidence_lies_where_the_bright_square_is():
     expected = torch.zeros(8, 8)
     expected[1, 6] = 2
     assert torch.equal(maps[0, 3], expected) and torch.equal(maps[0, 4], -expected)
-    picture = draw(np.zeros((32, 32, 1), np.uint8), maps[0, 3]).astype(int)
-    assert picture.shape == (SIDE, 2 * SIDE, 3)
-    right = picture[:, SIDE:]
-    row, column = np.unravel_index(right[:, :, 0].argmax(), right.shape[:2])
+    black = np.zeros((32, 32, 1), np.uint8)
+    red, blue = (draw(black, maps[0, k])[:, SIDE:].astype(int) for k in (3, 4))
+    row, column = np.unravel_index(red[:, :, 0].argmax(), (SIDE, SIDE))
     assert 28 <= row < 56 and 168 <= column < 196
-    assert (right[:, :, 0] >= right[:, :, 2]).all()
-    against = draw(np.zeros((32, 32, 1), np.uint8), maps[0, 4])[:, SIDE:].astype(int)
-    assert (against[:, :, 2] >= against[:, :, 0]).all()
+    assert (red[:, :, 0] >= red[:, :, 2]).all() and (blue[:, :, 2] >= blue[:, :, 0]).all()
 
 
 def test_a_picture_for_each_image(digits_run, digit_files, tmp_path, call):
@@ -95,13 +88,10 @@ def test_a_picture_for_each_image(digits_run, digit_files, tmp_path, call):
         assert abs(run - float_onnx).max() <= 1
 
 
-def test_a_folder_that_cannot_be_written(digits_run, digit_files, tmp_path):
+def test_a_folder_that_cannot_be_written(digits_run, digit_files, tmp_path, refused):
     (tmp_path / 'file').write_text('')
-    image = next(digit_files.iterdir())
-    result = python(
-        '-m', 'tools.predict', digits_run, image, '--explain', tmp_path / 'file' / 'new'
-    )
-    assert result.status == 1 and result.err.count('\n') == 1 and '--explain' in result.err
+    arguments = (next(digit_files.iterdir()), '--explain', tmp_path / 'file' / 'new')
+    refused(1, tmp_path / 'file' / 'new', predict.main, digits_run, *arguments)
 
 
 def test_another_kind_of_network_is_refused(digit_files, tmp_path, refused):
@@ -109,7 +99,6 @@ def test_another_kind_of_network_is_refused(digit_files, tmp_path, refused):
     pytest.importorskip('onnxscript')
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
     onnx.save(to_onnx(net, (1, 8, 8), {}), tmp_path / 'net.onnx')
-    OnnxNetwork(tmp_path / 'net.onnx')
     image = next(digit_files.iterdir())
     arguments = (tmp_path / 'net.onnx', image, '--dataset', 'digits', '--explain', tmp_path)
     refused(1, ['net.onnx', 'pool'], predict.main, *arguments)

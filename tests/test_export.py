@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,21 +53,18 @@ def percent(cell):
 
 def test_table(exported, digits_run):
     paths, out = exported
-    assert '171,754 parameters; compared on 360 test images of digits' in out
+    assert '171,754 parameters' in out and '360 test images' in out
     table = rows(out)
     accuracy = read_log(digits_run)[-1]['test_acc']
     assert percent(table.pop('(unfolded)')[1]) == pytest.approx(accuracy, abs=0.01)
     assert list(table) == [str(path) for path in paths.values()]
-    for suffix, path in paths.items():
-        error, top1, before, size, *times = table[str(path)]
-        assert int(size.replace(',', '')) == path.stat().st_size
+    for path, (_, top1, before, size, *times) in table.items():
+        assert int(size.replace(',', '')) == Path(path).stat().st_size
         assert all(float(ms) > 0 for ms in times)
         assert percent(before) == pytest.approx(accuracy, abs=0.01)
-        assert float(error) < (0.5 if suffix == '.int8.onnx' else 1e-4)
         assert percent(top1) >= accuracy - 0.51
     assert paths['.int8.onnx'].stat().st_size < 0.4 * paths['.onnx'].stat().st_size
-    written = sorted(path.name for path in paths['.pth'].parent.iterdir())
-    assert written == sorted(f'digits{suffix}' for suffix in FORMATS)
+    assert len(list(paths['.pth'].parent.iterdir())) == len(FORMATS)
 
 
 @pytest.mark.parametrize('suffix', FORMATS)
@@ -87,28 +85,25 @@ def test_logits_by_hand(suffix, exported, digits_run):
 
 def test_metadata(exported, onnx, digits_run):
     paths, _ = exported
-    content = torch.load(paths['.pth'], weights_only=True)
+    contents = [torch.load(paths[s], weights_only=True) for s in ('.pth', '.unfolded.pth')]
+    state_dicts = [content.pop('state_dict') for content in contents]
     extra_files = {'metadata.json': ''}
     torch.export.load(str(paths['.pt2']), extra_files=extra_files)
-    found = [json.loads(extra_files['metadata.json'])]
+    contents.append(json.loads(extra_files['metadata.json']))
     for suffix in ('.onnx', '.int8.onnx'):
         properties = onnx.load(paths[suffix]).metadata_props
         ours = [prop for prop in properties if not prop.key.startswith('onnx.')]
-        found.append({prop.key: json.loads(prop.value) for prop in ours})
-    preprocessing = datasets.PREPROCESSING['digits'].as_dict()
-    for metadata in found:
-        assert metadata['classes'] == list('0123456789') == content['classes']
-        assert metadata['preprocessing'] == preprocessing == content['preprocessing']
-        assert metadata['network'] == content['network'] == checkpoint.load(digits_run).network
-
-
-def test_unfolded(exported, digits_run):
-    content = torch.load(exported[0]['.unfolded.pth'], weights_only=True)
-    run = torch.load(digits_run / 'model.pt7', weights_only=True)
-    assert content.keys() == {'state_dict', 'network', 'classes', 'preprocessing'}
-    assert content['state_dict'].keys() == run['params'].keys()
-    for key, tensor in run['params'].items():
-        assert torch.equal(content['state_dict'][key], tensor)
+        contents.append({prop.key: json.loads(prop.value) for prop in ours})
+    expected = {
+        'network': checkpoint.load(digits_run).network,
+        'classes': list('0123456789'),
+        'preprocessing': datasets.PREPROCESSING['digits'].as_dict(),
+    }
+    assert all(content == expected for content in contents)
+    DiracNet(16, 1, 'digits').load_state_dict(state_dicts[0])
+    params = torch.load(digits_run / 'model.pt7', weights_only=True)['params']
+    assert state_dicts[1].keys() == params.keys()
+    assert all(torch.equal(state_dicts[1][key], tensor) for key, tensor in params.items())
 
 
 def test_onnx_graphs(exported, onnx):
@@ -140,14 +135,26 @@ def test_folded_checkpoint_and_force(exported, tmp_path, call, refused):
     refused(1, 'folded', export.main, exported[0]['.pth'], tmp_path / 'again.unfolded.pth')
     assert call(export.main, exported[0]['.pth'], out, '--force').status == 0
     images = torch.randn(5, 1, 8, 8)
-    expected = OnnxNetwork(exported[0]['.onnx'])(images)
-    torch.testing.assert_close(OnnxNetwork(out)(images), expected, rtol=0, atol=0)
+    assert torch.equal(OnnxNetwork(out)(images), OnnxNetwork(exported[0]['.onnx'])(images))
+
+
+def test_predict(exported, digits_run, digit_files, call):
+    outputs = []
+    for path in (digits_run, exported[0]['.onnx'], exported[0]['.int8.onnx']):
+        result = call(predict.main, path, digit_files, '--json')
+        assert result.status == 0, result
+        outputs.append([json.loads(line) for line in result.out.splitlines()])
+    classes = [[line['classes'][0] for line in lines] for lines in outputs]
+    assert len(classes[0]) == 40 and classes[0] == classes[1]
+    assert sum(map(str.__eq__, classes[0], classes[2])) >= 38
+    for ours, theirs in zip(*outputs[:2]):
+        np.testing.assert_allclose(ours['probabilities'], theirs['probabilities'], atol=1e-5)
 
 
 # --- files that do not pass the comparison ---------------------------------------------------
 
 
-def test_a_wrong_fold_is_found(digits_run, tmp_path, call, monkeypatch):
+def test_a_wrong_fold_is_found(digits_run, tmp_path, refused, monkeypatch):
     fold = checkpoint.Checkpoint.fold
 
     def fold_wrongly(self):
@@ -159,9 +166,7 @@ def test_a_wrong_fold_is_found(digits_run, tmp_path, call, monkeypatch):
     out = tmp_path / 'out.pth'
     out.write_text('mine')
     monkeypatch.setattr(checkpoint.Checkpoint, 'fold', fold_wrongly)
-    result = call(export.main, digits_run, out, '--force')
-    assert result.status == 1 and result.err.count('\n') == 1
-    assert str(out) in result.err and '0.0001' in result.err
+    result = refused(1, out, export.main, digits_run, out, '--force')
     assert float(rows(result.out)[str(out)][0]) > 1e-4
     assert [path.name for path in tmp_path.iterdir()] == ['out.pth'] and out.read_text() == 'mine'
 
@@ -169,28 +174,28 @@ def test_a_wrong_fold_is_found(digits_run, tmp_path, call, monkeypatch):
 def test_a_bad_int8_is_found(onnx, digits_run, tmp_path, refused, monkeypatch):
     sample_images = FoldedNetwork.sample_images
 
-    def sample_dark_images(self, train, n, span=None):
-        inputs, targets = sample_images(self, train, n, span)
+    def sample_dark_images(self, train, n):
+        inputs, targets = sample_images(self, train, n)
         # The ranges found by calibration become far too small.
         return (0.02 * inputs if train else inputs), targets
 
     monkeypatch.setattr(int8, 'CALIBRATION', 1)
     monkeypatch.setattr(FoldedNetwork, 'sample_images', sample_dark_images)
     out = tmp_path / 'out.int8.onnx'
-    result = refused(1, [out, 'top-1', '0.5'], export.main, digits_run, out)
-    assert percent(rows(result.out)[str(out)][1]) < percent(rows(result.out)[str(out)][2]) - 0.5
+    result = refused(1, out, export.main, digits_run, out)
+    _, after, before, *_ = rows(result.out)[str(out)]
+    assert percent(after) < percent(before) - 0.5
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_does_not_load_is_found(digits_run, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(export, 'file_content', lambda network, out: b'broken')
-    refused(1, ['out.pth', 'new process'], export.main, digits_run, tmp_path / 'out.pth')
+    refused(1, 'out.pth', export.main, digits_run, tmp_path / 'out.pth')
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nan_is_an_error():
+def test_relative_error():
     logits = np.ones((2, 3))
-    assert export.relative_error(logits, logits) == 0
     assert export.relative_error(logits * 1.5, logits) == 0.5
     assert export.relative_error(np.where(np.eye(2, 3), np.nan, 1), logits) > 1e300
 
@@ -200,26 +205,23 @@ def test_nan_is_an_error():
 
 def test_unknown_suffix(digits_run, tmp_path, refused):
     for name in ('out.bin', 'out', 'out.pth.gz', 'int8'):
-        refused(2, [name, '.int8.onnx', '.pt2'], export.main, digits_run, tmp_path / name)
-    refused(2, 'out.bin', export.main, digits_run, tmp_path / 'fine.pth', tmp_path / 'out.bin')
+        refused(2, name, export.main, digits_run, tmp_path / 'fine.pth', tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written(digits_run, tmp_path, refused):
     (tmp_path / 'file').write_text('mine')
-    refused(1, ['file/out.pth', 'cannot'], export.main, digits_run, tmp_path / 'file' / 'out.pth')
+    refused(1, 'file/out.pth', export.main, digits_run, tmp_path / 'file' / 'out.pth')
     (tmp_path / 'out.pth').mkdir()
-    refused(1, ['out.pth', 'cannot'], export.main, digits_run, tmp_path / 'out.pth', '--force')
+    refused(1, 'out.pth', export.main, digits_run, tmp_path / 'out.pth', '--force')
     assert {path.name for path in tmp_path.iterdir()} == {'file', 'out.pth'}
-    assert (tmp_path / 'file').read_text() == 'mine'
 
 
 def test_without_stored_preprocessing(digits_run, tmp_path, call, refused):
     bare, out = tmp_path / 'bare.pth', tmp_path / 'out.pth'
     torch.save(checkpoint.load(digits_run).fold().state_dict(), bare)
-    refused(1, ['bare.pth', '--dataset'], export.main, bare, out)
-    refused(1, ['bare.pth', '--dataset'], export.main, bare, out, '--dataset', 'CIFAR10')
-    refused(2, 'MNIST', export.main, bare, out, '--dataset', 'MNIST')
+    for options in ((), ('--dataset', 'CIFAR10')):
+        refused(1, ['bare.pth', '--dataset'], export.main, bare, out, *options)
     assert call(export.main, bare, out, '--dataset', 'digits').status == 0
     content = torch.load(out, weights_only=True)
     assert content['classes'] == list('0123456789') and content['network']['dataset'] == 'digits'
@@ -228,24 +230,21 @@ def test_without_stored_preprocessing(digits_run, tmp_path, call, refused):
 
 def test_without_the_data_set(onnx, tmp_path, call, refused):
     """Float formats are compared on noise, and the output says so; int8 cannot be calibrated."""
-    torch.save(DiracNet(10, 0.25, 'FashionMNIST').state_dict(), tmp_path / 'net.pth')
+    net = tmp_path / 'net.pth'
+    torch.save(DiracNet(10, 0.25, 'FashionMNIST').state_dict(), net)
     options = ('--dataset', 'FashionMNIST', '--dataroot', tmp_path / 'nowhere')
-    result = call(export.main, tmp_path / 'net.pth', tmp_path / 'out.pth', *options)
-    assert result.status == 0
-    assert 'noise' in result.out and 'FashionMNIST was not found' in result.out
-    words = ['out.int8.onnx', 'FashionMNIST', '--dataroot']
-    refused(1, words, export.main, tmp_path / 'net.pth', tmp_path / 'out.int8.onnx', *options)
+    result = call(export.main, net, tmp_path / 'out.pth', *options)
+    assert result.status == 0 and 'noise' in result.out
+    refused(1, 'out.int8.onnx', export.main, net, tmp_path / 'out.int8.onnx', *options)
 
 
 @pytest.mark.parametrize('module', ['onnxruntime', 'onnx', 'onnxscript'])
 def test_onnx_is_not_installed(module, digits_run, tmp_path, refused, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     words = [module, 'pip install onnx onnxruntime onnxscript']
-    for name in ('out.onnx', 'out.int8.onnx'):
-        refused(1, words, export.main, digits_run, tmp_path / name)
+    refused(1, words, export.main, digits_run, tmp_path / 'out.onnx')
     if module == 'onnxruntime':
         refused(1, words, predict.main, tmp_path / 'net.onnx', tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_whitening_does_not_fit_into_metadata(onnx, digits_run, tmp_path, refused):
@@ -255,40 +254,13 @@ def test_whitening_does_not_fit_into_metadata(onnx, digits_run, tmp_path, refuse
     content['options']['preprocess'] = 'zca'
     torch.save(content, tmp_path / 'zca.pt7')
     for name in ('out.onnx', 'out.int8.onnx', 'out.pt2'):
-        refused(1, [name, 'zca', '.pth'], export.main, tmp_path / 'zca.pt7', tmp_path / name)
+        refused(1, name, export.main, tmp_path / 'zca.pt7', tmp_path / name)
 
 
-# --- prediction from exported files ----------------------------------------------------------
-
-
-def test_predict(exported, digits_run, digit_files, call):
-    outputs = []
-    for path in (digits_run, exported[0]['.onnx'], exported[0]['.int8.onnx']):
-        result = call(predict.main, path, digit_files, '--json')
-        assert result.status == 0, result
-        outputs.append([json.loads(line) for line in result.out.splitlines()])
-    run, float_onnx, int8_onnx = outputs
-    assert len(run) == 40
-    for ours, theirs in zip(run, float_onnx):
-        assert ours['image'] == theirs['image'] and ours['classes'][0] == theirs['classes'][0]
-        np.testing.assert_allclose(ours['probabilities'], theirs['probabilities'], atol=1e-5)
-    agreeing = [ours['classes'][0] == theirs['classes'][0] for ours, theirs in zip(run, int8_onnx)]
-    assert sum(agreeing) >= 19
-    result = call(predict.main, exported[0]['.onnx'], sorted(digit_files.iterdir())[0], '--top', 2)
-    assert result.status == 0 and result.out.count('%') == 2
-
-
-def test_predict_with_a_broken_onnx(exported, digit_files, tmp_path, refused, onnx):
-    whole = exported[0]['.onnx'].read_bytes()
-    contents = {'cut.onnx': whole[: len(whole) // 2], 'empty.onnx': b'', 'text.onnx': b'hello'}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-        refused(1, [name, 'broken'], predict.main, tmp_path / name, digit_files)
-    refused(1, 'none.onnx', predict.main, tmp_path / 'none.onnx', digit_files)
-    bare = tmp_path / 'bare.onnx'
+def test_predict_with_an_onnx_file_without_metadata(exported, digit_files, tmp_path, refused, onnx):
     model = onnx.load(exported[0]['.onnx'])
     del model.metadata_props[:]
-    onnx.save(model, bare)
-    refused(1, ['bare.onnx', '--dataset'], predict.main, bare, digit_files)
-    words = ['bare.onnx', 'channels', '--dataset']
-    refused(1, words, predict.main, bare, digit_files, '--dataset', 'CIFAR10')
+    onnx.save(model, tmp_path / 'bare.onnx')
+    for options in ((), ('--dataset', 'CIFAR10')):
+        words = ['bare.onnx', '--dataset']
+        refused(1, words, predict.main, tmp_path / 'bare.onnx', digit_files, *options)

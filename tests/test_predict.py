@@ -9,9 +9,7 @@ from torchvision.models import ResNet18_Weights
 
 from conftest import python
 from diracnet import DiracNet
-from lab.data import datasets
 from lab.data.names import imagenet_names, readable
-from lab.data.preprocessing import Preprocessing
 from tools import export, predict
 
 
@@ -50,17 +48,6 @@ def test_text_output_and_enlarged_image(digits_run, digit_files, tmp_path):
     # Averaging over areas restores the pixels that were repeated.
     assert small.split(': ')[1] == large.split(': ')[1]
     assert small.split(': ')[1].startswith(first.stem[-1] + ' ') and small.count('%') == 2
-
-
-def test_exported_file_rebuilds_the_network(digits_run, tmp_path, call):
-    call(export.main, digits_run, tmp_path / 'out.pth')
-    content = torch.load(tmp_path / 'out.pth', weights_only=True)
-    assert content['network']['depth'] == 16 and content['network']['dataset'] == 'digits'
-    assert content['classes'] == list('0123456789')
-    assert Preprocessing.from_dict(content['preprocessing']) == datasets.PREPROCESSING['digits']
-    net = DiracNet(16, 1, 'digits')
-    net.load_state_dict(content['state_dict'])
-    assert net(torch.zeros(1, 1, 8, 8)).shape == (1, 10)
 
 
 def test_imagenet_form(photographs, tmp_path, call):

@@ -32,69 +32,62 @@ def class_maps(net, inputs):
         bias: (num_classes,). maps.mean((2, 3)) + bias are the logits.
 
     Raises:
-        UserError: the network does not end in a global average pool and one linear layer.
+        UserError: the file of an OnnxNetwork does not end in a global average pool and one linear
+            layer.
     """
-    if isinstance(net, OnnxNetwork):
+    if not isinstance(net, OnnxNetwork):
+        features, weight, bias = _last_features(net, inputs), net.fc.weight, net.fc.bias
+        return torch.einsum('kc,nchw->nkhw', weight.float(), features.float()), bias.float()
+    require_onnx(['onnx', 'onnxruntime'])
+    try:
         features, weight, bias, logits = _onnx_parts(net, inputs)
-    else:
-        features, weight, bias, logits = _module_parts(net, inputs)
-    maps = torch.einsum('kc,nchw->nkhw', weight, features)
-    error = (maps.mean((2, 3)) + bias - logits).abs().max()
-    if not error <= TOLERANCE * logits.abs().max():
-        raise UserError(_refusal(net))
+        maps = torch.einsum('kc,nchw->nkhw', weight, features)
+        error = (maps.mean((2, 3)) + bias - logits).abs().max()
+        if not error <= TOLERANCE * logits.abs().max():
+            raise ValueError
+    except Exception:  # whatever the graph of another network leads to
+        raise UserError(
+            f'{net.path} has no class activation maps: they need a network that ends in a global '
+            'average pool and one linear layer'
+        ) from None
     return maps, bias
 
 
-def _module_parts(net, inputs):
-    """Features (N, C, h, w) before the pool, weight (K, C) and bias (K,) of the last layer, and
-    logits (N, K)."""
+def _last_features(net, inputs):
+    """What a folded network's global average pool gets, (N, C, h, w)."""
     [pool] = [part for part in net.modules() if isinstance(part, nn.AdaptiveAvgPool2d)]
-    seen = []
-    handle = pool.register_forward_pre_hook(lambda pool, args: seen.append(args[0]))
-    try:
-        logits = net(inputs).float()
-    finally:
-        handle.remove()
-    return seen[0].float(), net.fc.weight.float(), net.fc.bias.float(), logits
+    features = []
+    with pool.register_forward_pre_hook(lambda pool, args: features.append(args[0])):
+        net(inputs)
+    return features[0]
 
 
 def _onnx_parts(net, inputs):
-    """The same for an OnnxNetwork, whose graph is run with three more outputs."""
-    require_onnx(['onnx', 'onnxruntime'])
+    """Features (N, C, h, w) before the pool of an OnnxNetwork, weight (K, C) and bias (K,) of its
+    last layer, and logits (N, K), from its graph with more outputs."""
     import onnx
+    import onnxruntime
 
     model = onnx.load(net.path)
     producers = {name: node for node in model.graph.node for name in node.output}
-    layer = node = producers.get(net.output.name)
-    if layer is None or layer.op_type != 'Gemm' or len(layer.input) < 3:
-        raise UserError(_refusal(net))
-    while node is not None and node.op_type not in ('ReduceMean', 'GlobalAveragePool'):
-        node = producers.get(node.input[0])
-    if node is None:
-        raise UserError(_refusal(net))
-    values = (node.input[0], *layer.input[1:3], net.output.name)
+    node = producers[net.output.name]
+    _, weight, bias = node.input
+    while node.op_type not in ('ReduceMean', 'GlobalAveragePool'):
+        node = producers[node.input[0]]
+    values = (node.input[0], weight, bias, net.output.name)
     outputs = [f'class_maps.{i}' for i in range(len(values))]
     for value, output in zip(values, outputs):  # a weight of the file cannot itself be an output
         model.graph.node.append(onnx.helper.make_node('Identity', [value], [output]))
         model.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
     with quiet():
-        import onnxruntime
-
         session = onnxruntime.InferenceSession(
             model.SerializeToString(), providers=['CPUExecutionProvider']
         )
         arrays = session.run(outputs, {net.input.name: inputs.float().numpy()})
-    features, weight, bias, logits = (torch.from_numpy(array).float() for array in arrays)
-    if features.ndim != 4 or weight.shape != (logits.shape[1], features.shape[1]):
-        raise UserError(_refusal(net))
-    return features, weight, bias, logits
+    return [torch.from_numpy(array).float() for array in arrays]
 
 
-def _refusal(net):
-    return (
-        f'{getattr(net, "path", "the network")} has no class activation maps: they need a network '
-        'that ends in a global average pool and one linear layer'
-    )
+# --- pictures --------------------------------------------------------------------------------
 
 
 def draw(image, class_map):
@@ -132,3 +125,9 @@ def add_caption(picture, *lines):
         place = (6, height * (i + 1) - 4)
         cv2.putText(strip, line, place, cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 1, cv2.LINE_AA)
     return np.vstack([picture, strip])
+
+
+def encode_png(picture):
+    """The bytes of a PNG of a picture, uint8 (H, W, 3), RGB."""
+    _, content = cv2.imencode('.png', cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    return content.tobytes()

@@ -20,7 +20,6 @@ points of top-1, the file is not written, and the exit status is 1.
 
 import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ import torch
 from lab.data.datasets import PREPROCESSING
 from lab.errors import OneLineParser, OptionError, UserError, printable, run
 from lab.files import path_argument, write_atomically
-from lab.folded import Reference, images_tested, load_folded, top1
+from lab.folded import images_tested, load_folded, top1
 from lab.models.diracnet_v1 import DiracNetV1
 from lab.onnx_models import quiet, require_onnx, to_onnx
 from lab.runs import checkpoint
@@ -49,19 +48,15 @@ def file_content(network, out):
     """The bytes of an exported file; the suffix of `out` chooses its format."""
     if out.name.endswith('.pth'):
         net = network.unfolded if out.name.endswith(UNFOLDED) else network.folded
-        return pth_content(net, network.facts)
+        file = io.BytesIO()
+        torch.save({'state_dict': net.state_dict(), **network.metadata}, file)
+        return file.getvalue()
     if out.name.endswith('.pt2'):
         return pt2_content(network)
     if out.name.endswith(INT8):
         calibration, _ = network.sample_images(True, int8.CALIBRATION)
-        return int8.int8_onnx(network.folded, calibration, network.facts)
-    return to_onnx(network.folded, network.input_shape, network.facts).SerializeToString()
-
-
-def pth_content(net, facts):
-    file = io.BytesIO()
-    torch.save({'state_dict': net.state_dict(), **facts}, file)
-    return file.getvalue()
+        return int8.int8_onnx(network.folded, calibration, network.metadata)
+    return to_onnx(network.folded, network.input_shape, network.metadata).SerializeToString()
 
 
 def pt2_content(network):
@@ -72,13 +67,17 @@ def pt2_content(network):
             (torch.zeros(2, *network.input_shape),),
             dynamic_shapes=({0: torch.export.Dim('batch')},),
         )
-        metadata = json.dumps(network.facts)
-        torch.export.save(program, file, extra_files={'metadata.json': metadata})
+        metadata = {'metadata.json': json.dumps(network.metadata)}
+        torch.export.save(program, file, extra_files=metadata)
     return file.getvalue()
 
 
-def export_file(network, out, reference):
+def export_file(network, out, inputs, targets, expected):
     """Write a file if it passes the comparison, and print its row of the table.
+
+    Args:
+        inputs, targets: see `comparison_images`.
+        expected: the logits of the unfolded network, (N, num_classes).
 
     Returns:
         Why the file was not written, or None.
@@ -88,9 +87,9 @@ def export_file(network, out, reference):
         OSError: the file cannot be written.
     """
     content = file_content(network, out)
-    logits, times = measure_content(content, out, reference.inputs)
-    error = relative_error(logits, reference.logits)
-    before, after = accuracy(reference.logits, reference), accuracy(logits, reference)
+    logits, times = measure_content(content, out, inputs)
+    error = relative_error(logits, expected)
+    before, after = accuracy(expected, targets), accuracy(logits, targets)
     print_row(out, f'{error:.1e}', after, before, len(content), times)
     if out.name.endswith(INT8):
         if before - after > INT8_LIMIT:
@@ -117,19 +116,19 @@ def comparison_images(network):
     return inputs, targets, f'{len(inputs)} {kind} images of {printable(network.data.name)}'
 
 
-def relative_error(logits, reference):
+def relative_error(logits, expected):
     """The largest difference between two logits, relative to the largest logit of its image.
 
     NaN counts as infinite.
     """
-    difference = np.abs(logits - reference).max(1)
-    scale = np.maximum(np.abs(reference).max(1), np.finfo(np.float32).tiny)
+    difference = np.abs(logits - expected).max(1)
+    scale = np.maximum(np.abs(expected).max(1), np.finfo(np.float32).tiny)
     return float(np.nan_to_num(difference / scale, nan=np.inf).max())
 
 
-def accuracy(logits, reference):
+def accuracy(logits, targets):
     """Top-1 in percent, or None for images without classes."""
-    return None if reference.targets is None else top1(logits, reference.targets)
+    return None if targets is None else top1(logits, targets)
 
 
 def print_header():
@@ -204,35 +203,32 @@ def check_format(network, out):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    if any(out.name.endswith('.onnx') for out in args.outs):
+    if any(out.suffix == '.onnx' for out in args.outs):
         require_onnx()
-    found = checkpoint.load(args.checkpoint)
+    source = checkpoint.load(args.checkpoint)
     if args.ema:
-        found = found.averaged()
-    network = load_folded(found, args.dataset, args.dataroot)
+        source = source.averaged()
+    network = load_folded(source, args.dataset, args.dataroot)
     for out in args.outs:
         check_format(network, out)
     inputs, targets, what = comparison_images(network)
-    logits, times = measure(network.unfolded, inputs)
-    reference = Reference(inputs, targets, logits)
-    before = accuracy(logits, reference)
+    expected, times = measure(network.unfolded, inputs)
     n_parameters = sum(parameter.numel() for parameter in network.folded.parameters())
-    which = f', {found.weights} weights' if found.ema else ''
+    which = f', {source.weights} weights' if source.ema else ''
     print(
         f'{printable(str(args.outs[0]))}: {n_parameters:,} parameters{which}; compared on {what}\n'
     )
     print_header()
-    print_row('(unfolded)', '', before, before, os.path.getsize(network.checkpoint.path), times)
+    top = accuracy(expected, targets)
+    print_row('(unfolded)', '', top, top, source.path.stat().st_size, times)
     failures = []
-    for out in args.outs:
-        try:
-            failure = export_file(network, out, reference)
-        except OSError as error:
-            raise UserError(f'{out} cannot be written ({error.strerror})') from None
-        if failure:
-            failures.append(failure)
-    if failures:
-        raise UserError(f'not written: {"; ".join(failures)}')
+    try:
+        for out in args.outs:
+            failures.append(export_file(network, out, inputs, targets, expected))
+    except OSError as error:
+        raise UserError(f'{out} cannot be written ({error.strerror})') from None
+    if any(failures):
+        raise UserError(f'not written: {"; ".join(filter(None, failures))}')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""int8 for folded networks: the steps that keep their accuracy, and the .onnx file.
+"""int8 for folded networks: an .onnx file that keeps their accuracy.
 
-Weights are quantized per channel, activations per tensor, by ONNX Runtime's static quantizer, with
-the ranges found on training images.
+ONNX Runtime's static quantizer quantizes weights per channel and activations per tensor, with the
+ranges found on training images. The first and the last layer stay in float.
 
 A filter of a folded DiracNet is an identity plus small learned taps. One step of int8 is 1/127 of
 the largest tap, which is the identity's. Where that tap dominates the filter, the learned taps
@@ -9,7 +9,8 @@ round to a few steps or to zero. `separate` takes the identity's tap out of the 
 y = conv(x, W - diag(d)) + d x, with the convolution in int8 and the rest in float. `equalize`
 brings the channels of an activation closer to one range. It is the cross-layer equalization of
 Nagel et al. (arXiv 1906.04721), with the ranges of activations instead of weights; it works
-because a positive factor passes through ReLU and pooling.
+because a positive factor passes through ReLU and pooling. logs/reference/export-int8.md compares
+these steps with others.
 """
 
 import copy
@@ -23,21 +24,57 @@ from torch import nn
 from lab.onnx_models import quiet, require_onnx, to_onnx
 
 CALIBRATION = 512  # training images
-RECIPES = {  # steps of `int8_onnx`; the last recipe is the one that tools.export uses
-    'as folded': (),
-    'percentile calibration (99.99 %)': ('percentile',),
-    'entropy calibration': ('entropy',),
-    'first and last layer in float': ('ends',),
-    'equalized': ('equalize',),
-    'equalized, first and last layer in float': ('equalize', 'ends'),
-    'identity apart': ('separate',),
-    'identity apart, equalized': ('equalize', 'separate'),
-    'identity apart, equalized, first and last layer in float': ('equalize', 'separate', 'ends'),
-}
-BEST = tuple(RECIPES.values())[-1]
 # The product and the sum of a SeparateConv2d are left out: in int8 they would round the activation
 # three times instead of once.
 INT8_OPERATIONS = ['Conv', 'Gemm', 'Relu', 'MaxPool', 'ReduceMean', 'Reshape']
+
+
+def int8_onnx(net, inputs, metadata):
+    """The bytes of an int8 .onnx file of a folded DiracNet, in ONNX Runtime's QDQ format.
+
+    Args:
+        inputs: normalized training images (N, C, H, W), to find the ranges of activations with.
+        metadata: see `onnx_models.to_onnx`.
+
+    Raises:
+        UserError: a package is not installed.
+    """
+    require_onnx()
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_static
+
+    model = to_onnx(separate(equalize(net, inputs)), inputs.shape[1:], metadata)
+    layers = [node.name for node in model.graph.node if node.op_type in ('Conv', 'Gemm')]
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        float_path, int8_path = Path(folder) / 'float.onnx', Path(folder) / 'int8.onnx'
+        onnx.save(model, float_path)  # older releases change a model that they get as an object
+        quantize_static(
+            str(float_path),
+            str(int8_path),
+            calibration_reader(inputs),
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=INT8_OPERATIONS,
+            nodes_to_exclude=[layers[0], layers[-1]],
+        )
+        content = int8_path.read_bytes()
+    onnx.checker.check_model(content)
+    return content
+
+
+def calibration_reader(inputs):
+    """An object that feeds images to ONNX Runtime's quantizer, in batches of 64."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        batches = iter(inputs.split(64))
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {'images': np.ascontiguousarray(batch.numpy())}
+
+    return Reader()
 
 
 # --- networks that lose less -----------------------------------------------------------------
@@ -84,8 +121,8 @@ def equalize(net, inputs, power=0.5, least=0.01):
             channels that are nearly dead would get very large weights.
     """
     net = copy.deepcopy(net)
-    layers = find_layers(net)
-    largest = observe(net, inputs, layers[:-1], lambda _, output: output.relu().amax((0, 2, 3)))
+    layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    largest = largest_activations(net, inputs, layers[:-1])
     for layer, following in zip(layers, layers[1:]):
         scale = largest[layer]  # (C,)
         scale = scale.clamp(min=least * scale.max().clamp(min=1e-12))
@@ -96,101 +133,15 @@ def equalize(net, inputs, power=0.5, least=0.01):
     return net
 
 
-def find_layers(net):
-    """The convolutions and linear layers of a network, in order."""
-    return [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+def largest_activations(net, inputs, convolutions):
+    """{convolution: the largest output of each of its channels after ReLU, (C,)}."""
+    largest = {}
 
+    def hook(convolution, _, output):
+        largest[convolution] = output.relu().amax((0, 2, 3))
 
-def observe(net, inputs, layers, statistic):
-    """Run a network on inputs; return {layer: statistic(the layer's input, its output)}."""
-    observed = {}
-
-    def hook(layer, given, output):
-        observed[layer] = statistic(given[0], output)
-
-    handles = [layer.register_forward_hook(hook) for layer in layers]
+    handles = [convolution.register_forward_hook(hook) for convolution in convolutions]
     net(inputs)
     for handle in handles:
         handle.remove()
-    return observed
-
-
-# --- quantizing ------------------------------------------------------------------------------
-
-
-def int8_onnx(net, inputs, metadata, steps=BEST, only=None):
-    """The bytes of an int8 .onnx file of a folded DiracNet, in ONNX Runtime's QDQ format.
-
-    Args:
-        inputs: normalized training images (N, C, H, W), to find the ranges of activations with.
-        metadata: see `onnx_models.to_onnx`.
-        steps: the steps of a recipe, see RECIPES.
-        only: name of the only layer to quantize; None quantizes all.
-
-    Raises:
-        UserError: a package is not installed.
-    """
-    require_onnx()
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_static
-
-    if 'equalize' in steps:
-        net = equalize(net, inputs)
-    if 'separate' in steps:
-        net = separate(net)
-    model = to_onnx(net, inputs.shape[1:], metadata)
-    layers = [node.name for node in model.graph.node if node.op_type in ('Conv', 'Gemm')]
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        given, path = Path(folder) / 'float.onnx', Path(folder) / 'int8.onnx'
-        onnx.save(model, given)  # older releases change a model that they get as an object
-        quantize_static(
-            str(given),
-            str(path),
-            calibration_reader(inputs),
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=INT8_OPERATIONS,
-            nodes_to_quantize=nodes_of(model, only) if only else None,
-            nodes_to_exclude=[layers[0], layers[-1]] if 'ends' in steps else None,
-            **calibration_options(steps),
-        )
-        content = path.read_bytes()
-    onnx.checker.check_model(content)
-    return content
-
-
-def calibration_reader(inputs):
-    """An object that feeds images to ONNX Runtime's quantizer, in batches of 64."""
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):
-        batches = iter(inputs.split(64))
-
-        def get_next(self):
-            batch = next(self.batches, None)
-            if batch is None:
-                return None
-            return {'images': np.ascontiguousarray(batch.numpy())}
-
-    return Reader()
-
-
-def calibration_options(steps):
-    """The arguments of `quantize_static` for how a recipe finds activation ranges."""
-    from onnxruntime.quantization import CalibrationMethod
-
-    if 'percentile' in steps:
-        return {
-            'calibrate_method': CalibrationMethod.Percentile,
-            'extra_options': {'CalibPercentile': 99.99},
-        }
-    if 'entropy' in steps:
-        return {'calibrate_method': CalibrationMethod.Entropy}
-    return {'calibrate_method': CalibrationMethod.MinMax}
-
-
-def nodes_of(model, layer):
-    """Names of the nodes that a layer was exported to."""
-    names = [node.name for node in model.graph.node]
-    return [name for name in names if layer in (name, name.rpartition('.')[0])]
+    return largest

@@ -22,21 +22,20 @@ from lab.onnx_models import OnnxNetwork
 from lab.runs import checkpoint
 
 LATENCIES = (1, 64)  # images in a batch
+REPEATS = 20
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def load_exported(path):
     """The network in an exported file: a function from images (N, C, H, W) to logits."""
-    name = Path(path).name
-    if name.endswith('.pth'):
+    suffix = Path(path).suffix
+    if suffix == '.pth':
         return checkpoint.load(path).module()
-    if name.endswith('.pt2'):
-        return torch.export.load(path).module()
-    return OnnxNetwork(path)
+    return torch.export.load(path).module() if suffix == '.pt2' else OnnxNetwork(path)
 
 
 @torch.inference_mode()
-def measure(net, inputs, repeats=20):
+def measure(net, inputs):
     """Logits (N, num_classes), and the median time in milliseconds of a batch of each size in
     LATENCIES."""
     logits = compute_logits(net, inputs)
@@ -44,7 +43,7 @@ def measure(net, inputs, repeats=20):
     for n in LATENCIES:
         batch = inputs[torch.arange(n) % len(inputs)]
         spent = []
-        for _ in range(repeats):
+        for _ in range(REPEATS):
             start = time.perf_counter()
             net(batch)
             spent.append(1000 * (time.perf_counter() - start))
@@ -63,21 +62,15 @@ def measure_content(content, path, inputs):
         OSError: the temporary folder cannot be written.
     """
     with tempfile.TemporaryDirectory() as folder:
-        file, inputs_file, result_file = (
-            Path(folder).resolve() / part for part in (path.name, 'inputs.npy', 'result.npz')
-        )
-        file.write_bytes(content)
-        np.save(inputs_file, inputs.numpy())
-        child = subprocess.run(
-            [sys.executable, '-m', 'tools.measure_file', file, inputs_file, result_file],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        files = [Path(folder).resolve() / name for name in (path.name, 'inputs.npy', 'result.npz')]
+        files[0].write_bytes(content)
+        np.save(files[1], inputs.numpy())
+        command = [sys.executable, '-m', 'tools.measure_file', *files]
+        child = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if child.returncode:
             lines = child.stderr.strip().splitlines() or [f'exit status {child.returncode}']
             raise UserError(f'{path} is not written, as a new process cannot use it: {lines[-1]}')
-        with np.load(result_file) as result:
+        with np.load(files[2]) as result:
             return result['logits'], result['times'].tolist()
 
 

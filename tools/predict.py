@@ -12,12 +12,10 @@ probable class: what speaks for the class (red), and what against it (blue).
 
 import json
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
@@ -27,11 +25,11 @@ from lab.data.image_folders import find_images
 from lab.data.names import readable
 from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import OneLineParser, OptionError, UserError, one_line, printable, run
-from lab.files import path_argument, write_atomically
-from lab.folded import check_channels, preprocessing_of
+from lab.files import path_argument, write_output
+from lab.folded import preprocessing_of
 from lab.onnx_models import OnnxNetwork
 from lab.runs import checkpoint
-from tools.class_maps import add_caption, class_maps, draw
+from tools.class_maps import add_caption, class_maps, draw, encode_png
 
 
 @dataclass
@@ -43,6 +41,13 @@ class Classifier:
     dtype: torch.dtype  # of its input
     preprocessing: Preprocessing
     classes: list  # names, or None
+
+    def normalize(self, images):
+        """Prepared images, uint8 (N, H, W, C), as inputs (N, C, H, W)."""
+        return normalize(torch.from_numpy(images), self.preprocessing, self.dtype)
+
+    def name(self, index):
+        return self.classes[index] if self.classes else str(index)
 
 
 def load(path, dataset=None, ema=False):
@@ -59,22 +64,17 @@ def load(path, dataset=None, ema=False):
     if str(path).endswith('.onnx'):
         if ema:
             raise OptionError(f'--ema: {path} has one network; pass the run')
-        net = found = OnnxNetwork(path)
-        in_channels, num_classes, dtype = net.in_channels, net.num_classes, torch.float32
-        preprocessing = preprocessing_of(found, dataset)
+        source = net = OnnxNetwork(path)
     else:
-        found = checkpoint.load(path)
+        source = checkpoint.load(path)
         if ema:
-            found = found.averaged()
-        elif found.ema:
-            print(f'{found.path}: the raw weights; --ema takes their averages', file=sys.stderr)
-        net = found.fold()
-        num_classes, in_channels = net.fc.weight.shape[0], net.architecture.in_channels
-        dtype = net.fc.weight.dtype
-        preprocessing = preprocessing_of(found, dataset, net.architecture)
-    check_channels(found.path, in_channels, preprocessing)
-    classes = readable(found.classes, num_classes)
-    return Classifier(found.path, net, dtype, preprocessing, classes)
+            source = source.averaged()
+        elif source.ema:
+            print(f'{source.path}: the raw weights; --ema takes their averages', file=sys.stderr)
+        net = source.fold()
+    preprocessing = preprocessing_of(source, dataset)
+    classes = readable(source.classes, source.network['num_classes'])
+    return Classifier(source.path, net, source.dtype, preprocessing, classes)
 
 
 def classify(classifier, paths, batch_size=64):
@@ -85,7 +85,7 @@ def classify(classifier, paths, batch_size=64):
     Raises:
         UserError: the network's outputs are not finite.
     """
-    images = _read_images(paths, classifier.preprocessing)
+    images = read_images(paths, classifier.preprocessing)
     while batch := list(islice(images, batch_size)):
         whole = [image for _, image in batch if not isinstance(image, UserError)]
         rows = iter(compute_probabilities(classifier, np.stack(whole)) if whole else ())
@@ -96,8 +96,7 @@ def classify(classifier, paths, batch_size=64):
 @torch.inference_mode()
 def compute_probabilities(classifier, images):
     """Probabilities (N, num_classes) for prepared images, uint8 (N, H, W, C). Raises UserError."""
-    images = torch.from_numpy(images)
-    logits = classifier.net(normalize(images, classifier.preprocessing, classifier.dtype))
+    logits = classifier.net(classifier.normalize(images))
     if not logits.isfinite().all():
         raise UserError(
             f'{classifier.path} gives outputs that are not finite: train or export it again'
@@ -105,7 +104,7 @@ def compute_probabilities(classifier, images):
     return logits.softmax(1)
 
 
-def _read_images(paths, preprocessing):
+def read_images(paths, preprocessing):
     """Yield (file, image): uint8 (size, size, channels), or the UserError if it cannot be read."""
     for path in paths:
         try:
@@ -114,14 +113,48 @@ def _read_images(paths, preprocessing):
             yield path, error
             continue
         for file in files:
-            yield file, _read_prepared(file, preprocessing)
+            try:
+                image = prepare(read_image(file), preprocessing)
+            except UserError as error:
+                image = error
+            yield file, image
 
 
-def _read_prepared(file, preprocessing):
-    try:
-        return prepare(read_image(file), preprocessing)
-    except UserError as error:
-        return error
+# --- output ----------------------------------------------------------------------------------
+
+
+def describe(classifier, file, probabilities, args, picture):
+    """The line of output about an image; `picture` is the path of its explanation, or None."""
+    values, indices = probabilities.topk(min(args.top, len(probabilities)))
+    values, names = values.tolist(), [classifier.name(index) for index in indices.tolist()]
+    if args.json:
+        line = {'image': str(file), 'classes': names, 'probabilities': values}
+        return json.dumps({**line, 'explanation': str(picture)} if picture else line)
+    percents = ', '.join(f'{name} {100 * p:.1f} %' for name, p in zip(names, values))
+    return printable(f'{file}: {percents}{f"; {picture}" if picture else ""}')
+
+
+def explain(classifier, image, probabilities):
+    """The PNG of an image with the map of its most probable class."""
+    index = probabilities.argmax().item()
+    maps, _ = class_maps(classifier.net, classifier.normalize(image[None]))
+    picture = add_caption(
+        draw(image, maps[0, index]),
+        f'{classifier.name(index)}: {100 * probabilities[index]:.1f} %',
+        'red: evidence for it, blue: against it',
+    )
+    return encode_png(picture)
+
+
+def unused_path(folder, file, used):
+    """The path of the picture of a file: it has the file's name, and a number if that is used."""
+    stem = Path(file).stem
+    names = (stem if i == 1 else f'{stem}-{i}' for i in count(1))
+    paths = (Path(folder).expanduser() / f'{name}.png' for name in names)
+    return next(path for path in paths if path not in used)
+
+
+# --- command line ----------------------------------------------------------------------------
 
 
 def parse_arguments(arguments):
@@ -159,76 +192,19 @@ def parse_arguments(arguments):
 def main(arguments=None):
     args = parse_arguments(arguments)
     classifier = load(args.checkpoint, args.dataset, args.ema)
-    pictures = Pictures(args.explain) if args.explain else None
-    status = 0
+    status, pictures = 0, set()
     for file, image, probabilities in classify(classifier, args.images):
         if probabilities is None:
             print(f'tools.predict: {one_line(str(image))}', file=sys.stderr)
             status = 1
             continue
-        path = pictures and pictures.write(classifier, file, image, probabilities)
-        print(_describe(file, probabilities, classifier.classes, args, path))
+        picture = None
+        if args.explain:
+            picture = unused_path(args.explain, file, pictures)
+            write_output(picture, explain(classifier, image, probabilities))
+            pictures.add(picture)
+        print(describe(classifier, file, probabilities, args, picture))
     return status
-
-
-class Pictures:
-    """The folder of --explain. Raises UserError if it cannot be written to."""
-
-    def __init__(self, folder):
-        self.folder, self.names = Path(folder).expanduser(), set()
-        with self._one_line_errors():
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def write(self, classifier, file, image, probabilities):
-        """Write the picture of an image with the map of its most probable class. Returns its path,
-        which has the file's name, and a number if another file has that name."""
-        index = probabilities.argmax().item()
-        label = classifier.classes[index] if classifier.classes else str(index)
-        images = normalize(
-            torch.from_numpy(image[None]), classifier.preprocessing, classifier.dtype
-        )
-        maps, _ = class_maps(classifier.net, images)
-        picture = add_caption(
-            draw(image, maps[0, index]),
-            f'{label}: {100 * probabilities[index]:.1f} %',
-            'red: evidence for it, blue: against it',
-        )
-        _, content = cv2.imencode('.png', cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-        stem = name = Path(file).stem
-        number = 1
-        while name in self.names:
-            number += 1
-            name = f'{stem}-{number}'
-        self.names.add(name)
-        path = self.folder / f'{name}.png'
-        with self._one_line_errors():
-            write_atomically(path, content.tobytes())
-        return path
-
-    @contextmanager
-    def _one_line_errors(self):
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f'{self.folder} cannot be written to ({error.strerror}): choose another folder '
-                'with --explain'
-            ) from None
-
-
-def _describe(file, probabilities, classes, args, path):
-    """One line of output about an image; `path` is that of its picture, if there is one."""
-    values, indices = probabilities.topk(min(args.top, len(probabilities)))
-    values, indices = values.tolist(), indices.tolist()
-    names = [classes[index] if classes else str(index) for index in indices]
-    if args.json:
-        picture = {'explanation': str(path)} if path else {}
-        return json.dumps(
-            {'image': str(file), 'classes': names, 'probabilities': values, **picture}
-        )
-    percents = [f'{name} {100 * p:.1f} %' for name, p in zip(names, values)]
-    picture = f'; {path}' if path else ''
-    return printable(f'{file}: {", ".join(percents)}{picture}')
 
 
 if __name__ == '__main__':

@@ -8,36 +8,123 @@ their class activation maps, the first filters, alpha, beta and the signal over 
 network comes from. Without the data set, the page lacks what needs its images, and says so.
 """
 
+import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
+import numpy as np
+import torch
+
+from lab.data.datasets import Data
+from lab.data.names import display_name, readable
+from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import OneLineParser, UserError, printable, run
-from lab.files import path_argument, write_atomically
+from lab.files import path_argument, write_output
+from lab.folded import (
+    check_classes,
+    compute_logits,
+    images_tested,
+    load_data,
+    preprocessing_of,
+    sample_pixels,
+)
 from lab.runs import checkpoint
-from tools.report.content import describe
-from tools.report.page import render
+from lab.runs.folder import COMMANDS, read_commands
+from lab.runs.log import parse_line
+from tools.propagation import is_chain
+from tools.report import sections
+
+TEMPLATE = Path(__file__).with_name('page.html')
 
 
-def write_report(path, out, dataroot=None):
-    """Write the page about the checkpoint in `path`.
+@dataclass
+class Tests:
+    """A network's answers for test images."""
+
+    data: Data
+    preprocessing: Preprocessing
+    kind: str  # of the images: 'test' or 'held-out'
+    classes: list
+    pixels: np.ndarray  # uint8 (N, H, W, C)
+    targets: np.ndarray  # (N,)
+    predicted: np.ndarray  # (N,)
+    probabilities: np.ndarray  # (N,), of what is predicted
+
+
+def test(source, dataroot):
+    """The Tests of a Checkpoint. Raises UserError if the data set is missing or does not fit."""
+    preprocessing = preprocessing_of(source, source.network['dataset'])
+    data = load_data(source, source.network['dataset'], preprocessing, dataroot)
+    check_classes(source, data)
+    classes = readable(list(source.classes or data.classes), len(data.classes))
+    pixels, targets = sample_pixels(data.test, preprocessing)
+    inputs = normalize(torch.from_numpy(pixels), preprocessing)
+    logits = torch.from_numpy(compute_logits(source.module().float(), inputs))
+    answers = logits.softmax(1).max(1)
+    predicted, probabilities = answers.indices.numpy(), answers.values.numpy()
+    kind = images_tested(source)
+    return Tests(data, preprocessing, kind, classes, pixels, targets, predicted, probabilities)
+
+
+def describe(source, starts, dataroot):
+    """What the page about a Checkpoint says.
 
     Args:
-        dataroot: folder of the data set; None for the folder that the training used.
+        starts: the commands of its run, or None.
 
     Returns:
-        The reason why the page lacks pictures, or ''.
-
-    Raises:
-        UserError: the checkpoint or the data set cannot be read, or `out` cannot be written.
+        The variables of page.html, and the reason why the images could not be had, or ''.
     """
-    content = describe(checkpoint.load(path), path, dataroot)
-    out = Path(out).expanduser()
+    log = [parse_line(line, 'its log') for line in source.log or []]
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out, render(content).encode())
-    except OSError as error:
-        raise UserError(f'{out} cannot be written ({error.strerror})') from None
-    return content.missing
+        tests, missing = test(source, dataroot), ''
+    except UserError as error:
+        tests, missing = None, str(error)
+    parts = [sections.training(log)]
+    if tests:
+        parts += [sections.confusion(tests), sections.accuracies(tests)]
+        parts += [sections.mistakes(source, tests)]
+    else:
+        parts += [sections.Section('Images', f'What needs images is missing: {missing}')]
+    parts += [sections.filters(source.params), sections.scales(source.params)]
+    if tests and is_chain(source.network['model']) and not source.folded:
+        parts += [sections.signal(source, tests)]
+    network, options = source.network, sorted(source.options.items())
+    name = display_name(network['dataset'], source.options.get('dataroot', '.'))
+    content = {
+        'title': printable(f'{network["model"]}-{network["depth"]}-{network["width"]:g} on {name}'),
+        'facts': facts(source, starts or [{}], log, tests),
+        'sections': filter(None, parts),
+        'options': [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in options],
+    }
+    return content, missing
+
+
+def facts(source, starts, log, tests):
+    """{name: value} of what the page begins with."""
+    rows = {}
+    if tests:
+        accuracy = 100 * (tests.predicted == tests.targets).mean()
+        rows['test accuracy'] = f'{accuracy:.2f} % of {len(tests.targets):,} {tests.kind} images'
+    elif log:
+        rows['test accuracy'] = f'{log[-1]["test_acc"]:.2f} % (from the log)'
+    parameters = (tensor for key, tensor in source.params.items() if 'running_' not in key)
+    rows['parameters'] = f'{sum(tensor.numel() for tensor in parameters):,}'
+    rows['file'] = printable(str(source.path))
+    if source.options:
+        rows['epochs'] = f'{source.epoch} of {source.options["epochs"]}'
+        rows['seed'] = source.options['seed']
+    start = starts[-1]
+    for name in ('command', 'commit', 'time', 'device', 'python'):
+        if start.get(name):
+            rows[name] = start[name]
+    if start.get('versions'):
+        rows['versions'] = ', '.join(f'{name} {v}' for name, v in start['versions'].items() if v)
+    if len(starts) > 1:
+        rows['starts'] = f'{len(starts)}; these are the facts of the last one'
+    return rows
 
 
 def main(arguments=None):
@@ -50,7 +137,11 @@ def main(arguments=None):
         help='folder of the data set, if it is not where the training had it',
     )
     args = parser.parse_args(arguments)
-    missing = write_report(args.checkpoint, args.out, args.dataroot)
+    source = checkpoint.load(args.checkpoint)
+    starts = read_commands(source.path.with_name(COMMANDS))
+    content, missing = describe(source, starts, args.dataroot)
+    template = jinja2.Template(TEMPLATE.read_text('utf-8'), autoescape=True, trim_blocks=True)
+    write_output(args.out, template.render(content).encode())
     if missing:
         print(
             f'{printable(args.out)} lacks what needs images: {printable(missing)}', file=sys.stderr
