@@ -61,23 +61,23 @@ def textbook_optimizer(params, lr=1e-3, weight_decay=5e-4):
     return torch.optim.SGD(groups, lr=lr, momentum=0.9, foreach=False)
 
 
-def bare_convolutions(architecture, inputs):
-    """A function that runs only the convolutions of a network, forward and backward.
+def bare_convolutions(params, inputs):
+    """A function that runs only the 3x3 convolutions of a DiracNet, forward and backward.
 
-    Each convolution has its own input, in channels_last.
+    Each convolution has its own random input, in channels_last.
+
+    Args:
+        params: of a DiracNet for small images.
+        inputs: (N, C, H, W).
     """
-    images, in_channels, size = inputs.shape[:3]
-    shapes = [(in_channels, architecture.widths[0], size)]
-    for g, group in enumerate(architecture.groups):
-        if g > 0:
+    layers, size = [], inputs.shape[2]
+    for key in [key for key in params if key == 'conv' or key.endswith('.conv')]:
+        if key.endswith('.block0.conv') and key != 'group0.block0.conv':
             size //= 2
-        shapes += [(in_channels, out_channels, size) for _, in_channels, out_channels in group]
-    layers = []
-    for number, (in_channels, out_channels, size) in enumerate(shapes):
-        x = channels_last(torch.randn(images, in_channels, size, size))
-        weight = channels_last(torch.randn(out_channels, in_channels, 3, 3)).requires_grad_()
+        weight = channels_last(torch.randn_like(params[key])).requires_grad_()
+        x = channels_last(torch.randn(len(inputs), weight.shape[1], size, size))
         # The images, input of the first convolution, need no gradient.
-        layers.append((x.requires_grad_(number > 0), weight))
+        layers.append((x.requires_grad_(key != 'conv'), weight))
 
     def step():
         outputs = [F.conv2d(x, weight, padding=1) for x, weight in layers]

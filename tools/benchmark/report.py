@@ -6,61 +6,31 @@ import platform
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lab.runs.provenance import versions
 
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow')
-SPEED_COLUMNS = ['measurement', 'variant', 'median (quartiles)', 'ratio', 'goal']
+COLUMNS = ['measurement', 'variant', 'median (quartiles)', 'ratio']
 RATIO_LEGEND = (
     "The ratio is the median of a group's first row divided by the median of this row, with a 95 % "
     'interval from a bootstrap of the rounds.'
 )
 
 
-def machine_facts():
-    """The processor and the versions that every table names."""
-    return {
-        'cpu': processor_name(),
-        'cores': os.cpu_count(),
-        'torch threads': torch.get_num_threads(),
-        'python': platform.python_version(),
-        **versions(PACKAGES),
-    }
-
-
-def processor_name():
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith('model name'):
-            return line.split(':')[1].strip()
-    return platform.processor()
-
-
-def spread(samples):
-    """The median and the quartiles as text, in the unit of the samples."""
-    low, middle, high = map(plain, statistics.quantiles(samples, n=4))
-    return f'{middle} ({low} to {high})'
-
-
-def plain(value):
-    """A number with four digits, or more if it is large."""
-    return f'{value:.0f}' if value >= 1000 else f'{value:.4g}'
-
-
-def spread_in_milliseconds(seconds):
-    return spread([1000 * value for value in seconds])
-
-
 class Report:
     """The rows of a table, and `samples`: all measured values by the name of the measurement."""
 
-    def __init__(self, title, columns, legend=''):
+    def __init__(self, title, legend='', columns=COLUMNS):
         self.title, self.columns, self.legend = title, columns, legend
-        self.facts = machine_facts()
+        self.facts = {
+            'cpu': processor_name(),
+            'cores': os.cpu_count(),
+            'torch threads': torch.get_num_threads(),
+            'python': platform.python_version(),
+            **versions(PACKAGES),
+        }
         self.rows, self.samples = [], {}
         self.failures = []  # of parts that could not be measured
 
@@ -68,6 +38,24 @@ class Report:
         """Add a row and print it."""
         self.rows.append([str(cell) for cell in row])
         print('  '.join(self.rows[-1]), flush=True)
+
+    def compare(self, label, samples):
+        """Add a row for each variant in `samples`; the others are compared with the first.
+
+        Args:
+            label: names the measurement and its unit.
+            samples: {variant: values, one per round}.
+        """
+        self.samples[label] = samples
+        first = next(iter(samples.values()))
+        for variant, values in samples.items():
+            if values is first:
+                self.add(label, variant, spread(values), '')
+            elif len(values) == 1:
+                self.add('', variant, spread(values), f'{first[0] / values[0]:.3f}')
+            else:
+                ratio, low, high = ratio_of_medians(first, values)
+                self.add('', variant, spread(values), f'{ratio:.3f} ({low:.3f} to {high:.3f})')
 
     def markdown(self):
         facts = ', '.join(f'{name} {value}' for name, value in self.facts.items())
@@ -80,12 +68,41 @@ class Report:
 
     def write(self, out):
         """Write OUT.md and OUT.json."""
-        content = {
-            'facts': self.facts,
-            'columns': self.columns,
-            'rows': self.rows,
-            'samples': self.samples,
-        }
+        names = ('facts', 'columns', 'rows', 'samples')
+        content = {name: getattr(self, name) for name in names}
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix('.md').write_text(self.markdown())
         out.with_suffix('.json').write_text(json.dumps(content, indent=1) + '\n')
+
+
+def processor_name():
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(':')[1].strip() for line in lines if line.startswith('model name'))
+    return next(names, platform.processor())
+
+
+def spread(samples):
+    """The median and the quartiles as text, in the unit of the samples."""
+    if len(samples) == 1:
+        return plain(samples[0])
+    low, middle, high = map(plain, statistics.quantiles(samples, n=4))
+    return f'{middle} ({low} to {high})'
+
+
+def plain(value):
+    """A number with four digits, or more if it is large."""
+    return f'{value:.0f}' if value >= 1000 else f'{value:.4g}'
+
+
+def ratio_of_medians(first, second):
+    """The ratio, and its 95 % interval by a bootstrap of the rounds that measured both."""
+    from scipy.stats import bootstrap
+
+    def ratio(a, b, axis=-1):
+        return np.median(a, axis) / np.median(b, axis)
+
+    found = bootstrap((first, second), ratio, paired=True, method='percentile', random_state=0)
+    return ratio(first, second), *found.confidence_interval
