@@ -1,7 +1,6 @@
 """What the benchmarks compare, and how: `race` runs contestants in turn, each in its own process.
 
-So each contestant has its own peak memory, and the settings of the memory allocator that it would
-have in real use.
+So each has its own peak memory, and the settings of the memory allocator of its real use.
 """
 
 import time
@@ -29,8 +28,8 @@ from tools.benchmark.images import random_batch
 
 def training_step(network, device='cpu', layout=torch.channels_last, **options):
     """A training step as train.py takes it with these options: a function of (inputs, targets)."""
-    depth, width, dataset = network
-    options = complete({'depth': depth, 'width': width, 'dataset': dataset, 'lr': 1e-3, **options})
+    names = ('depth', 'width', 'dataset')
+    options = complete({**dict(zip(names, network)), 'lr': 1e-3, **options})
     device = torch.device(device)
     set_up(options, device)
     names = registry.network_option_names(options['model'])
@@ -49,39 +48,28 @@ def training_step(network, device='cpu', layout=torch.channels_last, **options):
     return step
 
 
-def step_on_a_batch(network, batch, device='cpu', layout=torch.channels_last, **options):
+def on_a_batch(network, batch, device='cpu', layout=torch.channels_last, **options):
     step = training_step(network, device, layout, **options)
     return partial(step, *random_batch(network[2], batch, device, layout))
 
 
-def resnet_step(network, batch):
-    """The step of the ResNet with two layers fewer."""
+def resnet_on_a_batch(network, batch):
     depth, width, dataset = network
-    return step_on_a_batch((depth - 2, width, dataset), batch, model='resnet')
+    return on_a_batch((depth - 2, width, dataset), batch, model='resnet')
 
 
 def textbook_step(network, device='cpu'):
-    """The same for the textbook network: a function of (inputs, targets)."""
-    params = {
-        key: tensor.detach().to(device).requires_grad_(tensor.requires_grad)
-        for key, tensor in references.with_deltas(define_params(network)).items()
-    }
-    optimizer = references.textbook_optimizer(params)
-
-    def step(inputs, targets):
-        optimizer.zero_grad()
-        F.cross_entropy(references.textbook(inputs, params, True), targets).backward()
-        optimizer.step()
-
-    return step
+    with torch.device(device):
+        return references.textbook_step(define_params(network))
 
 
 def textbook_on_a_batch(network, batch, device='cpu'):
     return partial(textbook_step(network, device), *random_batch(network[2], batch, device))
 
 
-def floor_step(network, batch):
-    return references.bare_convolutions(define_params(network), random_batch(network[2], batch)[0])
+def floor(network, batch):
+    inputs, _ = random_batch(network[2], batch)
+    return references.bare_convolutions(define_params(network), inputs)
 
 
 def define_params(network):
@@ -103,7 +91,7 @@ def epoch(make_step, make_batches, network, n):
 
 
 def one_pass(make_batches, *arguments):
-    """A function that reads all batches; only the workers of the batches use a second core."""
+    """A function that reads all batches; only their workers use a second core."""
     torch.set_num_threads(1)
     return partial(images.read, make_batches(*arguments))
 
@@ -141,20 +129,16 @@ def in_pytorch(make_model, network, batch, device='cpu', dtype=torch.float32):
     return partial(infer, model, inputs.to(dtype))
 
 
-def in_onnx_runtime(make_model, network, batch):
+def in_onnx_runtime(make_model, network, batch, int8=False):
     from lab.onnx_models import OnnxNetwork, to_onnx
-
-    inputs, _ = random_batch(network[2], batch)
-    content = to_onnx(make_model(network), inputs.shape[1:], {}).SerializeToString()
-    return partial(infer, OnnxNetwork(content), inputs)
-
-
-def in_int8(network, batch):
-    from lab.onnx_models import OnnxNetwork
     from tools.int8 import int8_onnx
 
     inputs, _ = random_batch(network[2], batch)
-    return partial(infer, OnnxNetwork(int8_onnx(folded(network), inputs, {})), inputs)
+    model = make_model(network)
+    if int8:
+        return partial(infer, OnnxNetwork(int8_onnx(model, inputs, {})), inputs)
+    content = to_onnx(model, inputs.shape[1:], {}).SerializeToString()
+    return partial(infer, OnnxNetwork(content), inputs)
 
 
 def infer(model, inputs):
@@ -162,17 +146,17 @@ def infer(model, inputs):
         model(inputs)
 
 
-# Each makes a step, a function without arguments, of the arguments network and batch, if it
-# trains or infers.
+# Each makes a step, a function without arguments. Those that train on a batch or infer take the
+# arguments network and batch.
 BUILDERS = {
-    'DiracNet': step_on_a_batch,
-    'plain': partial(step_on_a_batch, model='plain'),
-    '--recompute': partial(step_on_a_batch, recompute=True),
-    '--compile': partial(step_on_a_batch, compile=True),
-    '--dtype bfloat16': partial(step_on_a_batch, dtype='bfloat16'),
-    'ResNet step': resnet_step,
+    'DiracNet': on_a_batch,
+    'plain': partial(on_a_batch, model='plain'),
+    '--recompute': partial(on_a_batch, recompute=True),
+    '--compile': partial(on_a_batch, compile=True),
+    '--dtype bfloat16': partial(on_a_batch, dtype='bfloat16'),
+    'ResNet step': resnet_on_a_batch,
     'textbook': textbook_on_a_batch,
-    'floor': floor_step,
+    'floor': floor,
     'DiracNet epoch': partial(epoch, training_step, images.our_batches),
     'textbook epoch': partial(epoch, textbook_step, images.torchvision_batches),
     'small images': partial(one_pass, images.our_batches),
@@ -187,57 +171,45 @@ BUILDERS = {
     'folded bfloat16': partial(in_pytorch, folded, dtype=torch.bfloat16),
     'folded ONNX': partial(in_onnx_runtime, folded),
     'ResNet ONNX': partial(in_onnx_runtime, resnet),
-    'folded int8': in_int8,
+    'folded int8': partial(in_onnx_runtime, folded, int8=True),
 }
 
 
 # --- running ---------------------------------------------------------------------------------
 
 
-class Contestant:
-    """A process that has built a contestant. Calling it runs a step and returns its seconds.
+def race(contestants, rounds):
+    """Run contestants in turn, each in a process that builds it first.
 
     Args:
-        kind, arguments: a name in BUILDERS, and the arguments of its function.
+        contestants: {name: (kind, *arguments)}, with a kind in BUILDERS and its arguments.
+
+    Returns:
+        samples: {name: its seconds in rounds 0, 1, ..., `rounds`}. Round 0 fills caches.
+        peaks: {name: its peak memory in MB, above that of the process without it}.
     """
-
-    def __init__(self, kind, *arguments):
-        context = get_context('spawn')
-        self.pool = ProcessPoolExecutor(1, context, _set_up, (kind, *arguments))
-
-    def __call__(self):
-        return self.pool.submit(_run).result()
-
-    def close(self):
-        """End the process. Returns its peak memory in MB, above that without the contestant."""
-        peak = self.pool.submit(_peak).result()
-        self.pool.shutdown()
-        return peak
+    spawn = get_context('spawn')
+    pools = {
+        name: ProcessPoolExecutor(1, spawn, _build, given) for name, given in contestants.items()
+    }
+    samples = alternate(
+        {name: partial(_result, pool, _run) for name, pool in pools.items()}, rounds
+    )
+    peaks = {name: _result(pool, _peak) for name, pool in pools.items()}
+    for pool in pools.values():
+        pool.shutdown()
+    return samples, peaks
 
 
-_contestant = {}  # in its process
-
-
-def _set_up(kind, *arguments):
-    torch.manual_seed(0)
-    F.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))  # loads the convolution library
-    Path('/proc/self/clear_refs').write_text('5')  # the peak starts from here
-    _contestant['before'] = peak_memory()
-    _contestant['step'] = BUILDERS[kind](*arguments)
-
-
-def _run():
-    return seconds(_contestant['step'])
-
-
-def _peak():
-    return peak_memory() - _contestant['before']
-
-
-def peak_memory():
-    """The largest memory of this process in RAM so far, MB (Linux)."""
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith('VmHWM:'))
+def alternate(functions, rounds):
+    """{name: its results in rounds 0, 1, ..., `rounds`}, in an order that rotates."""
+    samples, names = {name: [] for name in functions}, list(functions)
+    for _ in range(rounds + 1):
+        names.append(names.pop(0))
+        for name in names:
+            time.sleep(0.05)  # the threads of the previous function spin for a while
+            samples[name].append(functions[name]())
+    return samples
 
 
 def seconds(function):
@@ -246,32 +218,30 @@ def seconds(function):
     return time.perf_counter() - start
 
 
-def race(specifications, rounds):
-    """Run contestants in turn.
-
-    Args:
-        specifications: {name: (kind, *arguments)}.
-
-    Returns:
-        samples, peaks: {name: its seconds in each round}, {name: its peak memory in MB}.
-    """
-    contestants = {name: Contestant(*given) for name, given in specifications.items()}
-    samples = alternate(contestants, rounds)
-    return samples, {name: contestant.close() for name, contestant in contestants.items()}
+def peak_memory():
+    """The largest memory of this process in RAM, MB (Linux)."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith('VmHWM:'))
 
 
-def alternate(functions, rounds):
-    """{name: `rounds` results} of functions that return their seconds.
+def _result(pool, function):
+    return pool.submit(function).result()
 
-    They run in turn, in an order that rotates from round to round. An extra round at the beginning
-    is not counted: it fills caches and starts processes.
-    """
-    samples, names = {name: [] for name in functions}, list(functions)
-    for number in range(rounds + 1):
-        names.append(names.pop(0))
-        for name in names:
-            time.sleep(0.05)  # the threads of the previous function spin for a while
-            result = functions[name]()
-            if number > 0:
-                samples[name].append(result)
-    return samples
+
+_own = {}  # in the process of a contestant
+
+
+def _build(kind, *arguments):
+    torch.manual_seed(0)
+    F.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))  # loads the convolution library
+    Path('/proc/self/clear_refs').write_text('5')  # the peak starts from here
+    _own['memory'] = peak_memory()
+    _own['step'] = BUILDERS[kind](*arguments)
+
+
+def _run():
+    return seconds(_own['step'])
+
+
+def _peak():
+    return peak_memory() - _own['memory']

@@ -30,23 +30,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from lab import cuda
 from lab.data import datasets
 from lab.errors import UserError, one_line
-from tools.benchmark import contestants
-from tools.benchmark.contestants import step_on_a_batch
+from tools.benchmark.contestants import folded, in_pytorch, on_a_batch, seconds, textbook_on_a_batch
 from tools.benchmark.images import our_batches, read, write_photographs
-from tools.benchmark.report import Report, spread
+from tools.benchmark.report import ROOT, Report, spread
 
-ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 470  # for all parts together
 COLUMNS = ['measurement', 'variant', 'ms, median (quartiles)', 'ratio', 'images/s', 'MB', 'peak']
 LEGEND = (
-    'Times of steps, batches and inference are from torch.utils.benchmark: medians over blocks '
-    'of calls, after a warm-up. *DiracNet* is the step of train.py with `--dtype bfloat16`, in '
-    'channels_last; the other variants change one thing, except *textbook*: the formula layer by '
-    'layer, in float32 without TF32, contiguous. *float32* uses TF32. The ratio is the median of '
-    'DiracNet, or of its CUDA graph where that is named, divided by that of the row. *MB* is the '
-    "peak memory, *peak* the share of the card's dense peak in the type of the convolutions, or - "
-    'if it is not known.'
+    'Times of steps, batches and inference are those of torch.utils.benchmark, after a warm-up: '
+    'each sample is the mean of a block of calls. *DiracNet* is the step of train.py with '
+    '`--dtype bfloat16`, in channels_last; the other variants change one thing, except *textbook*: '
+    'the formula layer by layer, in float32 without TF32, contiguous. *float32* uses TF32. The '
+    'ratio is the median of DiracNet, or of its CUDA graph where that is named, divided by that of '
+    "the row. *MB* is the peak memory, *peak* the share of the card's dense peak in the type of "
+    'the convolutions, or - if it is not known.'
 )
+SECONDS = 470  # for all parts together
 # Dense TFLOP/s in float32, with TF32 and with bfloat16, from NVIDIA's data sheets.
 PEAKS = {
     'H200': (66.9, 494.7, 989.4),
@@ -80,54 +78,50 @@ def bench_cuda(args):
     return report
 
 
-def run_part(report, name, device, quick, limit):
-    """Add what a part measures, and what fails, to the report."""
-    command = [sys.executable, '-m', 'tools.benchmark.cuda', name, device, str(int(quick))]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, 'TMPDIR': folder},  # a killed part leaves its files there
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        stopped = False
-        try:
-            out, err = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            stopped = True
-            os.killpg(process.pid, signal.SIGKILL)  # the processes that it started, too
-            out, err = process.communicate()
-    for line in out.splitlines():
-        if line.startswith('{'):
-            told = json.loads(line)
-            if 'failure' in told:
-                report.failures.append(one_line(told['failure']))
-            else:
-                report.add(*told['row'])
-                report.samples.update(told['samples'])
-    if stopped:
-        report.failures.append(f'{name}: stopped after {limit:.0f} s')
-    elif process.returncode:
-        end = one_line(err[-200:])
-        report.failures.append(f'{name}: exit status {process.returncode}: {end}')
-
-
 def driver_version():
     query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
     try:
-        found = subprocess.run(query, capture_output=True, text=True, check=True)
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError):
         return 'unknown'
-    return found.stdout.split()[0]
+
+
+def run_part(report, name, device, quick, limit):
+    """Add what a part measures, and what fails, to the report."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        process = subprocess.Popen(
+            [sys.executable, '-m', 'tools.benchmark.cuda', name, device, str(int(quick))],
+            cwd=ROOT,
+            env={**os.environ, 'TMPDIR': folder},  # a killed part leaves its files there
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        failure = ''
+        try:
+            output, _ = process.communicate(timeout=limit)
+            if process.returncode:
+                failure = f'{name}: exit status {process.returncode}: {output[-200:]}'
+        except subprocess.TimeoutExpired:
+            failure = f'{name}: stopped after {limit:.0f} s'
+            os.killpg(process.pid, signal.SIGKILL)  # the processes that it started, too
+            output, _ = process.communicate()
+    for line in output.splitlines():
+        if line.startswith('{"row"'):
+            told = json.loads(line)
+            report.add(*told['row'])
+            report.samples.update(told['samples'])
+        elif line.startswith('{"failure"'):
+            report.failures.append(one_line(json.loads(line)['failure']))
+    if failure:
+        report.failures.append(one_line(failure))
 
 
 # --- within a part ---------------------------------------------------------------------------
 
 
-def tell_row(label, variant, times, ratio='', images=0, megabytes='', share=''):
+def tell(label, variant, times, ratio='', images=0, megabytes='', share=''):
     """Print a row of the table; times are in ms."""
     speed = f'{1000 * images / median(times):.0f}' if images else ''
     row = [label, variant, spread(times), ratio, speed, megabytes, share]
@@ -144,32 +138,24 @@ def reporting(what):
 
 
 def milliseconds(step, quick):
-    """The times of a step, after a warm-up: the mean of each block of calls."""
+    """The times of a step: the mean of each block of calls, after a warm-up."""
     for _ in range(1 if quick else 3):
         step()
     timer = Timer('step()', globals={'step': step}, num_threads=torch.get_num_threads())
     times = timer.blocked_autorange(min_run_time=0.1 if quick else 2).times
-    return [1000 * seconds for seconds in times]
+    return [1000 * value for value in times]
 
 
-# --- correctness -----------------------------------------------------------------------------
-
-
-def run_command(*command):
-    """Run Python in the repository's root. Returns the lines that it prints, and milliseconds.
-
-    Raises:
-        UserError: it failed; with the lines that say why.
-    """
-    start = time.perf_counter()
-    result = subprocess.run(
-        [sys.executable, '-m', *command], cwd=ROOT, capture_output=True, text=True
-    )
+def run_python(*arguments):
+    """The lines that python -m ARGUMENTS prints. Raises UserError with those that say why it
+    failed."""
+    command = [sys.executable, '-m', *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     lines = (result.stdout + result.stderr).splitlines()
     if result.returncode:
         telling = [line for line in lines if TELLING.match(line)]
         raise UserError('; '.join([f'exit status {result.returncode}', *telling[-5:]]))
-    return lines, 1000 * (time.perf_counter() - start)
+    return lines
 
 
 def test_suite(device, quick):
@@ -179,9 +165,10 @@ def test_suite(device, quick):
     options = ['-q', '-o', 'addopts=', '-m', 'device', '--device', device]
     if importlib.util.find_spec('xdist'):
         options += ['-n', str(min(4, len(os.sched_getaffinity(0))))]
-    lines, duration = run_command('pytest', *options, '--continue-on-collection-errors', *chosen)
+    start = time.perf_counter()
+    lines = run_python('pytest', *options, '--continue-on-collection-errors', *chosen)
     [summary] = (line.strip('= ') for line in lines if re.search(r'\d+ passed.* in ', line))
-    tell_row('tests on the device', summary, [duration])
+    tell('tests on the device', summary, [1000 * (time.perf_counter() - start)])
 
 
 def several_processes(device, quick):
@@ -190,22 +177,61 @@ def several_processes(device, quick):
         with reporting(f'{n} processes'), tempfile.TemporaryDirectory() as folder:
             options = f'--dataset digits --epochs 6 --device {device} --save {folder}/run'
             launch = ('torch.distributed.run', '--standalone', f'--nproc_per_node={n}')
-            _, duration = run_command(*launch, 'train.py', *options.split())
+            duration = seconds(partial(run_python, *launch, 'train.py', *options.split()))
             last = Path(folder, 'run/log.txt').read_text().splitlines()[-1]
             accuracy = json.loads(last.removeprefix('json_stats: '))['test_acc']
             if accuracy < 85:
                 raise UserError(f'they reach only {accuracy:.1f} %')
-            tell_row(f'digits, {n} processes', f'{accuracy:.1f} %', [duration])
+            tell(f'digits, {n} processes', f'{accuracy:.1f} %', [1000 * duration])
 
 
-# --- speed -----------------------------------------------------------------------------------
+def data_on_the_device(device, quick):
+    """Batches of CIFAR-10's size, without and with training."""
+    n = 1000 if quick else 50_000
+    batches = our_batches(n, device)
+    alone = milliseconds(partial(read, batches), quick)
+    *network, batch = (SMALL if quick else NETWORKS)[0]
+    step = on_a_batch(network, batch, device, dtype='bfloat16')
+    steps = n / batch * median(milliseconds(step, quick))
+    share = f'{median(alone) / (median(alone) + steps):.3f} of the epoch'
+    tell('an epoch of batches', 'without training', alone, share, n)
+
+
+def image_files(device, quick):
+    """JPEGs decoded by one process, and by one for each core; how many DiracNet-18 needs."""
+    label, n, batch = 'JPEGs of 500 x 375 to 224 x 224', 2000, 256
+    if quick:
+        n, batch = 32, 2
+    step = on_a_batch((18, 1, 'ImageNet'), batch, device, dtype='bfloat16')
+    training = n / batch * median(milliseconds(step, quick))
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder), n)
+        data = datasets.load('folder', folder)
+        for workers in (1, min(16, len(os.sched_getaffinity(0)))):
+            batches = data.batches(True, batch_size=16, device=device, workers=workers)
+            read(batches)  # starts the processes
+            duration = 1000 * seconds(partial(read, batches))
+            if workers == 1:
+                cores = f'{duration / training:.1f} cores keep DiracNet-18 busy'
+                tell(label, 'one process', [duration], cores, n)
+            else:
+                tell(label, f'{workers} processes', [duration], images=n)
+
+
+def inference(device, quick):
+    for batch in (1,) if quick else (1, 16, 256):
+        for dtype in (torch.float32, torch.bfloat16):
+            step = in_pytorch(folded, (18, 1, 'ImageNet'), batch, device, dtype)
+            name = str(dtype).removeprefix('torch.')
+            tell(f'folded DiracNet-18, batch {batch}', name, milliseconds(step, quick), '', batch)
 
 
 def training_steps(network, device, quick):
     """Times, peak memory and share of the card's peak of the variants of a training step."""
     *network, batch = network
     label = f'step of DiracNet-{network[0]}-{network[1]}, batch {batch}'
-    medians, n_operations = {}, {}
+    card = torch.cuda.get_device_name() if device == 'cuda' else ''
+    medians, n_operations, memory = {}, 0, ''
     for name, build in variants(network, batch, device).items():
         with reporting(f'{label}, {name}'):
             if device == 'cuda':
@@ -214,19 +240,18 @@ def training_steps(network, device, quick):
             step = build()
             times = milliseconds(step, quick)
             medians[name] = median(times)
-            memory = ''
             if device == 'cuda':
                 memory = f'{torch.cuda.max_memory_allocated() / 2**20:.0f}'
-            if name in ('DiracNet', 'ResNet-18'):
-                n_operations[name] = operations(step)
-            count = n_operations.get(name, n_operations.get('DiracNet'))
-            share = peak_share(card_name(device), name, count, medians[name])
-            tell_row(label, name, times, ratio(name, medians), batch, memory, share)
+            if name == 'DiracNet':
+                n_operations = operations(step)
+            count = operations(step) if name == 'ResNet-18' else n_operations
+            share = peak_share(card, name, count, medians[name])
+            tell(label, name, times, ratio(name, medians), batch, memory, share)
 
 
 def variants(network, batch, device):
     """{variant of a training step: the function that builds it}."""
-    ours = partial(step_on_a_batch, network, batch, device, dtype='bfloat16')
+    ours = partial(on_a_batch, network, batch, device, dtype='bfloat16')
     plain = partial(ours, model='plain')
     builders = {
         'DiracNet': ours,
@@ -241,25 +266,23 @@ def variants(network, batch, device):
             builders['--compile'] = partial(ours, compile=True)
         builders['CUDA graph'] = lambda: cuda.graphed(ours())
         builders['plain, CUDA graph'] = lambda: cuda.graphed(plain())
-    builders['textbook'] = partial(textbook, network, batch, device)
+    builders['textbook'] = partial(textbook_without_tf32, network, batch, device)
     return builders
 
 
-def textbook(network, batch, device):
-    cuda.use_tf32(False)  # the other variants set it anew
-    return contestants.textbook_on_a_batch(network, batch, device)
+def textbook_without_tf32(network, batch, device):
+    cuda.use_tf32(False)  # this variant is the last
+    return textbook_on_a_batch(network, batch, device)
 
 
 def ratio(name, medians):
     """Our median divided by that of a variant: with a CUDA graph if the variant has one, too, or is
     the textbook. '' if ours failed."""
-    ours = 'DiracNet'
-    if name in ('plain, CUDA graph', 'textbook') and 'CUDA graph' in medians:
-        ours = 'CUDA graph'
+    with_graph = name in ('plain, CUDA graph', 'textbook') and 'CUDA graph' in medians
+    ours = 'CUDA graph' if with_graph else 'DiracNet'
     if ours not in medians:
         return ''
-    of = ' of CUDA graph' if ours == 'CUDA graph' else ''
-    return f'{medians[ours] / medians[name]:.3f}{of}'
+    return f'{medians[ours] / medians[name]:.3f}{" of CUDA graph" if with_graph else ""}'
 
 
 def operations(step):
@@ -269,77 +292,25 @@ def operations(step):
     return counter.get_total_flops()
 
 
-def card_name(device):
-    return torch.cuda.get_device_name() if device == 'cuda' else ''
-
-
 def peak_share(card, variant, n_operations, duration):
     """The share of the card's peak as a text; '-' if that is not known. duration: ms."""
-    peaks = next((peaks for name, peaks in PEAKS.items() if name in card), None)
-    if not peaks or not n_operations:
-        return '-'
-    in_float32, tf32, bfloat16 = peaks
-    peak = {'textbook': in_float32, 'float32': tf32}.get(variant, bfloat16)
-    return f'{n_operations / duration / 1e9 / peak:.3f}'
-
-
-def data_on_the_device(device, quick):
-    """Batches of CIFAR-10's size, without and with training."""
-    n = 1000 if quick else 50_000
-    batches = our_batches(n, device)
-    alone = milliseconds(partial(read, batches), quick)
-    network = SMALL[0][:3] if quick else NETWORKS[0][:3]
-    step = step_on_a_batch(network, 128, device, dtype='bfloat16')
-    steps = len(batches) * median(milliseconds(step, quick))
-    share = f'{median(alone) / (median(alone) + steps):.3f} of the epoch'
-    tell_row('an epoch of batches', 'without training', alone, share, n)
-
-
-def image_files(device, quick):
-    """JPEGs decoded by one process, and by one for each core; what DiracNet-18 needs of them."""
-    n, label = 32 if quick else 2000, 'JPEGs of 500 x 375 to 224 x 224'
-    batch = 2 if quick else 256
-    step = step_on_a_batch((18, 1, 'ImageNet'), batch, device, dtype='bfloat16')
-    milliseconds_per_image = median(milliseconds(step, quick)) / batch
-    with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder), n)
-        data = datasets.load('folder', folder)
-        for workers in (1, min(16, len(os.sched_getaffinity(0)))):
-            batches = data.batches(True, batch_size=16, device=device, workers=workers)
-            read(batches)  # starts the processes
-            start = time.perf_counter()
-            read(batches)
-            duration = 1000 * (time.perf_counter() - start)
-            cores = ''
-            if workers == 1:
-                needed = duration / n / milliseconds_per_image
-                cores = f'{needed:.1f} cores keep DiracNet-18 busy'
-            name = 'one process' if workers == 1 else f'{workers} processes'
-            tell_row(label, name, [duration], cores, n)
-
-
-def inference(device, quick):
-    for batch in (1,) if quick else (1, 16, 256):
-        for dtype in (torch.float32, torch.bfloat16):
-            network = (18, 1, 'ImageNet')
-            step = contestants.in_pytorch(contestants.folded, network, batch, device, dtype)
-            name = str(dtype).removeprefix('torch.')
-            times = milliseconds(step, quick)
-            tell_row(f'folded DiracNet-18, batch {batch}', name, times, images=batch)
+    for name, (in_float32, tf32, bfloat16) in PEAKS.items():
+        if name in card and n_operations:
+            peak = {'textbook': in_float32, 'float32': tf32}.get(variant, bfloat16)
+            return f'{n_operations / duration / 1e9 / peak:.3f}'
+    return '-'
 
 
 def parts(quick):
     """{name: (limit in seconds, function of device and quick)}; the most important come first."""
+    networks = SMALL if quick else NETWORKS
     return {
         'tests': (150, test_suite),
         'processes': (60, several_processes),
         'data': (40, data_on_the_device),
         'image files': (60, image_files),
         'inference': (40, inference),
-        **{
-            f'steps {network}': (90, partial(training_steps, network))
-            for network in (SMALL if quick else NETWORKS)
-        },
+        **{f'steps {network}': (90, partial(training_steps, network)) for network in networks},
     }
 
 

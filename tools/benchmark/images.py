@@ -1,4 +1,4 @@
-"""Images made for the benchmarks, and the input pipelines that read them: ours and torchvision's."""
+"""Images made for the benchmarks, and pipelines that read them: ours and torchvision's."""
 
 import torch
 from torch.utils.data import DataLoader, TensorDataset

@@ -51,31 +51,36 @@ def with_deltas(params):
     return {**params, **deltas}
 
 
-def textbook_optimizer(params, lr=1e-3, weight_decay=5e-4):
-    """SGD that updates one tensor at a time."""
+def textbook_step(params):
+    """A function of (inputs, targets) that trains with SGD, one tensor at a time."""
+    params = with_deltas(params)
     learned = [tensor for tensor in params.values() if tensor.requires_grad]
     groups = [
-        {'params': [tensor for tensor in learned if tensor.ndim > 1], 'weight_decay': weight_decay},
+        {'params': [tensor for tensor in learned if tensor.ndim > 1], 'weight_decay': 5e-4},
         {'params': [tensor for tensor in learned if tensor.ndim <= 1]},
     ]
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, foreach=False)
+    optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, foreach=False)
+
+    def step(inputs, targets):
+        optimizer.zero_grad()
+        F.cross_entropy(textbook(inputs, params, True), targets).backward()
+        optimizer.step()
+
+    return step
 
 
 def bare_convolutions(params, inputs):
     """A function that runs only the 3x3 convolutions of a DiracNet, forward and backward.
 
-    Each convolution has its own random input, in channels_last.
-
-    Args:
-        params: of a DiracNet for small images.
-        inputs: (N, C, H, W).
+    Each convolution has its own random input, in channels_last; params and inputs (N, C, H, W)
+    are those of small images.
     """
-    layers, size = [], inputs.shape[2]
+    layers, size, layout = [], inputs.shape[2], torch.channels_last
     for key in [key for key in params if key == 'conv' or key.endswith('.conv')]:
         if key.endswith('.block0.conv') and key != 'group0.block0.conv':
             size //= 2
-        weight = channels_last(torch.randn_like(params[key])).requires_grad_()
-        x = channels_last(torch.randn(len(inputs), weight.shape[1], size, size))
+        weight = params[key].detach().contiguous(memory_format=layout).requires_grad_()
+        x = torch.randn(len(inputs), weight.shape[1], size, size).contiguous(memory_format=layout)
         # The images, input of the first convolution, need no gradient.
         layers.append((x.requires_grad_(key != 'conv'), weight))
 
@@ -86,7 +91,3 @@ def bare_convolutions(params, inputs):
             torch.autograd.grad(y, (x, weight) if x.requires_grad else weight, y)
 
     return step
-
-
-def channels_last(tensor):
-    return tensor.contiguous(memory_format=torch.channels_last)

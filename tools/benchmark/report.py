@@ -11,6 +11,7 @@ import torch
 
 from lab.runs.provenance import versions
 
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow')
 COLUMNS = ['measurement', 'variant', 'median (quartiles)', 'ratio']
 RATIO_LEGEND = (
