@@ -3,10 +3,10 @@
 So each has its own peak memory, and the settings of the memory allocator of its real use.
 """
 
+import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import torch._dynamo  # an optimizer imports it at its first step: not part of a
 import torch.nn.functional as F
 
 from diracnet import Network
+from lab import cuda
 from lab.data import datasets
 from lab.device import DTYPES, autocast, set_up
 from lab.models import registry
@@ -59,6 +60,7 @@ def resnet_on_a_batch(network, batch):
 
 
 def textbook_step(network, device='cpu'):
+    cuda.use_tf32(False)
     with torch.device(device):
         return references.textbook_step(define_params(network))
 
@@ -96,12 +98,8 @@ def one_pass(make_batches, *arguments):
     return partial(images.read, make_batches(*arguments))
 
 
-def load_small_files(folder):
-    return datasets.load('folder', folder, form='cifar')
-
-
-def small_file_batches(folder):
-    return load_small_files(folder).batches(True, batch_size=128, pad=4)
+def read_small_files(folder):
+    return partial(datasets.load, 'folder', folder, form='cifar')
 
 
 # --- inference -------------------------------------------------------------------------------
@@ -163,8 +161,7 @@ BUILDERS = {
     'small images, torchvision': partial(one_pass, images.torchvision_batches),
     'JPEGs': partial(one_pass, images.our_folder_batches),
     'JPEGs, torchvision': partial(one_pass, images.torchvision_folder_batches),
-    'small files': partial(one_pass, small_file_batches),
-    'reading of small files': lambda folder: partial(load_small_files, folder),
+    'small files': read_small_files,
     'folded': partial(in_pytorch, folded),
     'unfolded': partial(in_pytorch, unfolded),
     'ResNet': partial(in_pytorch, resnet),
@@ -188,7 +185,7 @@ def race(contestants, rounds):
         samples: {name: its seconds in rounds 0, 1, ..., `rounds`}. Round 0 fills caches.
         peaks: {name: its peak memory in MB, above that of the process without it}.
     """
-    spawn = get_context('spawn')
+    spawn = multiprocessing.get_context('spawn')
     pools = {
         name: ProcessPoolExecutor(1, spawn, _build, given) for name, given in contestants.items()
     }
@@ -232,6 +229,7 @@ _own = {}  # in the process of a contestant
 
 
 def _build(kind, *arguments):
+    multiprocessing.set_start_method(None, force=True)  # workers of data loaders start as usual
     torch.manual_seed(0)
     F.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))  # loads the convolution library
     Path('/proc/self/clear_refs').write_text('5')  # the peak starts from here

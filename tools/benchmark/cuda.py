@@ -37,12 +37,7 @@ from tools.benchmark.report import ROOT, Report, spread
 COLUMNS = ['measurement', 'variant', 'ms, median (quartiles)', 'ratio', 'images/s', 'MB', 'peak']
 LEGEND = (
     'Times of steps, batches and inference are those of torch.utils.benchmark, after a warm-up: '
-    'each sample is the mean of a block of calls. *DiracNet* is the step of train.py with '
-    '`--dtype bfloat16`, in channels_last; the other variants change one thing, except *textbook*: '
-    'the formula layer by layer, in float32 without TF32, contiguous. *float32* uses TF32. The '
-    'ratio is the median of DiracNet, or of its CUDA graph where that is named, divided by that of '
-    "the row. *MB* is the peak memory, *peak* the share of the card's dense peak in the type of "
-    'the convolutions, or - if it is not known.'
+    'each sample is the mean of a block of calls.'
 )
 SECONDS = 470  # for all parts together
 # Dense TFLOP/s in float32, with TF32 and with bfloat16, from NVIDIA's data sheets.
@@ -70,20 +65,14 @@ def bench_cuda(args):
     report = Report('CUDA', LEGEND, COLUMNS)
     if device == 'cuda':
         report.facts.update(card=torch.cuda.get_device_name(), cuda=torch.version.cuda)
-        report.facts.update(cudnn=torch.backends.cudnn.version(), driver=driver_version())
+        query = 'nvidia-smi --query-gpu=driver_version --format=csv,noheader'
+        driver = subprocess.getoutput(query).splitlines()[0]
+        report.facts.update(cudnn=torch.backends.cudnn.version(), driver=driver)
     end = time.monotonic() + SECONDS
     for name, (limit, _) in parts(args.quick).items():
         run_part(report, name, device, args.quick, max(0, min(limit, end - time.monotonic())))
     report.add('failed parts', '; '.join(report.failures) or 'none', *[''] * (len(COLUMNS) - 2))
     return report
-
-
-def driver_version():
-    query = ['nvidia-smi', '--query-gpu=driver_version', '--format=csv,noheader']
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError):
-        return 'unknown'
 
 
 def run_part(report, name, device, quick, limit):
@@ -266,13 +255,9 @@ def variants(network, batch, device):
             builders['--compile'] = partial(ours, compile=True)
         builders['CUDA graph'] = lambda: cuda.graphed(ours())
         builders['plain, CUDA graph'] = lambda: cuda.graphed(plain())
-    builders['textbook'] = partial(textbook_without_tf32, network, batch, device)
+    # The last, because it switches TF32 off.
+    builders['textbook'] = partial(textbook_on_a_batch, network, batch, device)
     return builders
-
-
-def textbook_without_tf32(network, batch, device):
-    cuda.use_tf32(False)  # this variant is the last
-    return textbook_on_a_batch(network, batch, device)
 
 
 def ratio(name, medians):

@@ -1,5 +1,7 @@
 """Images made for the benchmarks, and pipelines that read them: ours and torchvision's."""
 
+from functools import partial
+
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -69,11 +71,14 @@ def torchvision_batches(n):
         ]
     )
 
-    def collate(samples):
-        images, targets = zip(*samples)
-        return torch.stack([transform(image) for image in images]), torch.stack(targets)
+    data = TensorDataset(*random_cifar(n))
+    return in_two_processes(data, batch_size=128, collate_fn=partial(collate, transform))
 
-    return in_two_processes(TensorDataset(*random_cifar(n)), batch_size=128, collate_fn=collate)
+
+def collate(transform, samples):
+    """(N, C, H, W) and (N,) of pairs of image and target."""
+    images, targets = zip(*samples)
+    return torch.stack([transform(image) for image in images]), torch.stack(targets)
 
 
 def our_folder_batches(folder, part):

@@ -13,7 +13,7 @@ import numpy as np
 
 from tools.benchmark.contestants import alternate, race, seconds
 from tools.benchmark.images import write_photographs
-from tools.benchmark.report import RATIO_LEGEND, ROOT, Report, spread
+from tools.benchmark.report import ROOT, Report, spread
 
 SMALLEST = (10, 1, 'digits')
 
@@ -37,12 +37,6 @@ def describe(network, batch):
 
 # --- training --------------------------------------------------------------------------------
 
-TRAINING_LEGEND = (
-    '*DiracNet* is the step of train.py. *textbook* computes the formula layer by layer, in the '
-    'default memory layout, with SGD that updates one tensor at a time. *plain* is our network '
-    'with ordinary weights. *floor* runs only the convolutions, forward and backward. '
-    f'*ResNet step* is the step of the ResNet with two layers fewer. {RATIO_LEGEND}'
-)
 USUAL = ('DiracNet', 'textbook', 'plain', 'floor')
 WITH_OPTIONS = ('--recompute', 'DiracNet', 'textbook', '--dtype bfloat16')
 TRAINING = [  # label, kinds, network, batch, factor of --rounds
@@ -56,15 +50,15 @@ TRAINING = [  # label, kinds, network, batch, factor of --rounds
 
 
 def bench_training(args):
-    report = Report('Training', TRAINING_LEGEND)
+    report = Report('Training')
     for label, kinds, network, batch, factor in TRAINING:
         if args.quick:
-            network, batch = SMALLEST, 4
+            network, batch, factor = SMALLEST, 4, 1
         label = f'{label} of {describe(network, batch)}'
-        rounds = factor * args.rounds
-        _, peaks = compare(report, label, steps(kinds, network, batch), rounds)
+        contestants = steps(kinds, network, batch)
+        _, peaks = compare(report, label, contestants, factor * args.rounds)
         report.compare(f'peak memory, {label}, MB', in_lists(peaks))
-    n = 256 if args.quick else 10_000
+    n = 128 if args.quick else 10_000
     label = f'epoch of {n:,} images of 32 x 32 with the loader, DiracNet-16-1, batch 128'
     kinds = ('DiracNet epoch', 'textbook epoch')
     compare(report, label, steps(kinds, (16, 1, 'CIFAR10'), n), args.rounds)
@@ -76,7 +70,7 @@ def in_lists(values):
 
 
 def bench_compile(args):
-    report = Report('torch.compile', RATIO_LEGEND)
+    report = Report('torch.compile')
     for network, batch in (((34, 1, 'CIFAR10'), 128), ((100, 1, 'digits'), 64)):
         if args.quick:
             network, batch = SMALLEST, 4
@@ -97,8 +91,8 @@ def bench_depth(args):
     depths, middle = (DEPTHS[:3], 34) if args.quick else (DEPTHS, 202)
     first, last, batch = depths[0], depths[-1], 64
     legend = (
-        f'{RATIO_LEGEND} For a linear fit, it is the cost of one more layer between {middle} and '
-        f'{last} layers, divided by that between {first} and {middle} layers.'
+        f'The ratio of a linear fit is the cost of one more layer between {middle} and {last} '
+        f'layers, divided by that between {first} and {middle} layers.'
     )
     report = Report('Cost over depth', legend)
     networks = {depth: (depth, 1, 'digits') for depth in depths}
@@ -148,12 +142,6 @@ def plot_curves(depths, curves, path):
 
 # --- inference -------------------------------------------------------------------------------
 
-INFERENCE_LEGEND = (
-    '*folded* is a folded DiracNet, *unfolded* the same network before folding. *ResNet* is '
-    "torchvision's of the same depth, with its batch norms folded. *int8* is the file that "
-    'tools.export writes, here with random weights. A folded RepVGG is the network that a folded '
-    f'DiracNet is. {RATIO_LEGEND}'
-)
 INFERENCE = {
     'PyTorch': ('folded', 'unfolded', 'ResNet'),
     'PyTorch, bfloat16': ('folded bfloat16', 'folded'),
@@ -163,7 +151,7 @@ INFERENCE = {
 
 
 def bench_inference(args):
-    report = Report('Inference', INFERENCE_LEGEND)
+    report = Report('Inference')
     for depth in (18,) if args.quick else (18, 34):
         for batch, factor in ((1, 1),) if args.quick else ((1, 8), (16, 2)):
             for group, kinds in INFERENCE.items():
@@ -216,8 +204,7 @@ def bench_start(args):
 
 
 def bench_data(args):
-    legend = f'Speeds are images per second per core, of whole passes. {RATIO_LEGEND}'
-    report = Report('Input pipelines', legend)
+    report = Report('Input pipelines')
     n, many = (1280, 2560) if args.quick else (12_800, 50_000)
     compare_rates(
         report,
@@ -237,7 +224,10 @@ def bench_data(args):
         report.compare(f'peak memory, {name}, MB', {'ours': [peak]})
     with tempfile.TemporaryDirectory() as folder:
         compare_photographs(report, Path(folder, 'large'), args.images, args.rounds)
-        compare_small_files(report, Path(folder, 'small'), 30 * args.images, args.rounds)
+        small, n = Path(folder, 'small'), 30 * args.images
+        write_photographs(small, n, (32, 32), quality=75)
+        label, reading = f'reading {2 * n:,} JPEGs of 32 x 32', {'ours': ('small files', small)}
+        compare_rates(report, label, reading, {'ours': 2 * n}, args.rounds)
     return report
 
 
@@ -252,20 +242,10 @@ def compare_photographs(report, folder, n, rounds):
     write_photographs(folder, n)
     os.environ['THP_MEM_ALLOC_ENABLE'] = '1'  # as train.py sets it for large images
     for part, use in (('train', 'training'), ('val', 'evaluation')):
-        contestants = {'ours': ('JPEGs', folder, part)}
-        contestants['torchvision'] = ('JPEGs, torchvision', folder, part)
-        per_core = dict.fromkeys(contestants, n / 2)
         label = f'JPEG, 500 x 375 to 224, batch 64, {use}'
-        compare_rates(report, label, contestants, per_core, rounds)
+        contestants = {
+            'ours': ('JPEGs', folder, part),
+            'torchvision': ('JPEGs, torchvision', folder, part),
+        }
+        compare_rates(report, label, contestants, dict.fromkeys(contestants, n / 2), rounds)
     del os.environ['THP_MEM_ALLOC_ENABLE']
-
-
-def compare_small_files(report, folder, n, rounds):
-    """Small images in files, which are read into memory once, against images made in memory."""
-    write_photographs(folder, n, (32, 32), quality=75)
-    label = f'reading {2 * n:,} JPEGs of 32 x 32'
-    reading = {'ours': ('reading of small files', folder)}
-    compare_rates(report, label, reading, {'ours': 2 * n}, rounds)
-    passes = {'from JPEGs': ('small files', folder), 'made in memory': ('small images', n)}
-    label = 'small images, 32 x 32 x 3, batch 128, in files or not'
-    compare_rates(report, label, passes, dict.fromkeys(passes, n), 20 * rounds)

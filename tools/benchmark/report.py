@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import statistics
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from lab.runs.provenance import versions
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow')
 COLUMNS = ['measurement', 'variant', 'median (quartiles)', 'ratio']
-RATIO_LEGEND = (
+LEGEND = (
     "The ratio is the median of a group's first row divided by the median of this row, with a 95 % "
-    'interval from a bootstrap of the rounds.'
+    'interval from a bootstrap of the rounds, unless its cell says otherwise. '
+    'docs/performance.md explains the variants.'
 )
 
 
@@ -60,12 +62,10 @@ class Report:
 
     def markdown(self):
         facts = ', '.join(f'{name} {value}' for name, value in self.facts.items())
-        paragraphs = [f'# {self.title}', f'{facts}.']
-        if self.legend:
-            paragraphs.append(self.legend)
-        header = ['| ' + ' | '.join(self.columns) + ' |', '|' + ' --- |' * len(self.columns)]
-        rows = ['| ' + ' | '.join(row) + ' |' for row in self.rows]
-        return '\n\n'.join([*paragraphs, '\n'.join([*header, *rows])]) + '\n'
+        rows = [self.columns, ['---'] * len(self.columns), *self.rows]
+        table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+        legend = f'{LEGEND} {self.legend}'.rstrip()
+        return f'# {self.title}\n\n{facts}.\n\n{legend}\n\n{table}\n'
 
     def write(self, out):
         """Write OUT.md and OUT.json."""
@@ -77,12 +77,9 @@ class Report:
 
 
 def processor_name():
-    try:
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(':')[1].strip() for line in lines if line.startswith('model name'))
-    return next(names, platform.processor())
+    path = Path('/proc/cpuinfo')
+    found = re.search(r'model name\s*: (.*)', path.read_text()) if path.exists() else None
+    return found[1] if found else platform.processor()
 
 
 def spread(samples):
