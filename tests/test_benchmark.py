@@ -32,6 +32,7 @@ def race_here(specifications, rounds):
         ('inference', ['folded', 'unfolded', 'ResNet', 'folded int8', 'folded ONNX']),
         ('depth', ['DiracNet', '--recompute']),
         ('data', ['ours', 'torchvision']),
+        ('start', parts.PROGRAMS),
     ],
 )
 def test_parts_in_small(part, variants, monkeypatch, tmp_path):
@@ -39,13 +40,16 @@ def test_parts_in_small(part, variants, monkeypatch, tmp_path):
     # What takes long, and runs in tests of its own.
     monkeypatch.setitem(contestants.BUILDERS, '--compile', contestants.BUILDERS['DiracNet'])
     monkeypatch.delitem(parts.INFERENCE, 'ONNX Runtime')
+    monkeypatch.setattr(parts, 'PROGRAMS', dict.fromkeys(parts.PROGRAMS, ('-c', 'pass')))
     args = SimpleNamespace(quick=True, rounds=2, images=8, out=tmp_path / part)
     report = program.BENCHMARKS[part](args)
-    assert {row[1] for row in report.rows} >= set(variants)
-    for row in report.rows:
-        assert len(row) == len(report.columns)
-        assert float(row[2].split()[0]) > 0 or row[2].endswith('R^2 1.0000')
+    report.write(args.out)
+    content = json.loads(args.out.with_suffix('.json').read_text())
+    assert {row[1] for row in content['rows']} >= set(variants)
+    for row in content['rows']:
+        assert f'| {" | ".join(row)} |\n' in args.out.with_suffix('.md').read_text()
         assert row[0] or float(row[3].split()[0]) > 0  # others are compared with the first
+    assert content['samples'] and args.out.with_suffix('.png').exists() == (part == 'depth')
 
 
 def test_race_measures_seconds_and_memory():
@@ -60,16 +64,6 @@ def test_first_step_ends_the_training(tmp_path):
     result = python('-c', parts.FIRST_STEP, env={**os.environ, 'TMPDIR': str(tmp_path)})
     assert result.status == 0, result.err
     assert list(tmp_path.rglob('run.json')) and not list(tmp_path.rglob('model.pt7'))
-
-
-def test_start(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(parts, 'PROGRAMS', dict.fromkeys(parts.PROGRAMS, ('-c', 'pass')))
-    assert program.main(['start', '--quick', '--out', str(tmp_path / 'start')]) == 0
-    table = (tmp_path / 'start.md').read_text()
-    assert table in capsys.readouterr().out
-    content = json.loads((tmp_path / 'start.json').read_text())
-    for row, (name, samples) in zip(content['rows'], content['samples']['start'].items()):
-        assert row[1] == name and len(samples) == 3 and ' | '.join(row) in table
 
 
 def test_ratio_and_interval():

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL
 
 import numpy as np
 
@@ -180,17 +181,13 @@ def bench_start(args):
     """Time programs from their command to their end, and digits to its first step."""
     report = Report('Start')
     with tempfile.TemporaryDirectory() as folder:
-        run = partial(
-            subprocess.run,
-            cwd=ROOT,
-            env={**os.environ, 'TMPDIR': folder},  # for the runs of FIRST_STEP
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-        programs = {
-            name: partial(seconds, partial(run, [sys.executable, *arguments]))
-            for name, arguments in PROGRAMS.items()
-        }
+        environment = {**os.environ, 'TMPDIR': folder}  # for the runs of FIRST_STEP
+
+        def run(arguments):
+            command = [sys.executable, *arguments]
+            subprocess.run(command, cwd=ROOT, env=environment, stdout=DEVNULL, check=True)
+
+        programs = {name: partial(seconds, partial(run, own)) for name, own in PROGRAMS.items()}
         samples = alternate(programs, args.rounds if args.quick else 2 * args.rounds)
     report.samples['start'] = samples = {name: values[1:] for name, values in samples.items()}
     shortest = statistics.median(samples['import torch'])
@@ -208,7 +205,7 @@ def bench_data(args):
     n, many = (1280, 2560) if args.quick else (12_800, 50_000)
     compare_rates(
         report,
-        'small images, 32 x 32 x 3, batch 128, training',
+        'small images, 32 x 32 x 3, batch 128, training, images/s per core',
         {'ours': ('small images', n), 'torchvision': ('small images, torchvision', n)},
         {'ours': n, 'torchvision': n / 2},  # its workers keep two cores busy
         args.rounds,
@@ -226,23 +223,23 @@ def bench_data(args):
         compare_photographs(report, Path(folder, 'large'), args.images, args.rounds)
         small, n = Path(folder, 'small'), 30 * args.images
         write_photographs(small, n, (32, 32), quality=75)
-        label, reading = f'reading {2 * n:,} JPEGs of 32 x 32', {'ours': ('small files', small)}
-        compare_rates(report, label, reading, {'ours': 2 * n}, args.rounds)
+        label = f'reading {2 * n:,} JPEGs of 32 x 32, images/s'
+        compare_rates(report, label, {'ours': ('small files', small)}, {'ours': 2 * n}, args.rounds)
     return report
 
 
 def compare_rates(report, label, contestants, n, rounds):
-    """Add the rates of passes. n: {name: images per core}."""
+    """Add the rates of passes. n: {name: images in a pass, or images per core}."""
     samples, _ = race(contestants, rounds)
     rates = {name: [n[name] / value for value in own[1:]] for name, own in samples.items()}
-    report.compare(f'{label}, images/s per core', rates)
+    report.compare(label, rates)
 
 
 def compare_photographs(report, folder, n, rounds):
     write_photographs(folder, n)
     os.environ['THP_MEM_ALLOC_ENABLE'] = '1'  # as train.py sets it for large images
     for part, use in (('train', 'training'), ('val', 'evaluation')):
-        label = f'JPEG, 500 x 375 to 224, batch 64, {use}'
+        label = f'JPEG, 500 x 375 to 224, batch 64, {use}, images/s per core'
         contestants = {
             'ours': ('JPEGs', folder, part),
             'torchvision': ('JPEGs, torchvision', folder, part),
