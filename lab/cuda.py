@@ -41,19 +41,6 @@ def send(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def milliseconds(step, warm_up, rounds):
-    """The times of `rounds` calls of step(), by CUDA events, after `warm_up` calls."""
-    for _ in range(warm_up):
-        step()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-    for begin, end in events:
-        begin.record()
-        step()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in events]
-
-
 def graphed(step):
     """step() captured as a CUDA graph: a function that launches all its kernels at once.
 

@@ -6,8 +6,8 @@ prints a table and writes OUT.md and, with all samples, OUT.json. Run it alone o
 other programs disturb the numbers.
 
     data        input pipelines against torchvision's transforms in a DataLoader; their memory
-    train       training steps and epochs against a textbook network, plain weights and
-                bare convolutions; peak memory
+    train       training steps and epochs against a textbook network, plain weights, bare
+                convolutions and ResNets; peak memory
     inference   folded networks against unfolded ones and torchvision's ResNets, in PyTorch and
                 ONNX Runtime
     depth       time and memory of a training step at several depths; also writes OUT.png
@@ -19,20 +19,16 @@ other programs disturb the numbers.
 from pathlib import Path
 
 from lab.errors import OneLineParser, OptionError, run
+from tools.benchmark import parts
 from tools.benchmark.cuda import bench_cuda
-from tools.benchmark.data import bench_data
-from tools.benchmark.depth import bench_depth
-from tools.benchmark.inference import bench_inference
-from tools.benchmark.start import bench_compile, bench_start
-from tools.benchmark.training import bench_training
 
 BENCHMARKS = {
-    'data': bench_data,
-    'train': bench_training,
-    'compile': bench_compile,
-    'inference': bench_inference,
-    'depth': bench_depth,
-    'start': bench_start,
+    'data': parts.bench_data,
+    'train': parts.bench_training,
+    'compile': parts.bench_compile,
+    'inference': parts.bench_inference,
+    'depth': parts.bench_depth,
+    'start': parts.bench_start,
     'cuda': bench_cuda,
 }
 
@@ -48,10 +44,12 @@ def main(arguments=None):
     )
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='for cuda (default cuda)')
     parser.add_argument(
-        '--quick', action='store_true', help='for cuda: least sizes and repetitions'
+        '--quick', action='store_true', help='least sizes and repetitions, to try the program'
     )
     parser.add_argument('--out', type=Path, metavar='OUT', help='write OUT.md and OUT.json')
     args = parser.parse_args(arguments)
+    if args.quick:
+        args.rounds, args.images = 3, 32
     if args.rounds < 3 or args.images < 1:
         raise OptionError('--rounds must be at least 3, and --images at least 1')
     report = BENCHMARKS[args.what](args)

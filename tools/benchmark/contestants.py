@@ -1,136 +1,47 @@
-"""What the speed benchmarks compare. Each contestant runs in its own process:
+"""What the benchmarks compare, and how: `race` runs contestants in turn, each in its own process.
 
-    python -m tools.benchmark.contestants '["DiracNet", [34, 1, "CIFAR10"], 128]'
-
-builds a contestant of that kind, for that network (depth, width, dataset) and batch size, and
-answers requests on stdin. So each has its own peak memory, and the memory allocator settings that
-it would have in real use.
+So each has its own peak memory, and the settings of the memory allocator of its real use.
 """
 
-import json
-import sys
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch._dynamo  # an optimizer imports it at its first step: not part of a step's memory
 import torch.nn.functional as F
 
-import diracnet
-from diracnet import define_diracnet
-from diracparams import make_architecture
-from lab.device import autocast
-from lab.memory import keep_freed_memory
-from lab.models.plain import define_plain
-from lab.models.resnet import define_resnet
+from diracnet import Network
+from lab import cuda
+from lab.data import datasets
+from lab.device import DTYPES, autocast, set_up
+from lab.models import registry
+from lab.training.network import build_network
 from lab.training.optimizers import make_optimizer
-from lab.training.recompute import compiled_chain, recomputed_chain
-from tools.benchmark import references
-from tools.benchmark.made_data import random_batch
-from tools.benchmark.memory import peak_memory, reset_peak, resident_memory
-from tools.benchmark.pipelines import our_batches, per_sample_batches
-from tools.benchmark.references import channels_last
+from lab.training.options import complete
+from tools.benchmark import images, references
+from tools.benchmark.images import random_batch
 
-EPOCH_IMAGES = 10_000
+# --- training: a network is (depth, width, dataset) ------------------------------------------
 
 
-def serve(kind, network, batch):
-    """Answer each line of stdin with a line of JSON.
-
-    'step' runs a step; 'peak' returns the peak memory, in MB above that without the network.
-    """
-    torch.manual_seed(0)
-    inputs, targets = random_batch(network[2], batch)
-    F.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))  # loads the convolution library
-    before = resident_memory()
-    reset_peak()
-    answers = {
-        'ready': lambda: True,
-        'step': build(kind, network, inputs, targets),
-        'peak': lambda: peak_memory() - before,
-    }
-    for line in sys.stdin:
-        print(json.dumps(answers[line.strip()]()), flush=True)
-
-
-def build(kind, network, inputs, targets):
-    """The step of this kind of contestant, a function without arguments or result."""
-    return BUILDERS[kind](network, inputs, targets)
-
-
-# --- training --------------------------------------------------------------------------------
-
-
-def diracnet_step(network, inputs, targets):
-    keep_freed_memory()
-    return on_batch(training_step(*define_diracnet(*network)), inputs, targets)
-
-
-def plain_step(network, inputs, targets):
-    keep_freed_memory()
-    return on_batch(training_step(*define_plain(*network)), inputs, targets)
-
-
-def resnet_step(network, inputs, targets):
-    keep_freed_memory()
-    depth, width, dataset = network
-    return on_batch(training_step(*define_resnet(depth - 2, width, dataset)), inputs, targets)
-
-
-def bfloat16_step(network, inputs, targets):
-    keep_freed_memory()
-    step = training_step(*define_diracnet(*network), short=torch.bfloat16)
-    return on_batch(step, inputs, targets)
-
-
-def compiled_step(network, inputs, targets):
-    keep_freed_memory()
-    _, params = define_diracnet(*network)
-    f = partial(compiled_chain(), make_architecture(*network))
-    return on_batch(training_step(f, params), inputs, targets)
-
-
-def recomputed_step(network, inputs, targets):
-    _, params = define_diracnet(*network)
-    f = partial(recomputed_chain, make_architecture(*network))
-    return on_batch(training_step(f, params), inputs, targets)
-
-
-def textbook_step(network, inputs, targets):
-    return partial(textbook_training_step(textbook_params(network)), inputs, targets)
-
-
-def floor_step(network, inputs, targets):
-    return references.bare_convolutions(make_architecture(*network), inputs)
-
-
-def diracnet_epoch(network, inputs, targets):
-    keep_freed_memory()
-    step = training_step(*define_diracnet(*network))
-    return partial(run_epoch, step, our_batches(EPOCH_IMAGES))
-
-
-def textbook_epoch(network, inputs, targets):
-    step = textbook_training_step(textbook_params(network))
-    return partial(run_epoch, step, per_sample_batches(EPOCH_IMAGES))
-
-
-def run_epoch(step, batches):
-    for inputs, targets in batches:
-        step(inputs, targets)
-
-
-def on_batch(step, inputs, targets):
-    return partial(step, channels_last(inputs), targets)
-
-
-def training_step(f, params, short=None):
-    """A function of (inputs, targets) that takes a training step as train.py does."""
-    module = diracnet.Network(f, params).to(memory_format=torch.channels_last)
-    optimizer = make_optimizer(module, {'lr': 1e-3, 'weight_decay': 5e-4})
+def training_step(network, device='cpu', layout=torch.channels_last, **options):
+    """A training step as train.py takes it with these options: a function of (inputs, targets)."""
+    names = ('depth', 'width', 'dataset')
+    options = complete({**dict(zip(names, network)), 'lr': 1e-3, **options})
+    device = torch.device(device)
+    set_up(options, device)
+    names = registry.network_option_names(options['model'])
+    arguments = {name: options[name] for name in names if name in options}
+    module = build_network(options, arguments, device)[0].to(memory_format=layout)
+    optimizer = make_optimizer(module, options)
+    autocast_dtype = DTYPES[options['dtype']][1]
 
     def step(inputs, targets):
         optimizer.zero_grad()
-        with autocast(inputs.device, short):
+        with autocast(device, autocast_dtype):
             logits = module(inputs)
         F.cross_entropy(logits.float(), targets).backward()
         optimizer.step()
@@ -138,35 +49,68 @@ def training_step(f, params, short=None):
     return step
 
 
-def textbook_training_step(params):
-    """The same for the textbook network."""
-    optimizer = references.textbook_optimizer(params)
-
-    def step(inputs, targets):
-        optimizer.zero_grad()
-        F.cross_entropy(references.textbook(inputs, params, True), targets).backward()
-        optimizer.step()
-
-    return step
+def on_a_batch(network, batch, device='cpu', layout=torch.channels_last, **options):
+    step = training_step(network, device, layout, **options)
+    return partial(step, *random_batch(network[2], batch, device, layout))
 
 
-def textbook_params(network):
-    _, params = define_diracnet(*network)
-    return references.with_deltas(params)
+def resnet_on_a_batch(network, batch):
+    depth, width, dataset = network
+    return on_a_batch((depth - 2, width, dataset), batch, model='resnet')
+
+
+def textbook_step(network, device='cpu'):
+    cuda.use_tf32(False)
+    with torch.device(device):
+        return references.textbook_step(define_params(network))
+
+
+def textbook_on_a_batch(network, batch, device='cpu'):
+    return partial(textbook_step(network, device), *random_batch(network[2], batch, device))
+
+
+def floor(network, batch):
+    inputs, _ = random_batch(network[2], batch)
+    return references.bare_convolutions(define_params(network), inputs)
+
+
+def define_params(network):
+    return registry.define('diracnet', *network)[1]
+
+
+def epoch(make_step, make_batches, network, n):
+    """A function that trains on n images of 32 x 32."""
+    step, batches = make_step(network), make_batches(n)
+
+    def train():
+        for inputs, targets in batches:
+            step(inputs, targets)
+
+    return train
+
+
+# --- input -----------------------------------------------------------------------------------
+
+
+def one_pass(make_batches, *arguments):
+    """A function that reads all batches; only their workers use a second core."""
+    torch.set_num_threads(1)
+    return partial(images.read, make_batches(*arguments))
+
+
+def read_small_files(folder):
+    return partial(datasets.load, 'folder', folder, form='cifar')
 
 
 # --- inference -------------------------------------------------------------------------------
 
 
 def folded(network):
-    _, params = define_diracnet(*network)
-    model = diracnet.DiracNet(*network)
-    model.load_state_dict(diracnet.fold(params))
-    return model.eval()
+    return registry.folded_module('diracnet', registry.fold('diracnet', define_params(network)))
 
 
 def unfolded(network):
-    return diracnet.Network(*define_diracnet(*network)).eval()
+    return Network(*registry.define('diracnet', *network)).eval()
 
 
 def resnet(network):
@@ -177,28 +121,22 @@ def resnet(network):
     return fuse(getattr(torchvision.models, f'resnet{network[0]}')().eval())
 
 
-def in_pytorch(make_model, network, inputs, targets, dtype=torch.float32):
-    model = make_model(network).to(dtype, memory_format=torch.channels_last)
-    return partial(infer, model, channels_last(inputs.to(dtype)))
+def in_pytorch(make_model, network, batch, device='cpu', dtype=torch.float32):
+    model = make_model(network).to(device, dtype, memory_format=torch.channels_last)
+    inputs, _ = random_batch(network[2], batch, device, torch.channels_last)
+    return partial(infer, model, inputs.to(dtype))
 
 
-def in_onnx_runtime(make_model, network, inputs, targets):
+def in_onnx_runtime(make_model, network, batch, int8=False):
     from lab.onnx_models import OnnxNetwork, to_onnx
-
-    content = to_onnx(make_model(network), inputs.shape[1:], {}).SerializeToString()
-    return partial(infer, OnnxNetwork(content), inputs)
-
-
-def in_int8(network, inputs, targets):
-    from lab.onnx_models import OnnxNetwork
     from tools.int8 import int8_onnx
 
-    return partial(infer, OnnxNetwork(int8_onnx(folded(network), inputs, {})), inputs)
-
-
-def textbook_inference(network, inputs, targets):
-    params = textbook_params(network)
-    return partial(infer, lambda x: references.textbook(x, params, False), inputs)
+    inputs, _ = random_batch(network[2], batch)
+    model = make_model(network)
+    if int8:
+        return partial(infer, OnnxNetwork(int8_onnx(model, inputs, {})), inputs)
+    content = to_onnx(model, inputs.shape[1:], {}).SerializeToString()
+    return partial(infer, OnnxNetwork(content), inputs)
 
 
 def infer(model, inputs):
@@ -206,28 +144,102 @@ def infer(model, inputs):
         model(inputs)
 
 
+# Each makes a step, a function without arguments. Those that train on a batch or infer take the
+# arguments network and batch.
 BUILDERS = {
-    'DiracNet': diracnet_step,
-    'plain': plain_step,
-    'ResNet step': resnet_step,
-    '--dtype bfloat16': bfloat16_step,
-    '--compile': compiled_step,
-    '--recompute': recomputed_step,
-    'textbook': textbook_step,
-    'floor': floor_step,
-    'DiracNet epoch': diracnet_epoch,
-    'textbook epoch': textbook_epoch,
+    'DiracNet': on_a_batch,
+    'plain': partial(on_a_batch, model='plain'),
+    '--recompute': partial(on_a_batch, recompute=True),
+    '--compile': partial(on_a_batch, compile=True),
+    '--dtype bfloat16': partial(on_a_batch, dtype='bfloat16'),
+    'ResNet step': resnet_on_a_batch,
+    'textbook': textbook_on_a_batch,
+    'floor': floor,
+    'DiracNet epoch': partial(epoch, training_step, images.our_batches),
+    'textbook epoch': partial(epoch, textbook_step, images.torchvision_batches),
+    'small images': partial(one_pass, images.our_batches),
+    'small images, torchvision': partial(one_pass, images.torchvision_batches),
+    'JPEGs': partial(one_pass, images.our_folder_batches),
+    'JPEGs, torchvision': partial(one_pass, images.torchvision_folder_batches),
+    'small files': read_small_files,
     'folded': partial(in_pytorch, folded),
     'unfolded': partial(in_pytorch, unfolded),
     'ResNet': partial(in_pytorch, resnet),
     'folded bfloat16': partial(in_pytorch, folded, dtype=torch.bfloat16),
-    'ResNet bfloat16': partial(in_pytorch, resnet, dtype=torch.bfloat16),
     'folded ONNX': partial(in_onnx_runtime, folded),
     'ResNet ONNX': partial(in_onnx_runtime, resnet),
-    'folded int8': in_int8,
-    'textbook inference': textbook_inference,
+    'folded int8': partial(in_onnx_runtime, folded, int8=True),
 }
 
 
-if __name__ == '__main__':
-    serve(*json.loads(sys.argv[1]))
+# --- running ---------------------------------------------------------------------------------
+
+
+def race(contestants, rounds):
+    """Run contestants in turn, each in a process that builds it first.
+
+    Args:
+        contestants: {name: (kind, *arguments)}, with a kind in BUILDERS and its arguments.
+
+    Returns:
+        samples: {name: its seconds in rounds 0, 1, ..., `rounds`}. Round 0 fills caches.
+        peaks: {name: its peak memory in MB, above that of the process without it}.
+    """
+    spawn = multiprocessing.get_context('spawn')
+    pools = {
+        name: ProcessPoolExecutor(1, spawn, _build, given) for name, given in contestants.items()
+    }
+    samples = alternate(
+        {name: partial(_result, pool, _run) for name, pool in pools.items()}, rounds
+    )
+    peaks = {name: _result(pool, _peak) for name, pool in pools.items()}
+    for pool in pools.values():
+        pool.shutdown()
+    return samples, peaks
+
+
+def alternate(functions, rounds):
+    """{name: its results in rounds 0, 1, ..., `rounds`}, in an order that rotates."""
+    samples, names = {name: [] for name in functions}, list(functions)
+    for _ in range(rounds + 1):
+        names.append(names.pop(0))
+        for name in names:
+            time.sleep(0.05)  # the threads of the previous function spin for a while
+            samples[name].append(functions[name]())
+    return samples
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def peak_memory():
+    """The largest memory of this process in RAM, MB (Linux)."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith('VmHWM:'))
+
+
+def _result(pool, function):
+    return pool.submit(function).result()
+
+
+_own = {}  # in the process of a contestant
+
+
+def _build(kind, *arguments):
+    multiprocessing.set_start_method(None, force=True)  # workers of data loaders start as usual
+    torch.manual_seed(0)
+    F.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))  # loads the convolution library
+    Path('/proc/self/clear_refs').write_text('5')  # the peak starts from here
+    _own['memory'] = peak_memory()
+    _own['step'] = BUILDERS[kind](*arguments)
+
+
+def _run():
+    return seconds(_own['step'])
+
+
+def _peak():
+    return peak_memory() - _own['memory']

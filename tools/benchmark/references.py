@@ -51,33 +51,38 @@ def with_deltas(params):
     return {**params, **deltas}
 
 
-def textbook_optimizer(params, lr=1e-3, weight_decay=5e-4):
-    """SGD that updates one tensor at a time."""
+def textbook_step(params):
+    """A function of (inputs, targets) that trains with SGD, one tensor at a time."""
+    params = with_deltas(params)
     learned = [tensor for tensor in params.values() if tensor.requires_grad]
     groups = [
-        {'params': [tensor for tensor in learned if tensor.ndim > 1], 'weight_decay': weight_decay},
+        {'params': [tensor for tensor in learned if tensor.ndim > 1], 'weight_decay': 5e-4},
         {'params': [tensor for tensor in learned if tensor.ndim <= 1]},
     ]
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, foreach=False)
+    optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, foreach=False)
+
+    def step(inputs, targets):
+        optimizer.zero_grad()
+        F.cross_entropy(textbook(inputs, params, True), targets).backward()
+        optimizer.step()
+
+    return step
 
 
-def bare_convolutions(architecture, inputs):
-    """A function that runs only the convolutions of a network, forward and backward.
+def bare_convolutions(params, inputs):
+    """A function that runs only the 3x3 convolutions of a DiracNet, forward and backward.
 
-    Each convolution has its own input, in channels_last.
+    Each convolution has its own random input, in channels_last; params and inputs (N, C, H, W)
+    are those of small images.
     """
-    images, in_channels, size = inputs.shape[:3]
-    shapes = [(in_channels, architecture.widths[0], size)]
-    for g, group in enumerate(architecture.groups):
-        if g > 0:
+    layers, size, layout = [], inputs.shape[2], torch.channels_last
+    for key in [key for key in params if key == 'conv' or key.endswith('.conv')]:
+        if key.endswith('.block0.conv') and key != 'group0.block0.conv':
             size //= 2
-        shapes += [(in_channels, out_channels, size) for _, in_channels, out_channels in group]
-    layers = []
-    for number, (in_channels, out_channels, size) in enumerate(shapes):
-        x = channels_last(torch.randn(images, in_channels, size, size))
-        weight = channels_last(torch.randn(out_channels, in_channels, 3, 3)).requires_grad_()
+        weight = params[key].detach().contiguous(memory_format=layout).requires_grad_()
+        x = torch.randn(len(inputs), weight.shape[1], size, size).contiguous(memory_format=layout)
         # The images, input of the first convolution, need no gradient.
-        layers.append((x.requires_grad_(number > 0), weight))
+        layers.append((x.requires_grad_(key != 'conv'), weight))
 
     def step():
         outputs = [F.conv2d(x, weight, padding=1) for x, weight in layers]
@@ -86,7 +91,3 @@ def bare_convolutions(architecture, inputs):
             torch.autograd.grad(y, (x, weight) if x.requires_grad else weight, y)
 
     return step
-
-
-def channels_last(tensor):
-    return tensor.contiguous(memory_format=torch.channels_last)
