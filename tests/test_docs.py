@@ -28,7 +28,7 @@ README = (ROOT / 'README.md').read_text()
 NOT_RUN = {
     'sh': re.compile(
         r'~/|/usr/|CIFAR|SVHN|ImageNet|FashionMNIST|--ngpu|torchrun|pytest|test\.py|NAME|'
-         r'tools\.(benchmark|study)'
+        r'tools\.(benchmark|study)'
     ),
     'python': re.compile(r'diracnet(18|34).*pretrained=True|~/|torchvision'),
 }

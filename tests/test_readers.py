@@ -7,7 +7,7 @@ import socket
 import numpy as np
 import pytest
 
-import diracnet
+import diracparams
 import train
 from conftest import write_idx
 from lab.data import datasets
@@ -41,8 +41,8 @@ def refuse(refused, tmp_path):
 
 
 def test_table_has_the_data_sets_of_diracnet(tmp_path):
-    assert list(datasets.DATA_SETS) == list(diracnet.DATASETS)
-    for name, (_, channels, _) in diracnet.DATASETS.items():
+    assert list(datasets.DATA_SETS) == list(diracparams.DATASETS)
+    for name, (_, channels, _) in diracparams.DATASETS.items():
         assert datasets.PREPROCESSING[name].channels == channels
     mirrored = {name for name, known in datasets.DATA_SETS.items() if known.mirrored}
     assert mirrored == {'FashionMNIST', 'CIFAR10', 'CIFAR100'}  # no digits
