@@ -8,8 +8,8 @@
 
     model = diracnet18(pretrained=True)     # a folded DiracNet-18 with ImageNet weights
 
-Source: Zagoruyko and Komodakis, DiracNets: Training Very Deep Neural Networks Without
-Skip-Connections, arXiv 1706.00388. This file needs torch, diracconv.py and diracparams.py alone.
+Source: Zagoruyko and Komodakis, arXiv 1706.00388. This file needs torch, diracconv.py and
+diracparams.py alone.
 """
 
 import re
@@ -22,22 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+import diracparams
 from diracconv import ALPHA, BETA, dirac_weight
-from diracparams import (
-    Architecture,
-    BnInit,
-    Params,
-    Scale,
-    chain_params,
-    check,
-    conv_params,
-    copy_tensors,
-    initialize_scales,
-    make_architecture,
-    published_weights,
-    read_network,
-    trained_weights,
-)
+from diracparams import Architecture, BnInit, Params, Scale, check, conv_params, copy_tensors
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
 Function = Callable[..., Tensor]  # f(inputs, params, mode)
@@ -97,9 +84,8 @@ def dirac_chain(
 ) -> Tensor:
     """A DiracNet: a chain whose blocks have Dirac weights. Without alpha and beta among its params,
     it is the plain network that the paper compares with. Arguments are those of `chain`."""
-    return chain(
-        architecture, inputs, {**params, **dirac_weights(architecture, params)}, mode, norm
-    )
+    params = {**params, **dirac_weights(architecture, params)}
+    return chain(architecture, inputs, params, mode, norm)
 
 
 def dirac_weights(architecture: Architecture, params: Params) -> Params:
@@ -172,11 +158,13 @@ def define_diracnet(
         ValueError: an impossible depth, width, data set or scale; the message says what is
             possible.
     """
-    architecture = make_architecture(depth, width, dataset, num_classes, in_channels, form)
-    params = chain_params(architecture, dirac_conv_params)
+    architecture = diracparams.make_architecture(
+        depth, width, dataset, num_classes, in_channels, form
+    )
+    params = diracparams.chain_params(architecture, dirac_conv_params)
     if bn_init == 'shifted' and beta is None:
         beta = 'depth'
-    initialize_scales(params, architecture.depth, bn_init, alpha, beta)
+    diracparams.initialize_scales(params, architecture.depth, bn_init, alpha, beta)
     return partial(dirac_chain, architecture), params
 
 
@@ -292,25 +280,18 @@ class DiracNet(nn.Module):
 
     `features` maps (N, in_channels, H, W) to (N, channels, 1, 1), and `fc` that to logits
     (N, num_classes). H and W are at least 32 in the ImageNet form and 4 in the CIFAR form.
-    The arguments and their errors are as for `define_diracnet`. The weights are random until
-    `load_state_dict(fold(params))` loads trained ones.
+    The arguments (choices: num_classes, in_channels, form) and their errors are as for
+    `define_diracnet`. The weights are random until `load_state_dict(fold(params))` loads trained
+    ones.
     """
 
     prefix = 'features.'  # of the keys of the convolutions
 
     def __init__(
-        self,
-        depth: int,
-        width: float = 1,
-        dataset: str = 'ImageNet',
-        *,
-        num_classes: int | None = None,
-        in_channels: int | None = None,
-        form: str | None = None,
+        self, depth: int, width: float = 1, dataset: str = 'ImageNet', **choices: int | str | None
     ) -> None:
         super().__init__()
-        arguments = (depth, width, dataset, num_classes, in_channels, form)
-        self.architecture = make_architecture(*arguments)
+        self.architecture = diracparams.make_architecture(depth, width, dataset, **choices)
         layers = folded_layers(self.architecture, lambda: ('relu', nn.ReLU(inplace=True)))
         layers.update(last_relu=nn.ReLU(inplace=True), avg_pool=nn.AdaptiveAvgPool2d(1))
         self.features = nn.Sequential(layers)
@@ -319,7 +300,7 @@ class DiracNet(nn.Module):
     @classmethod
     def from_state_dict(cls, state_dict: Params) -> 'DiracNet':
         """The module for a folded state dict, with its weights. Raises ValueError if none fits."""
-        net = cls(dataset='CIFAR10', **read_network(state_dict, cls.prefix))
+        net = cls(dataset='CIFAR10', **diracparams.read_network(state_dict, cls.prefix))
         copy_tensors(state_dict, net.to(state_dict['fc.weight'].dtype))
         return net
 
@@ -352,9 +333,6 @@ def folded_layers(
     return layers
 
 
-# --- ready-made networks ---------------------------------------------------------------------
-
-
 def diracnet18(pretrained: bool = False, **kwargs) -> DiracNet:
     """A folded DiracNet-18 for ImageNet, 224 x 224 pixels, 11,511,784 parameters.
 
@@ -367,18 +345,17 @@ def diracnet18(pretrained: bool = False, **kwargs) -> DiracNet:
         RuntimeError: the file cannot be downloaded or is not the published one, or the arguments
             do not fit it.
     """
-    return _published('diracnet18', 18, pretrained, kwargs)
+    return _published('diracnet18', DiracNet(18, **kwargs), pretrained)
 
 
 def diracnet34(pretrained: bool = False, **kwargs) -> DiracNet:
     """A folded DiracNet-34 for ImageNet, 224 x 224 pixels; see `diracnet18`."""
-    return _published('diracnet34', 34, pretrained, kwargs)
+    return _published('diracnet34', DiracNet(34, **kwargs), pretrained)
 
 
-def _published(name, depth, pretrained, kwargs):
-    net = DiracNet(depth, **kwargs)
+def _published(name, net, pretrained):
     if pretrained:
-        net.load_state_dict(published_weights(name))
+        net.load_state_dict(diracparams.published_weights(name))
     return net
 
 
@@ -405,7 +382,7 @@ def diracnet(
         ValueError: as for `define_diracnet`, or there is no such pretrained network.
         RuntimeError: the file in weights/ is missing.
     """
-    content = trained_weights(dataset, folded) if pretrained else {}
+    content = diracparams.trained_weights(dataset, folded) if pretrained else {}
     own = content.get('network', {'width': 1})
     given = {'depth': depth, 'width': width, **kwargs}
     for name, value in given.items() if pretrained else ():

@@ -31,6 +31,7 @@ from lab import distributed
 from lab.device import DTYPES, autocast, choose_device, set_up
 from lab.distributed import say, world
 from lab.errors import printable, run
+from lab.runs.checkpoint import run_metadata
 from lab.runs.describe import describe_epoch, describe_run, epoch_stats, print_evaluation
 from lab.runs.folder import RunFolder, write_report
 from lab.runs.pretrained import start_from
@@ -41,20 +42,8 @@ from lab.runs.state import State
 from lab.training.broken_images import BrokenImages
 from lab.training.inputs import load_data, make_batches
 from lab.training.meters import Meters
-from lab.training.network import (
-    Averages,
-    build_network,
-    check_memory,
-    network_arguments,
-    seed_dropout,
-)
-from lab.training.optimizers import (
-    clip_gradients,
-    learning_rate,
-    make_optimizer,
-    parameter_table,
-    set_learning_rate,
-)
+from lab.training.network import Averages, build_network, check_memory, network_arguments
+from lab.training.optimizers import clip_gradients, make_optimizer, prepare_step
 from lab.training.options import parse
 from lab.training.passes import Pass
 from lab.training.recalibration import recalibrate
@@ -97,9 +86,7 @@ def train(resumed, pretrained, folder, arguments, options, device):
         n_parameters = check_memory(network, options['dtype'], device)
         train_batches = make_batches(data, True, options, device)
         test_batches = make_batches(data, False, options, device)
-        broken = BrokenImages(stop.say)
-        for batches in (train_batches, test_batches):  # in memory; others are found while training
-            broken.check(batches)
+        broken = BrokenImages(stop.say, train_batches, test_batches)
 
         # The network and what trains it, new or from a checkpoint.
         module, norm = build_network(options, network, device)
@@ -114,34 +101,24 @@ def train(resumed, pretrained, folder, arguments, options, device):
         model = distributed.share_gradients(module, device)
 
         # The folder.
-        metadata = {
-            'options': options,
-            'network': network,
-            'classes': list(data.classes),
-            'preprocessing': data.preprocessing.as_dict(),
-        }
+        metadata = run_metadata(options, network, data)
         stop.listen()
-        table = parameter_table(module, options['weight_decay'], options['model'])
-        log = folder.open(arguments, device, table, resumed)
+        log = folder.open(arguments, device, module, options, resumed)
         recorder = Recorder(folder, stop, state, metadata, log)
         stop.say(describe_run(options, n_parameters, train_batches, test_batches, device, resumed))
 
         progress, first_epoch = (resumed.progress, resumed.epoch + 1) if resumed else (None, 1)
         for epoch in range(first_epoch, options['epochs'] + 1):
             module.train()
-            label, steps = f'epoch {epoch}/{options["epochs"]}', len(train_batches)
-            train_pass = Pass('train', label, train_batches, meters, epoch, progress, stop.say)
-            with train_pass:
+            label = f'epoch {epoch}/{options["epochs"]}'
+            with Pass(
+                'train', train_batches, meters, epoch, label, stop.say, progress
+            ) as train_pass:
                 for inputs, targets in train_batches:
-                    step = train_pass.step
-                    rate = learning_rate(options, (epoch - 1) * steps + step, steps)
-                    set_learning_rate(optimizer, rate)
-                    norm.prepare_step(step)
-                    seed_dropout(options, epoch - 1, step)
+                    prepare_step(options, optimizer, norm, train_pass)
                     optimizer.zero_grad()
                     loss, logits = forward(model, inputs, targets, options)
-                    share = loss_share(targets, train_batches.size(step))
-                    scaler.scale(loss * share).backward()
+                    scaler.scale(loss * loss_share(targets, train_pass)).backward()
                     clip_gradients(module, optimizer, scaler, options['clip'])
                     scaler.step(optimizer)
                     scaler.update()
@@ -152,15 +129,14 @@ def train(resumed, pretrained, folder, arguments, options, device):
             results = train_pass.stats()
             recorder.save_in(train_pass)
             for name, tested in (('test', module), *averages.tested):
-                test_pass = Pass(name, 'test', test_batches, meters, epoch, say=stop.say)
+                test_pass = Pass(name, test_batches, meters, epoch, say=stop.say)
                 # Averages of running statistics do not fit the activations of averaged weights.
-                recalibrates = options['recalibrate_bn'] or tested is not module
-                own = train_batches if recalibrates else None
+                own = train_batches if options['recalibrate_bn'] or tested is not module else None
                 exit_if_stopped = partial(recorder.exit_if_stopped, train_pass)
                 results |= test(tested, test_pass, options, broken, own, exit_if_stopped)
-            stats = epoch_stats(metadata, results, epoch, n_parameters, train_batches, device)
+            stats = epoch_stats(metadata, results, train_pass, n_parameters, device)
             recorder.record_epoch({**stats, **broken.stats(train_batches, test_batches)})
-            stop.say(describe_epoch(stats, steps, meters.topk[-1]))
+            stop.say(describe_epoch(stats, train_pass))
             broken.check(train_batches)  # after saving: the run can resume once they are repaired
         folder.finish(stop)
     if options['report'] and distributed.rank() == 0:
@@ -171,8 +147,7 @@ def test(module, test_pass, options, broken, train_batches=None, after_batch=lam
     """The results of a test, {NAME_loss, NAME_acc, NAME_top5, NAME_time}.
 
     Args:
-        test_pass: a Pass over the test set.
-        broken: BrokenImages.
+        test_pass: a Pass over the test set; broken: BrokenImages.
         train_batches: training Batches, to compute the running statistics anew on first.
         after_batch: called after each batch.
     """
@@ -198,7 +173,7 @@ def evaluate(checkpoint, recalibrates, options, device):
     train_batches = make_batches(data, True, options, device) if recalibrates else None
     test_batches = make_batches(data, False, options, device)
     meters = Meters(len(data.classes))
-    test_pass = Pass('test', 'test', test_batches, meters, checkpoint.epoch)
+    test_pass = Pass('test', test_batches, meters, checkpoint.epoch)
     results = test(module, test_pass, options, BrokenImages(), train_batches)
     print_evaluation(checkpoint, options, results, recalibrates, test_batches.n)
 
@@ -214,9 +189,10 @@ def forward(model, inputs, targets, options):
     return F.cross_entropy(logits.to(dtype), targets, label_smoothing=smoothing), logits
 
 
-def loss_share(targets, batch_size):
+def loss_share(targets, train_pass):
     """The factor for this process's loss: gradients are averaged over processes, whose shares of
     a batch may differ by one sample."""
+    batch_size = train_pass.batches.size(train_pass.step)
     return len(targets) * world() / batch_size if world() > 1 else 1
 
 

@@ -308,6 +308,16 @@ def check_metadata(network, classes, preprocessing):
 # --- saving ----------------------------------------------------------------------------------
 
 
+def run_metadata(options, network, data):
+    """What every checkpoint of a run has."""
+    return {
+        'options': options,
+        'network': network,
+        'classes': list(data.classes),
+        'preprocessing': data.preprocessing.as_dict(),
+    }
+
+
 def save(path, content, keep_previous=True):
     """Write a checkpoint, and keep the existing one as previous.pt7.
 

@@ -33,26 +33,27 @@ def describe_rate(options):
     return f'learning rate {options["lr"]:g}, {factor} when these epochs begin: {falls}'
 
 
-def epoch_stats(metadata, results, epoch, n_parameters, train_batches, device):
+def epoch_stats(metadata, results, train_pass, n_parameters, device):
     """What an epoch's line of the log says."""
     stats = {
         **metadata['options'],
         **results,
-        'epoch': epoch,
+        'epoch': train_pass.epoch,
         'num_classes': metadata['network']['num_classes'],
         'n_parameters': n_parameters,
-        'train_images_per_second': train_batches.n / results['train_time'],
+        'train_images_per_second': train_pass.batches.n / results['train_time'],
     }
     if device.type == 'cuda':
         stats['train_peak_memory'] = cuda.peak_memory(device)
     return stats
 
 
-def describe_epoch(stats, steps, k):
-    """An epoch in words. `steps` are those of an epoch; k is that of the top-k accuracy."""
+def describe_epoch(stats, train_pass):
+    """An epoch in words."""
+    k = min(5, stats['num_classes'])
     averages = f', of the averages {stats["ema_test_acc"]:.2f} %' if 'ema_test_acc' in stats else ''
     memory = f', {stats["train_peak_memory"] / 1e9:.2f} GB' if 'train_peak_memory' in stats else ''
-    lag = describe_lag(stats, steps)
+    lag = describe_lag(stats, len(train_pass.batches))
     return (
         f'epoch {stats["epoch"]}/{stats["epochs"]}: train loss {stats["train_loss"]:.4f}, '
         f'accuracy {stats["train_acc"]:.2f} %; test loss {stats["test_loss"]:.4f}, '

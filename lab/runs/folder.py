@@ -27,6 +27,7 @@ from lab.runs.log import LOG, read_lines
 from lab.runs.provenance import CHECKOUT, describe_start
 from lab.runs.signals import try_to_print
 from lab.runs.tensorboard import write_events
+from lab.training.optimizers import parameter_table
 
 COMMANDS, OUTPUT, PARAMETERS = 'run.json', 'output.txt', 'parameters.txt'
 REPORT = 'report.html'
@@ -130,13 +131,14 @@ class RunFolder:
                 'choose a new or empty folder'
             )
 
-    def open(self, arguments, device, parameters, resumed):
+    def open(self, arguments, device, module, options, resumed):
         """Make the folder, lock it, and begin to write: how the run was started, the table of its
         parameters, and its log up to where it resumes. Returns the lines of that log."""
         if rank() == 0:
             self._make()
         self.record_command(arguments, device)
-        self.write(PARAMETERS, '\n'.join(parameters) + '\n')
+        table = parameter_table(module, options['weight_decay'], options['model'])
+        self.write(PARAMETERS, '\n'.join(table) + '\n')
         log = log_lines(resumed)
         self.write_log(log)
         return log

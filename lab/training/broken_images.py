@@ -9,8 +9,12 @@ class BrokenImages:
 
     LIMIT = 0.01  # of the images of a pass
 
-    def __init__(self, say=distributed.say):
+    def __init__(self, say=distributed.say, *batches):
+        """say: prints a line; batches: Batches whose broken files are known, as they are in
+        memory."""
         self.named, self.logged, self.say = set(), set(), say
+        for known in batches:
+            self.check(known)
 
     def report(self, batches):
         """Print the broken files of the last pass, in any process, that were not named before."""
@@ -36,6 +40,7 @@ class BrokenImages:
 
     def check(self, batches):
         """Raise UserError if too many files were broken in the last pass."""
+        self.report(batches)
         if len(batches.broken) > self.LIMIT * batches.n_files:
             again = 'start again' if batches.n_files > batches.n else 'resume with --resume'
             raise UserError(

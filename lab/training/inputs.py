@@ -42,7 +42,8 @@ def load_data(options, checkpoint=None, is_test=False):
 
 
 def make_batches(data, train, options, device):
-    return data.batches(
+    """Batches of the training or the test set. Raises OptionError."""
+    batches = data.batches(
         train,
         batch_size=options['batch_size'],
         device=device,
@@ -52,6 +53,9 @@ def make_batches(data, train, options, device):
         workers=options['nthread'],
         shard=(distributed.rank(), world()),
     )
+    if train:
+        distributed.check_batches(batches.n, batches.batch_size)
+    return batches
 
 
 def check_classes(data, checkpoint, options):

@@ -3,7 +3,6 @@ averages."""
 
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -119,13 +118,6 @@ class BatchNorm:
         """With --bn_momentum cumulative, a step of an epoch, counted from 0, weighs 1 / n."""
         if self.is_cumulative:
             self.momentum = 1 / (1 + step)
-
-
-def seed_dropout(options, epoch, step):
-    """Set the random state of dropout, a function of the position. Both count from 0."""
-    if options.get('dropout'):
-        position = (options['seed'], epoch, step, distributed.rank())
-        torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))
 
 
 class Averages:

@@ -4,8 +4,10 @@ import math
 import re
 from functools import partial
 
+import numpy as np
 import torch
 
+from lab.distributed import rank
 from lab.models.registry import VERSION_1
 
 # The settings of torch-residual-networks' comparison, and AdamW.
@@ -67,9 +69,17 @@ def learning_rate(options, step, epoch_steps):
     return lr * (1 + math.cos(math.pi * done)) / 2
 
 
-def set_learning_rate(optimizer, rate):
+def prepare_step(options, optimizer, norm, train_pass):
+    """Set what depends on the position in the training: the learning rate, the momentum of batch
+    norm (a BatchNorm), and the random state of dropout."""
+    epoch, step, steps = train_pass.epoch - 1, train_pass.step, len(train_pass.batches)
+    rate = learning_rate(options, epoch * steps + step, steps)
     for group in optimizer.param_groups:
         group['lr'] = rate
+    norm.prepare_step(step)
+    if options.get('dropout'):
+        position = (options['seed'], epoch, step, rank())
+        torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1)[0]))
 
 
 def clip_gradients(module, optimizer, scaler, longest):

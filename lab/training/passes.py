@@ -92,14 +92,17 @@ class Pass:
     before, when it is made.
 
     Args:
-        name: 'train' or 'test', for the names of the results; label: for the progress bar.
+        name: 'train' or 'test', for the names of the results.
         batches: Batches; the pass sets their epoch and the batch to start from.
         epoch: counted from 1.
-        progress: what `progress()` returned when the pass was interrupted.
+        label: for the progress bar.
         say: prints a line, in rank 0 only.
+        progress: what `progress()` returned when the pass was interrupted.
     """
 
-    def __init__(self, name, label, batches, meters, epoch, progress=None, say=distributed.say):
+    def __init__(
+        self, name, batches, meters, epoch, label='test', say=distributed.say, progress=None
+    ):
         self.name, self.label, self.say = name, label, say
         self.batches, self.meters, self.epoch = batches, meters, epoch
         meters.reset()
