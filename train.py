@@ -111,9 +111,8 @@ def train(resumed, pretrained, folder, arguments, options, device):
         for epoch in range(first_epoch, options['epochs'] + 1):
             module.train()
             label = f'epoch {epoch}/{options["epochs"]}'
-            with Pass(
-                'train', train_batches, meters, epoch, label, stop.say, progress
-            ) as train_pass:
+            train_pass = Pass('train', train_batches, meters, epoch, label, stop.say, progress)
+            with train_pass:
                 for inputs, targets in train_batches:
                     prepare_step(options, optimizer, norm, train_pass)
                     optimizer.zero_grad()
