@@ -64,16 +64,6 @@ def test_pixels_in_memory_do_not_depend_on_history_or_batch_size(device):
     assert batch.is_contiguous(memory_format=torch.channels_last) and batch.device.type == device
 
 
-@pytest.mark.parametrize('world', [2, 3])
-def test_processes_share_an_epoch_in_memory(world, device):
-    inputs, targets = epoch_of(cifar_like(device=device), 5)
-    shards = [epoch_of(cifar_like(device=device, shard=(rank, world)), 5) for rank in range(world)]
-    together = {int(y): x for part in shards for x, y in zip(*part)}
-    assert len(together) == 300
-    for x, y in zip(inputs, targets):
-        assert torch.equal(together[int(y)], x)
-
-
 # --- the distributions ------------------------------------------------------------------------
 
 

@@ -169,22 +169,16 @@ def test_every_kind_of_image_becomes_rgb(photographs, tmp_path):
         assert difference < tolerance(path), (path, difference)
 
 
-def test_sixteen_bits(photographs, tmp_path):
-    deep = photographs[0].astype(np.uint16) * 257
-    opaque = np.full(deep.shape[:2], 65535, np.uint16)
-    kinds = {
-        'rgb.png': deep[..., ::-1],
-        'rgb.tif': deep[..., ::-1],
-        'rgba.png': np.dstack([deep[..., ::-1], opaque]),
-        'gray.png': deep[..., 0],
-    }
-    for name, image in kinds.items():
-        cv2.imwrite(str(tmp_path / name), image)
-        expected = photographs[0]
-        if name == 'gray.png':
-            expected = expected[..., :1].repeat(3, 2)
-        actual = image_files.read_image(tmp_path / name)
-        np.testing.assert_allclose(actual.astype(int), expected, atol=1)
+@pytest.mark.parametrize('suffix, channels', [('png', 1), ('png', 3), ('png', 4), ('tif', 3)])
+def test_sixteen_bits(suffix, channels, photographs, tmp_path):
+    opaque = np.full((*photographs[0].shape[:2], 1), 255, np.uint8)
+    deep = np.dstack([photographs[0][..., ::-1], opaque]).astype(np.uint16) * 257
+    cv2.imwrite(
+        str(tmp_path / f'deep.{suffix}'), deep[..., 2] if channels == 1 else deep[..., :channels]
+    )
+    image = image_files.read_image(tmp_path / f'deep.{suffix}').astype(int)
+    expected = photographs[0] if channels > 1 else photographs[0][..., :1].repeat(3, 2)
+    np.testing.assert_allclose(image, expected, atol=1)
 
 
 def test_limit_of_pixels(tmp_path):

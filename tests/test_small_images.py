@@ -10,7 +10,7 @@ from data_helpers import epoch_of
 from PIL import Image
 
 import train
-from conftest import python, read_log, same, without_times
+from conftest import read_log, same, without_times
 from lab.data import datasets
 from lab.data.batches import MemoryBatches
 from lab.models import registry
@@ -66,31 +66,21 @@ def test_batches_are_those_of_the_same_images_in_memory(small_files):
         assert torch.equal(ours, theirs)
 
 
-def test_every_kind_of_file(tmp_path):
-    """Gray, palette, transparent and animated images, of several sizes, become RGB of one size."""
-    for label in 'ab':
-        (tmp_path / 'train' / label).mkdir(parents=True)
+def test_images_of_other_sizes_and_colors(tmp_path):
     random = np.random.default_rng(0)
     colors = Image.fromarray(random.integers(0, 256, (60, 40, 3)).astype(np.uint8))
-    for name, image in {
-        'gray.png': colors.convert('L'),
-        'large.jpg': colors.resize((300, 200)),
-        'palette.png': colors.convert('P'),
-        'sixteen.png': Image.fromarray(random.integers(0, 2**16, (9, 30)).astype(np.uint16)),
-        'tiny.bmp': colors.resize((5, 5)),
-        'transparent.png': colors.convert('RGBA'),
-    }.items():
-        image.save(tmp_path / 'train' / 'a' / name)
-    colors.save(tmp_path / 'train' / 'b' / 'moving.gif', save_all=True, append_images=[colors] * 2)
+    for label in 'ab':
+        (tmp_path / 'train' / label).mkdir(parents=True)
+        colors.convert('L').save(tmp_path / 'train' / label / 'gray.png')
+        colors.resize((300, 200)).save(tmp_path / 'train' / label / 'large.bmp')
+        colors.resize((5, 9)).save(tmp_path / 'train' / label / 'tiny.gif')
     data = datasets.load('folder', tmp_path, form='cifar', image_size=20)
     images, targets = data.train
-    assert images.shape == (7, 20, 20, 3) and targets.tolist() == [0] * 6 + [1]
-    assert data.broken[0] == {}
-    gray, large = images[0].int(), images[1].numpy()
-    assert (gray == gray[..., :1]).all()
-    whole = cv2.imread(str(tmp_path / 'train' / 'a' / 'large.jpg'))[..., ::-1]
+    assert images.shape == (6, 20, 20, 3) and targets.tolist() == [0] * 3 + [1] * 3
+    assert (images[0] == images[0][..., :1]).all()
+    whole = np.asarray(colors.resize((300, 200)))
     center = cv2.resize(whole, (30, 20), interpolation=cv2.INTER_AREA)[:, 5:25]
-    assert np.array_equal(large, center)
+    assert np.array_equal(images[1], center)
 
 
 @pytest.mark.parametrize('model', registry.MODELS)
@@ -130,17 +120,6 @@ def test_resumes_with_the_statistics_that_it_had(small_files, tmp_path):
     assert checkpoint.load(tmp_path / 'run').preprocessing == before
 
 
-def test_two_processes(small_files, tmp_path):
-    """They see together what one sees."""
-    losses = []
-    for n in (1, 2):
-        command = run_small(small_files, tmp_path / f'{n}', '--ngpu', n, '--sync_bn', '--epochs', 1)
-        result = python('train.py', *command, '--device', 'cpu', '--dtype', 'double')
-        assert result.status == 0, result.err
-        losses.append(read_log(tmp_path / f'{n}')[0]['train_loss'])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
-
-
 def test_programs_that_read_the_run(small_files, tmp_path, call, monkeypatch):
     from tools import export, predict
 
@@ -159,20 +138,10 @@ def test_programs_that_read_the_run(small_files, tmp_path, call, monkeypatch):
     lines = [json.loads(line) for line in out]
     right = [line['classes'][0] == line['image'].split('/')[-2] for line in lines]
     assert len(right) == 30 and 100 * np.mean(right) == pytest.approx(stats['test_acc'])
-    result = call(export.main, run, 'net.pth', 'net.onnx')
+    result = call(export.main, run, 'net.pth')
     assert result.status == 0 and '30 test images' in result.out
     content = torch.load('net.pth', weights_only=True)
     assert content['network']['form'] == 'cifar' and content['preprocessing']['image_size'] == 16
-    again = call(predict.main, 'net.onnx', small_files / 'val', '--json').out.splitlines()
-    assert [json.loads(line)['classes'][0] for line in again] == [
-        line['classes'][0] for line in lines
-    ]
-
-    # Its network can be trained further on other small images.
-    more = run_small(small_files / 'train', 'more', '--pretrained', run, '--holdout', '10%')
-    more[more.index('--width') + 1] = '1'
-    result = call(train.main, *more)
-    assert result.status == 0 and 'with its classifier' in result.out
 
 
 # --- broken files -----------------------------------------------------------------------------
