@@ -6,7 +6,6 @@ The tests with meta tensors and with fake CUDA tensors need no GPU.
 
 import contextlib
 import json
-import signal
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import train
-from conftest import python, train_digits
+from conftest import same, train_digits
 from diracnet import Network
 from lab import cuda, distributed
 from lab.data import datasets
@@ -84,48 +83,29 @@ def test_digits_are_learned(options, device, tmp_path):
     assert lines[-1]['test_acc'] > 90
 
 
-# train.py with the same numbers at each repetition, which kills itself in its second epoch.
-KILLED = """
-import os, signal, sys
-import train
-from lab import cuda
-from lab.training.passes import Pass
-
-def add_or_die(self, *batch):
-    if self.batches.epoch == 2 and self.step == 15:
-        os.kill(os.getpid(), signal.SIGKILL)
-    add(self, *batch)
-
-add, Pass.add = Pass.add, add_or_die
-cuda.set_up = cuda.set_up_for_equal_numbers
-train.main(sys.argv[1:])
-"""
-
-
-def test_resumes_to_the_bit_after_sigkill(device, monkeypatch, tmp_path, call):
-    """And what it saved tests and trains on another device."""
+def test_resumes_to_the_bit(device, monkeypatch, tmp_path, stop_at, call):
+    """And what it saved is tested and trained on another device."""
     monkeypatch.setattr(cuda, 'set_up', cuda.set_up_for_equal_numbers)
     options = f'--device {device} --depth 10 --epochs 2 --randomcrop_pad 1 --resume auto'
-    options += ' --checkpoint_minutes 0.002'
-    cut_folder = tmp_path / 'cut'
-    result = python('-c', KILLED, '--dataset', 'digits', *options.split(), '--save', cut_folder)
-    assert result.status == -signal.SIGKILL, result.err
-    train_digits(cut_folder, options)
     log = train_digits(tmp_path / 'whole', options)
     # A GPU's memory: more than the parameters and their momentum, less than a gigabyte.
     peaks = [line['train_peak_memory'] for line in log if device == 'cuda']
     assert all(2 * 4 * log[0]['n_parameters'] < peak < 1e9 for peak in peaks)
     assert all('train_peak_memory' not in line for line in log if device == 'cpu')
-    whole, cut = (checkpoint.load(tmp_path / name).params for name in ('whole', 'cut'))
-    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    stop_at(44)  # an epoch has 23 batches to train on and 6 to test on
+    with pytest.raises(SystemExit):
+        train_digits(tmp_path / 'cut', options)
+    assert checkpoint.load(tmp_path / 'cut').epoch == 1
+    train_digits(tmp_path / 'cut', options)
+    assert same(tmp_path / 'whole', tmp_path / 'cut')
 
-    results = [
-        json.loads(call(train.main, '--evaluate', tmp_path / 'cut', '--device', name).out[12:])
-        for name in (device, 'cpu')
-    ]
-    assert results[0]['test_acc'] == results[1]['test_acc'] > 80
+    accuracies = []
+    for name in (device, 'cpu'):
+        tested = call(train.main, '--evaluate', tmp_path / 'cut', '--device', name).out
+        accuracies.append(json.loads(tested.removeprefix('json_stats: '))['test_acc'])
+    assert accuracies[0] == accuracies[1] > 50
     for epochs, name in ((3, 'cpu'), (4, device)):
-        train.main(['--resume', str(cut_folder), '--device', name, '--epochs', str(epochs)])
+        train_digits(tmp_path / 'cut', f'--resume auto --device {name} --epochs {epochs}')
 
 
 def test_one_process_communicates(device, monkeypatch, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from torchrun_helpers import DIGITS, end, torchrun
 
 import train
-from conftest import ROOT, read_log
+from conftest import read_log
 
 
 def test_losses_and_tests_do_not_depend_on_the_number_of_processes(tmp_path):
@@ -33,47 +33,6 @@ def compare(log, expected, n):
         assert line['train_loss'] == pytest.approx(wanted['train_loss'], abs=1e-9)
         assert line['test_loss'] == pytest.approx(wanted['test_loss'], abs=1e-9)
         assert (line['train_acc'], line['test_acc']) == (wanted['train_acc'], wanted['test_acc'])
-
-
-SYNC_BN = """
-import sys
-import torch
-import torch.nn.functional as F
-sys.path.insert(0, sys.argv[1])
-from lab import distributed
-from lab.training.sync_batch_norm import sync_batch_norm
-from lab.errors import run
-
-def random(*shape):
-    return torch.randn(shape, dtype=torch.double)
-
-distributed.start(torch.device('cpu'))
-torch.manual_seed(0)
-x, target = random(7, 5, 3, 4).add_(10), random(7, 5, 3, 4)
-weight, bias = random(5).abs(), random(5)
-leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
-mine = [slice(0, 1), slice(1, 3), slice(3, 7)][distributed.rank()]
-running = [torch.zeros(5, dtype=torch.double), torch.ones(5, dtype=torch.double)]
-expected_running = [tensor.clone() for tensor in running]
-
-whole = F.batch_norm(x, *expected_running, weight, bias, True, 0.1, 1e-5)
-expected = torch.autograd.grad((whole * target).square().sum(), leaves)
-own = sync_batch_norm(x[mine], *running, weight, bias, True, 0.1, 1e-5)
-found = torch.autograd.grad((own * target[mine]).square().sum(), leaves)
-found = [distributed.total(tensor) for tensor in found]
-for actual, wanted in zip([*found, *running, own], [*expected, *expected_running, whole[mine]]):
-    torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
-
-arguments = (x, *running, weight, bias, False, 0.1, 1e-5)
-torch.testing.assert_close(sync_batch_norm(*arguments), F.batch_norm(*arguments))
-run(lambda: distributed.say('all equal'), 'script')
-"""
-
-
-def test_gradients_of_synchronized_batch_norm(tmp_path):
-    """In double precision, in shares of 1, 2 and 4 images, against batch norm of all seven."""
-    (tmp_path / 'script.py').write_text(SYNC_BN)
-    assert 'all equal' in end(torchrun(tmp_path / 'script.py', ROOT, n=3))
 
 
 def test_two_agents(tmp_path):

@@ -2,32 +2,20 @@
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import start
 
 DIGITS = ['--dataset', 'digits', '--depth', '10', '--device', 'cpu']
 
 
 def torchrun(*arguments, nodes=('--standalone',), n=2, path=''):
     """A running torchrun, its processes with one thread each."""
-    return subprocess.Popen(
-        [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            *nodes,
-            f'--nproc_per_node={n}',
-            *map(str, arguments),
-        ],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    return start(
+        *('-m', 'torch.distributed.run', *nodes, f'--nproc_per_node={n}', *arguments),
         env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(path)},
     )
 
@@ -54,24 +42,16 @@ def until(condition, process, seconds=60):
 def processes_of(folder):
     """Ids of the training processes of a run, by rank."""
     found = {}
-    for entry in Path('/proc').iterdir():
-        rank = _rank_of(entry, folder) if entry.name.isdecimal() else None
-        if rank is not None:
-            found[rank] = int(entry.name)
+    for entry in Path('/proc').glob('[0-9]*'):
+        try:
+            command = (entry / 'cmdline').read_bytes().split(b'\0')
+            environment = (entry / 'environ').read_bytes().split(b'\0')
+        except OSError:  # it has ended
+            continue
+        ranks = [int(line[5:]) for line in environment if line.startswith(b'RANK=')]
+        if ranks and os.fsencode(folder) in command:
+            found[ranks[0]] = int(entry.name)
     return found
-
-
-def _rank_of(entry, folder):
-    """The rank of a process, given its folder in /proc; None if it does not train in `folder`."""
-    try:
-        command = (entry / 'cmdline').read_bytes().split(b'\0')
-        environment = (entry / 'environ').read_bytes().split(b'\0')
-    except OSError:  # it has ended
-        return None
-    if os.fsencode(folder) not in command or b'torch.distributed.run' in command:
-        return None
-    ranks = [int(line[5:]) for line in environment if line.startswith(b'RANK=')]
-    return ranks[0] if ranks else None
 
 
 needs_proc = pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='finds processes in /proc')
