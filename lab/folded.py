@@ -199,5 +199,5 @@ def compute_logits(net, inputs, batch_size=250):
 
 
 def top1(logits, targets):
-    """Accuracy in percent."""
-    return 100 * float((logits.argmax(1) == targets.numpy()).mean())
+    """Accuracy in percent; None for images without targets."""
+    return None if targets is None else 100 * float((logits.argmax(1) == targets.numpy()).mean())

@@ -158,30 +158,21 @@ def to_onnx(net, shape, metadata):
             dynamic_shapes=({0: torch.export.Dim('batch')},),
         )
     model = program.model_proto
-    _name_after_modules(model.graph, set(net.state_dict()))
+    _name_after_modules(model.graph)
     _remove_traces(model.graph)
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.checker.check_model(model, full_check=True)
     return model
 
 
-def _name_after_modules(graph, taken):
-    """Name each node after its module, and its outputs after the node.
-
-    No node gets a name in `taken`.
-    """
-    names = {}
+def _name_after_modules(graph):
+    """Give each node a name of its own, that of its module."""
+    taken = set()
     for node in graph.node:
         node.name = _node_name(node)
         while node.name in taken:
             node.name += '_'
         taken.add(node.name)
-        for i, output in enumerate(node.output):
-            if output != 'logits':
-                names[output] = f'{node.name}.{i}' if i else node.name
-    for node in graph.node:
-        node.input[:] = [names.get(value, value) for value in node.input]
-        node.output[:] = [names.get(value, value) for value in node.output]
 
 
 def _node_name(node):

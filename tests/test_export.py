@@ -13,7 +13,6 @@ from diracnet import DiracNet
 from lab.data import datasets
 from lab.data.preprocessing import fit_whitening, normalize
 from lab.folded import FoldedNetwork
-from lab.onnx_models import OnnxNetwork
 from lab.runs import checkpoint
 from tools import export, int8, predict
 from tools.measure_file import ROOT, load_exported
@@ -108,34 +107,32 @@ def test_metadata(exported, onnx, digits_run):
 
 def test_onnx_graphs(exported, onnx):
     paths, _ = exported
-    for suffix in ('.onnx', '.int8.onnx'):
-        model = onnx.load(paths[suffix])
+    models = {suffix: onnx.load(paths[suffix]) for suffix in ('.onnx', '.int8.onnx')}
+    for model in models.values():
         onnx.checker.check_model(model, full_check=True)
         assert [value.name for value in model.graph.input] == ['images']
         assert [value.name for value in model.graph.output] == ['logits']
-        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param  # any batch size
         assert str(ROOT).encode() not in model.SerializeToString()
-    keys = list(torch.load(paths['.pth'], weights_only=True)['state_dict'])
-    graph = onnx.load(paths['.onnx']).graph
-    names = {tensor.name for tensor in graph.initializer}
-    assert set(keys) <= names and len(names) <= len(keys) + 2
+    keys = set(torch.load(paths['.pth'], weights_only=True)['state_dict'])
+    graph = models['.onnx'].graph
+    assert keys <= {tensor.name for tensor in graph.initializer}
     layers = {key.removesuffix('.weight') for key in keys if key.endswith('.weight')}
-    assert layers <= {node.name for node in graph.node}
-    weights = {tensor.name: tensor for tensor in onnx.load(paths['.int8.onnx']).graph.initializer}
+    names = [node.name for node in graph.node]
+    assert layers <= set(names) and len(names) == len(set(names))
+    weights = {tensor.name: tensor for tensor in models['.int8.onnx'].graph.initializer}
     name = 'features.group2.block3.conv.weight'
     assert weights[f'{name}_quantized'].data_type == onnx.TensorProto.INT8
     assert weights[f'{name}_scale'].dims == [64]  # per channel
 
 
 def test_folded_checkpoint_and_force(exported, tmp_path, call, refused):
-    out = tmp_path / 'again.onnx'
+    folded, out = exported[0]['.pth'], tmp_path / 'again.pth'
+    refused(1, 'folded', export.main, folded, tmp_path / 'again.unfolded.pth')
     out.write_text('mine')
-    refused(2, ['again.onnx', '--force'], export.main, exported[0]['.pth'], out)
+    refused(2, ['again.pth', '--force'], export.main, folded, out)
     assert out.read_text() == 'mine'
-    refused(1, 'folded', export.main, exported[0]['.pth'], tmp_path / 'again.unfolded.pth')
-    assert call(export.main, exported[0]['.pth'], out, '--force').status == 0
-    images = torch.randn(5, 1, 8, 8)
-    assert torch.equal(OnnxNetwork(out)(images), OnnxNetwork(exported[0]['.onnx'])(images))
+    assert call(export.main, folded, out, '--force').status == 0
+    assert out.read_bytes() == folded.read_bytes()
 
 
 def test_predict(exported, digits_run, digit_files, call):
@@ -201,20 +198,6 @@ def test_relative_error():
 
 
 # --- bad input -------------------------------------------------------------------------------
-
-
-def test_unknown_suffix(digits_run, tmp_path, refused):
-    for name in ('out.bin', 'out', 'out.pth.gz', 'int8'):
-        refused(2, name, export.main, digits_run, tmp_path / 'fine.pth', tmp_path / name)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_that_cannot_be_written(digits_run, tmp_path, refused):
-    (tmp_path / 'file').write_text('mine')
-    refused(1, 'file/out.pth', export.main, digits_run, tmp_path / 'file' / 'out.pth')
-    (tmp_path / 'out.pth').mkdir()
-    refused(1, 'out.pth', export.main, digits_run, tmp_path / 'out.pth', '--force')
-    assert {path.name for path in tmp_path.iterdir()} == {'file', 'out.pth'}
 
 
 def test_without_stored_preprocessing(digits_run, tmp_path, call, refused):

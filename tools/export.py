@@ -89,7 +89,7 @@ def export_file(network, out, inputs, targets, expected):
     content = file_content(network, out)
     logits, times = measure_content(content, out, inputs)
     error = relative_error(logits, expected)
-    before, after = accuracy(expected, targets), accuracy(logits, targets)
+    before, after = top1(expected, targets), top1(logits, targets)
     print_row(out, f'{error:.1e}', after, before, len(content), times)
     if out.name.endswith(INT8):
         if before - after > INT8_LIMIT:
@@ -126,11 +126,6 @@ def relative_error(logits, expected):
     return float(np.nan_to_num(difference / scale, nan=np.inf).max())
 
 
-def accuracy(logits, targets):
-    """Top-1 in percent, or None for images without classes."""
-    return None if targets is None else top1(logits, targets)
-
-
 def print_header():
     times = [f'ms for {n} {"image" if n == 1 else "images"}' for n in LATENCIES]
     columns = ['file', 'largest relative error', 'top-1', 'unfolded', 'bytes', *times]
@@ -164,9 +159,7 @@ def parse_arguments(arguments):
     )
     parser.add_argument('--force', action='store_true', help='replace OUT if it exists')
     parser.add_argument(
-        '--dataset',
-        choices=PREPROCESSING,
-        help='the data set, if CHECKPOINT does not record it',
+        '--dataset', choices=PREPROCESSING, help='the data set, if CHECKPOINT does not record it'
     )
     parser.add_argument(
         '--dataroot', help='folder of the data set, if it is not where the training had it'
@@ -195,10 +188,7 @@ def check_format(network, out):
     if out.name.endswith(INT8) and isinstance(network.folded, DiracNetV1):
         raise UserError(f'{out} is impossible: int8 does not support NCReLU; export .onnx instead')
     if not out.name.endswith('.pth') and network.preprocessing.whitening:
-        raise UserError(
-            f'{out} cannot store the matrix of --preprocess zca in its metadata: '
-            'export .pth instead'
-        )
+        raise UserError(f'{out} cannot store the matrix of --preprocess zca: export .pth instead')
 
 
 def main(arguments=None):
@@ -219,8 +209,8 @@ def main(arguments=None):
         f'{printable(str(args.outs[0]))}: {n_parameters:,} parameters{which}; compared on {what}\n'
     )
     print_header()
-    top = accuracy(expected, targets)
-    print_row('(unfolded)', '', top, top, source.path.stat().st_size, times)
+    accuracy = top1(expected, targets)
+    print_row('(unfolded)', '', accuracy, accuracy, source.path.stat().st_size, times)
     failures = []
     try:
         for out in args.outs:

@@ -162,11 +162,7 @@ def parse_arguments(arguments):
     parser.add_argument('checkpoint', metavar='CHECKPOINT', type=path_argument)
     parser.add_argument('images', metavar='IMAGE', nargs='+', type=path_argument)
     parser.add_argument(
-        '--top',
-        type=int,
-        default=5,
-        metavar='K',
-        help='classes to print for each image (default 5)',
+        '--top', type=int, default=5, metavar='K', help='classes to print of each image (default 5)'
     )
     parser.add_argument('--json', action='store_true', help='print one JSON line for each image')
     parser.add_argument(
