@@ -11,7 +11,7 @@ from lab.errors import OptionError
 from lab.models.registry import MODELS
 from lab.training.options import (
     DEFAULTS,
-    FREE_ON_RESUME,
+    CHANGEABLE_ON_RESUME,
     OPTIONS,
     complete,
     default_in_words,
@@ -247,7 +247,7 @@ def test_stored_options_hold():
 )
 def test_what_a_resumed_run_may_change(name, value):
     stored = {**STORED, 'save': 'a', 'resume': 'a', 'device': 'cpu', 'cuda': False, 'gpu_id': '0'}
-    assert name in FREE_ON_RESUME
+    assert name in CHANGEABLE_ON_RESUME
     assert complete({name: value}, stored) == {**stored, name: value}
 
 

@@ -150,10 +150,10 @@ def group_by_options(logs):
 
 def options_of(log):
     """The options of a run that may change its numbers, except the seed."""
-    from lab.training.options import FREE_ON_RESUME  # imports torch
+    from lab.training.options import CHANGEABLE_ON_RESUME  # imports torch
 
     measured = {'epoch', 'n_parameters', 'broken_images'}
-    ignored = {'seed', *measured, *FREE_ON_RESUME} - {'epochs'}
+    ignored = {'seed', *measured, *CHANGEABLE_ON_RESUME} - {'epochs'}
     return {
         name: value
         for name, value in log[-1].items()

@@ -168,8 +168,8 @@ def recognize(params):
     else:
         model, prefix = 'diracnet' if is_dirac else 'plain', 'features.' if folded else ''
     network = read_network(params, prefix)
-    facts = (network['form'], network['in_channels'], network['num_classes'])
-    fitting = [name for name in DATASETS if DATASETS[name] == facts]
+    shape = (network['form'], network['in_channels'], network['num_classes'])
+    fitting = [name for name in DATASETS if DATASETS[name] == shape]
     fallback = 'ImageNet' if network['form'] == 'imagenet' else 'CIFAR10'
     network = {'model': model, **network, 'dataset': [*fitting, fallback][0]}
     expected = shapes(**network)

@@ -90,10 +90,10 @@ def branches(params, prefix):
     The 1x1 kernel and the identity lie at the central tap of a 3x3 kernel.
     """
     kernel = params[f'{prefix}conv']
-    found = [(kernel, params, f'{prefix}bn')]
+    parts = [(kernel, params, f'{prefix}bn')]
     if f'{prefix}conv1x1' in params:
-        found.append((F.pad(params[f'{prefix}conv1x1'], (1, 1, 1, 1)), params, f'{prefix}bn1x1'))
+        parts.append((F.pad(params[f'{prefix}conv1x1'], (1, 1, 1, 1)), params, f'{prefix}bn1x1'))
     if f'{prefix}bn_identity.weight' in params:
         identity = nn.init.dirac_(torch.empty_like(kernel))
-        found.append((identity, params, f'{prefix}bn_identity'))
-    return found
+        parts.append((identity, params, f'{prefix}bn_identity'))
+    return parts

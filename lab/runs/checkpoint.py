@@ -129,24 +129,24 @@ class Checkpoint:
                 )
         return registry.folded_module(model, folded)
 
-    def network_options(self, given):
+    def network_options(self, cli_options):
         """The options model, depth, width, dataset, ... of its network.
 
-        A bare state dict fits every data set with its form, channels and classes; `given` may
+        A bare state dict fits every data set with its form, channels and classes; `cli_options` may
         choose among them.
 
         Raises:
-            OptionError: an option in `given` contradicts the network.
+            OptionError: an option in `cli_options` contradicts the network.
         """
         network = {**registry.own_options(self.network['model']), **self.network}
-        dataset = given.get('dataset', network['dataset'])
+        dataset = cli_options.get('dataset', network['dataset'])
         if not self.preprocessing and DATASETS[dataset] == DATASETS[network['dataset']]:
             network['dataset'] = dataset
         names = registry.network_option_names(network['model'])
         for name in names:
-            if given.get(name, network[name]) != network[name]:
+            if cli_options.get(name, network[name]) != network[name]:
                 raise OptionError(
-                    f'--{name} is {given[name]}, but {self.path} has {network[name]}; '
+                    f'--{name} is {cli_options[name]}, but {self.path} has {network[name]}; '
                     f'{network_flags(self.network)} fits'
                 )
         return {name: network[name] for name in names}
@@ -190,11 +190,11 @@ def load(path):
         if path.name != FILE_NAME or not os.path.exists(previous):
             raise
         try:
-            found = load_file(previous)
+            checkpoint = load_file(previous)
         except UserError as other:
             raise UserError(f'{error}; and {other}') from None
-        print(f'{error}; using {previous}, saved after {found.position}', file=sys.stderr)
-        return found
+        print(f'{error}; using {previous}, saved after {checkpoint.position}', file=sys.stderr)
+        return checkpoint
 
 
 def _find_trained(dataset):
@@ -300,8 +300,8 @@ def check_metadata(network, classes, preprocessing):
     if classes is not None and [type(name) for name in classes] != [str] * outputs:
         raise ValueError(f'its classes are not the names of {outputs} classes')
     if preprocessing is not None:
-        found = Preprocessing.from_dict(preprocessing)
-        if not found.channels == len(found.mean) == len(found.std) == channels:
+        read = Preprocessing.from_dict(preprocessing)
+        if not read.channels == len(read.mean) == len(read.std) == channels:
             raise ValueError(f'its preprocessing is not that of {channels} channels')
 
 

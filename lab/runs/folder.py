@@ -46,12 +46,12 @@ class RunFolder:
 
     PATIENCE = 15  # seconds to wait for the processes of a run that was just killed
 
-    def __init__(self, given):
-        """given: the options of the command line; `save` or `resume` names the folder."""
-        resume = given.get('resume')
+    def __init__(self, cli_options):
+        """cli_options: the options of the command line; `save` or `resume` names the folder."""
+        resume = cli_options.get('resume')
         self.path = None
-        if 'save' in given:
-            self.path = Path(given['save']).expanduser()
+        if 'save' in cli_options:
+            self.path = Path(cli_options['save']).expanduser()
         elif resume:
             path = Path(resume).expanduser()
             self.path = path if path.is_dir() else path.parent

@@ -11,7 +11,7 @@ from diracparams import DATASETS
 from lab.data.names import readable
 from lab.errors import OptionError, UserError
 from lab.models import registry
-from lab.runs import checkpoint
+from lab.runs.checkpoint import load
 
 FOLDER = 'https://s3.amazonaws.com/modelzoo-networks/'
 PUBLISHED = {  # unfolded DiracNets of the paper's authors
@@ -21,31 +21,32 @@ PUBLISHED = {  # unfolded DiracNets of the paper's authors
 ENOUGH = 2048  # images to calibrate batch norms on
 
 
-def find_pretrained(given):
+def find_pretrained(cli_options):
     """The Checkpoint that --pretrained names; None without the option.
 
     Raises:
         UserError: it cannot be read or downloaded.
         OptionError: its model cannot be fine-tuned.
     """
-    name = given.get('pretrained')
+    name = cli_options.get('pretrained')
     if name is None:
         return None
-    found = checkpoint.load(_download(name) if name in PUBLISHED else name)
-    if not found.folded:
-        return found
-    if found.network['model'] in registry.VERSION_1:
+    pretrained = load(_download(name) if name in PUBLISHED else name)
+    if not pretrained.folded:
+        return pretrained
+    if pretrained.network['model'] in registry.VERSION_1:
         raise OptionError(
             f'--pretrained {name} is a folded network of version 1, whose Dirac weights cannot be '
             'recovered: pass the unfolded one'
         )
-    found.network['model'] = given.get('model', 'diracnet')  # folded, all these chains are equal
-    if found.network['model'] not in registry.CHAINS:
+    # Folded, all these chains are equal.
+    pretrained.network['model'] = cli_options.get('model', 'diracnet')
+    if pretrained.network['model'] not in registry.CHAINS:
         raise OptionError(
-            f'--model {given["model"]}: a folded network such as {name} becomes '
+            f'--model {cli_options["model"]}: a folded network such as {name} becomes '
             f'{" or ".join(registry.CHAINS)}'
         )
-    return found
+    return pretrained
 
 
 def _download(name):
@@ -64,51 +65,44 @@ def _download(name):
     return path
 
 
-def network_options(found, given):
-    """The options of the pretrained network, for a training on the data set in `given`.
+def network_options(pretrained, cli_options):
+    """The options of the pretrained network, for a training on the data set in `cli_options`.
 
     Raises:
-        OptionError: an option in `given` contradicts them, or the images do not fit the network.
+        OptionError: an option contradicts them, or the images do not fit the network.
     """
-    network, dataset = found.network, given.get('dataset', 'CIFAR10')
-    form, in_channels = registry.form_of({**given, 'dataset': dataset}), DATASETS[dataset][1]
+    network, dataset = pretrained.network, cli_options.get('dataset', 'CIFAR10')
+    form, channels = registry.form_of({**cli_options, 'dataset': dataset}), DATASETS[dataset][1]
     if network['form'] != form:
         hint = f': add --form {network["form"]}' if dataset == 'folder' else ''
         raise OptionError(
-            f'--pretrained {given["pretrained"]} is a network of the form {network["form"]}, but '
-            f'--dataset {dataset} has {form}{hint}'
+            f'{pretrained.path} is a network of the form {network["form"]}, but --dataset '
+            f'{dataset} has {form}{hint}'
         )
-    if network['in_channels'] != in_channels:
+    if network['in_channels'] != channels:
         raise OptionError(
-            f'--pretrained {given["pretrained"]} needs images with {_channels(network)}, but those '
-            f'of --dataset {dataset} have {in_channels}'
+            f'{pretrained.path} needs images with {network["in_channels"]} channels, but those of '
+            f'--dataset {dataset} have {channels}'
         )
     names = registry.network_option_names(network['model'])
     own = {name: network[name] for name in names if name in network}
     del own['dataset'], own['form']
     for name, value in own.items():
-        if given.get(name, value) != value:
-            raise OptionError(
-                f'--{name} is {given[name]}, but --pretrained {given["pretrained"]} has {value}'
-            )
+        if cli_options.get(name, value) != value:
+            raise OptionError(f'--{name} is {cli_options[name]}, but {pretrained.path} has {value}')
     return own
 
 
-def _channels(network):
-    n = network['in_channels']
-    return '1 channel' if n == 1 else f'{n} channels'
-
-
 @torch.no_grad()
-def start_from(module, found, classes, batches):
+def start_from(module, pretrained, classes, batches):
     """Give a new network the parameters of a pretrained one.
 
     The classifier stays new if its classes are others. A folded network gets back its Dirac weights
-    and batch norms, see `_unfold`.
+    and batch norms, see `_split` and `_calibrate`.
 
     Args:
         module: diracnet.Network of the same architecture.
-        found: the Checkpoint.
+        pretrained: the Checkpoint.
         classes: names of the classes of the training.
         batches: training Batches, to calibrate batch norms on.
 
@@ -116,24 +110,26 @@ def start_from(module, found, classes, batches):
         What happened, in words.
     """
     own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    params = _split(found.params, own) if found.folded else found.params
-    same = found.network['num_classes'] == len(classes)
-    if same and found.classes:
-        same = readable(list(found.classes), len(classes)) == readable(list(classes), len(classes))
+    params = _split(pretrained.params, own) if pretrained.folded else pretrained.params
+    same = pretrained.network['num_classes'] == len(classes)
+    if same and pretrained.classes:
+        same = readable(list(pretrained.classes), len(classes)) == readable(
+            list(classes), len(classes)
+        )
     for key, tensor in own.items():
         if key in params and (same or not key.startswith('fc.')):
             tensor.copy_(params[key])
-    if found.folded:
+    if pretrained.folded:
         _calibrate(module, own, params, batches)
     classifier = 'its classifier' if same else f'a new classifier for {len(classes)} classes'
-    kind = 'folded ' if found.folded else ''
+    kind = 'folded ' if pretrained.folded else ''
     frozen = sum(
         tensor.numel()
         for key, tensor in own.items()
         if not tensor.requires_grad and 'running_' not in key
     )
     parts = f'; {frozen:,} parameters stay frozen' if frozen else ''
-    return f'starting from the {kind}network in {found.path}, with {classifier}{parts}'
+    return f'starting from the {kind}network in {pretrained.path}, with {classifier}{parts}'
 
 
 def _split(folded, own):

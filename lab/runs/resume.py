@@ -9,7 +9,7 @@ from lab.runs import checkpoint
 from lab.runs.folder import COMMANDS, read_commands
 from lab.runs.pretrained import find_pretrained, network_options
 from lab.training.options import (
-    BOUND_TO_MACHINE,
+    MACHINE_OPTIONS,
     check_combination,
     complete,
     defaults_for,
@@ -49,7 +49,7 @@ def started_anew(cli_options):
         begun = parse(arguments)
         if begun.pop('resume', 'auto') == 'auto':
             say(f'{printable(str(folder))} was stopped before its first checkpoint: it starts anew')
-            begun = {name: value for name, value in begun.items() if name not in BOUND_TO_MACHINE}
+            begun = {name: value for name, value in begun.items() if name not in MACHINE_OPTIONS}
             return {**begun, **cli_options, 'save': str(folder), 'resume': 'auto'}
     return cli_options
 
@@ -103,7 +103,7 @@ def options_to_train(resumed, cli_options, pretrained):
         return complete({**network, **cli_options})
     network = resumed.network_options(cli_options)  # raises OptionError for another network
     if resumed.is_run:
-        dropped = {*BOUND_TO_MACHINE, 'save'}
+        dropped = {*MACHINE_OPTIONS, 'save'}
         if resumed.options.get('ngpu', 1) == 1:
             dropped.add('sync_bn')  # it has no effect in one process, so it may be added now
         stored = {name: value for name, value in resumed.options.items() if name not in dropped}
@@ -131,7 +131,7 @@ def find_to_evaluate(cli_options):
     if tested.folded and 'recalibrate_bn' in cli_options:
         raise OptionError(f'--recalibrate_bn: {tested.path} is folded, so it has no batch norm')
     own = {**tested.network, **tested.network_options(cli_options)}
-    stored = {name: value for name, value in tested.options.items() if name not in BOUND_TO_MACHINE}
+    stored = {name: value for name, value in tested.options.items() if name not in MACHINE_OPTIONS}
     with checkpoint.refusing(tested.path):
         options = complete(cli_options, {**defaults_for(own), **own, **stored, **cli_options})
     check_combination(options)

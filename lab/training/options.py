@@ -21,12 +21,12 @@ from lab.training.optimizers import OPTIMIZERS
 from lab.training.recipes import FAST, changes_of, recipe_for
 
 # Options that a resumed run may change; --epochs only with --schedule step.
-FREE_ON_RESUME = {
+CHANGEABLE_ON_RESUME = {
     *('save', 'resume', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'checkpoint_minutes'),
     *('report', 'tensorboard', 'device', 'cuda', 'gpu_id', 'ngpu'),
 }
 # Options that a resumed run does not take from its checkpoint: it may be on another machine.
-BOUND_TO_MACHINE = {'device', 'cuda', 'gpu_id', 'ngpu'}
+MACHINE_OPTIONS = {'device', 'cuda', 'gpu_id', 'ngpu'}
 # Options that not all models have, and their defaults, by model.
 MODEL_OPTIONS = {model: {**own_options(model), **initial_scales(model)} for model in MODELS}
 
@@ -277,13 +277,13 @@ def parse(arguments, description=None):
         default = default_in_words(action.dest)
         if default:
             action.help += f' (default {default})'
-        action.default = SUPPRESS  # so that only given options are in the result
+        action.default = SUPPRESS  # so that only options that are given are in the result
     return vars(parser.parse_args(arguments))
 
 
-def defaults_for(given):
-    """All options that have a default, for the data set, model, optimizer and recipe in `given`."""
-    chosen = {**DEFAULTS, **given}
+def defaults_for(cli_options):
+    """All options that have a default, for the data set, model, optimizer and recipe given."""
+    chosen = {**DEFAULTS, **cli_options}
     model = chosen['model']
     values = {**DEFAULTS, **MODEL_OPTIONS[model], **recipe_for(chosen)}
     values.update({name: chosen[name] for name in ('dataset', 'model', 'optim', 'recipe')})
@@ -305,33 +305,33 @@ def default_in_words(name):
     )
 
 
-def complete(given, stored=None):
+def complete(cli_options, stored=None):
     """All options of a run.
 
     Args:
-        given: the options from the command line.
+        cli_options: the options from the command line.
         stored: those of the run to resume, or None for a new run.
 
     Raises:
         OptionError: an option that the model does not have, or that differs from the run to resume.
     """
-    chosen = {**(stored or {}), **given}
+    chosen = {**(stored or {}), **cli_options}
     options = {**defaults_for(chosen), **chosen}
-    check_model_has(given, options['model'])
+    check_model_has(cli_options, options['model'])
     if stored is not None:
-        check_unchanged(given, stored, options['schedule'])
-    reads_imagenetpath = stored is None or 'imagenetpath' in given
-    if options['dataset'] == 'ImageNet' and 'dataroot' not in given and reads_imagenetpath:
+        check_unchanged(cli_options, stored, options['schedule'])
+    reads_imagenetpath = stored is None or 'imagenetpath' in cli_options
+    if options['dataset'] == 'ImageNet' and 'dataroot' not in cli_options and reads_imagenetpath:
         options['dataroot'] = options['imagenetpath']
     if options['width'] == int(options['width']):
         options['width'] = int(options['width'])  # so that logs and names say 2, not 2.0
-    if stored is None and 'epoch_step' not in given:
+    if stored is None and 'epoch_step' not in cli_options:
         options['epoch_step'] = scaled_falls(options)
     return options
 
 
-def check_model_has(given, model):
-    for name in given:
+def check_model_has(cli_options, model):
+    for name in cli_options:
         models = models_with(name)
         if model not in models:
             raise OptionError(
@@ -339,13 +339,13 @@ def check_model_has(given, model):
             )
 
 
-def check_unchanged(given, stored, schedule):
+def check_unchanged(cli_options, stored, schedule):
     """Raise OptionError if a given option differs from that of the run to resume. One that the run
     does not have may be added."""
-    for name, value in given.items():
+    for name, value in cli_options.items():
         if stored.get(name, value) == value:
             continue
-        if name in FREE_ON_RESUME and (name != 'epochs' or schedule == 'step'):
+        if name in CHANGEABLE_ON_RESUME and (name != 'epochs' or schedule == 'step'):
             continue
         reason = f', as --schedule {schedule} ends with the last epoch' if name == 'epochs' else ''
         raise OptionError(

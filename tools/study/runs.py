@@ -10,7 +10,7 @@ from lab.errors import OptionError, UserError
 from lab.files import write_atomically
 from lab.runs.checkpoint import FILE_NAME
 from lab.runs.log import LOG, read_lines
-from lab.training.options import FREE_ON_RESUME, check_combination, complete, parse
+from lab.training.options import CHANGEABLE_ON_RESUME, check_combination, complete, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILED = 'failed.txt'  # why a run diverged
@@ -98,7 +98,7 @@ class Run:
 
     def _check_options(self, line):
         for name, value in self.options.items():
-            if name not in FREE_ON_RESUME and line.get(name) != value:
+            if name not in CHANGEABLE_ON_RESUME and line.get(name) != value:
                 raise UserError(
                     f'{self.folder} was run with --{name} {line.get(name)}, but the study has '
                     f'{value}: move the folder away, or change the study'
