@@ -106,7 +106,6 @@ class MemoryBatches(Batches):
         whitening = self.preprocessing.whitening
         if whitening:  # it takes whole images, so it comes before the crop
             self.images = whiten(self.images, whitening)
-        self.scratch = None
 
     def __iter__(self):
         augmented = self.pad or self.mirrored
@@ -137,13 +136,9 @@ class MemoryBatches(Batches):
         columns = torch.where(flips[indices, None] > 0, columns.flip(1), columns)
         rows = (indices[:, None] * height + _reflect(rows, height)) * width
         columns = _reflect(columns, width)
-        pixels, cropped = self._buffers(len(indices))
-        rows, columns = rows.to(pixels.dtype), columns.to(pixels.dtype)
-        torch.add(rows[:, :, None], columns[:, None, :], out=pixels)  # (B, H, W)
-        all_pixels = self.images.view(-1, channels)
-        torch.index_select(all_pixels, 0, pixels.view(-1), out=cropped.view(-1, channels))
-        # normalize copies bytes, but may return floats uncopied; the buffer will be overwritten.
-        return cropped.clone() if cropped.is_floating_point() else cropped
+        pixels = rows[:, :, None] + columns[:, None, :]  # (B, H, W)
+        cropped = self.images.view(-1, channels).index_select(0, pixels.view(-1))
+        return cropped.view(len(indices), height, width, channels)
 
     def _squares(self):
         """The first row and column of each sample's square of --cutout in this epoch, (N, 2). Its
@@ -160,21 +155,6 @@ class MemoryBatches(Batches):
         )
         rows, columns = ((place >= 0) & (place < self.cutout) for place in (rows, columns))
         return (rows[:, :, None] & columns[:, None, :])[:, None]
-
-    def _buffers(self, size):
-        """Memory for the indices of the pixels (B, H, W) and the cropped images (B, H, W, C).
-
-        All batches reuse it: allocating new memory would take longer than the gather.
-        """
-        if self.scratch is None or len(self.scratch[0]) < size:
-            n, height, width, channels = self.images.shape
-            dtype = torch.int32 if n * height * width < 2**31 else torch.int64
-            self.scratch = (
-                torch.empty(size, height, width, dtype=dtype, device=self.images.device),
-                self.images.new_empty(size, height, width, channels),
-            )
-        pixels, cropped = self.scratch
-        return pixels[:size], cropped[:size]
 
 
 def _reflect(positions, size):
