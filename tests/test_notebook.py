@@ -106,7 +106,7 @@ def test_planted_faults_fail_its_assertions(execute):
     spoiled_module = 'module.features.group2.block5.conv.weight.mul_(1.01)\n'
     sources = {
         'by-hand': "bias = folded['conv.bias']\nfolded['conv.bias'] = bias + 0.01\n" + compare,
-        'module': "folded['conv.bias'] = bias\n" + spoiled_module + compare,
+        'spoiled': "folded['conv.bias'] = bias\n" + spoiled_module + compare,
         'repaired': 'module.load_state_dict(diracnet.fold(params))\n' + compare,
         'block': raw_weight,
         # The last section draws the published network. Here it draws another with its shapes.
@@ -125,6 +125,6 @@ def test_planted_faults_fail_its_assertions(execute):
         for output in ran[cell.id].outputs
         if output.output_type == 'error'
     }
-    assert errors == dict.fromkeys(['by-hand', 'module', 'block'], 'AssertionError')
+    assert errors == dict.fromkeys(['by-hand', 'spoiled', 'block'], 'AssertionError')
     assert '11,511,784 parameters' in printed(ran['published'])
     assert len(pictures(ran['published'])) == 1

@@ -60,9 +60,9 @@ def test(source, dataroot):
     check_classes(source, data)
     classes = readable(list(source.classes or data.classes), len(data.classes))
     pixels, targets = sample_pixels(data.test, preprocessing)
-    inputs = normalize(torch.from_numpy(pixels), preprocessing)
-    logits = torch.from_numpy(compute_logits(source.module().float(), inputs))
-    answers = logits.softmax(1).max(1)
+    net, batches = source.module().float(), torch.from_numpy(pixels).split(1000)
+    logits = [compute_logits(net, normalize(images, preprocessing)) for images in batches]
+    answers = torch.from_numpy(np.concatenate(logits)).softmax(1).max(1)
     predicted, probabilities = answers.indices.numpy(), answers.values.numpy()
     kind = images_tested(source)
     return Tests(data, preprocessing, kind, classes, pixels, targets, predicted, probabilities)
