@@ -21,10 +21,9 @@ MACHINE_OR_ERROR = re.compile(r'/(work|root|tmp|home|Users)\b|[A-Z]:\\|Traceback
 def execute(tmp_path, monkeypatch):
     """execute(notebook, ...): run a copy in the repository's root, offline; returns cells by id."""
     # No server listens at this proxy, and the cache has no downloads of earlier runs.
-    for scheme in ('http_proxy', 'https_proxy', 'HTTP_PROXY', 'HTTPS_PROXY'):
-        monkeypatch.setenv(scheme, 'http://127.0.0.1:9')
-    for name in ('no_proxy', 'NO_PROXY'):
-        monkeypatch.delenv(name, raising=False)
+    for name in ('http_proxy', 'https_proxy', 'no_proxy'):
+        monkeypatch.setenv(name, '' if name == 'no_proxy' else 'http://127.0.0.1:9')
+        monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     # The network is small: on a busy machine several threads take far longer than one.
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
@@ -96,49 +95,36 @@ def test_runs_offline_and_prints_what_is_committed(execute):
     assert 'DiracNet-18' not in printed(cells['published'])
 
 
-def new_cell(id, source):
-    return nbformat.v4.new_code_cell(source, id=id)
-
-
 def test_planted_faults_fail_its_assertions(execute):
     notebook = without_outputs()
     cells = {cell.id: cell for cell in notebook.cells}
-    compare = cells['compare'].source
-    raw_weight = cells['fold-block'].source.replace(
+    compare, fold_block = cells['compare'].source, cells['fold-block'].source
+    raw_weight = fold_block.replace(
         'fold_batch_norm(w_hat', "fold_batch_norm(params[f'{name}.conv']"
     )
-    assert raw_weight != cells['fold-block'].source
-    spoil_weight = "key = 'group1.block2.conv.weight'\nwhole = folded[key]\n"
-    spoil_weight += 'folded[key] = whole * 1.01\n'
-    spoil_bias = "folded[key] = whole\nwhole = folded['conv.bias']\n"
-    spoil_bias += "folded['conv.bias'] = whole + 0.01\n"
-    spoil_module = "folded['conv.bias'] = whole\n"
-    spoil_module += 'module.features.group2.block5.conv.weight.mul_(1.01)\n'
-    repair = 'module.load_state_dict(diracnet.fold(params))\n'
-    faults = [
-        new_cell('hand', spoil_weight + compare),
-        new_cell('bias', spoil_bias + compare),
-        new_cell('module-weight', spoil_module + compare),
-        new_cell('repaired', repair + compare),
-        new_cell('block', raw_weight),
+    assert raw_weight != fold_block
+    spoiled_module = 'module.features.group2.block5.conv.weight.mul_(1.01)\n'
+    sources = {
+        'by-hand': "bias = folded['conv.bias']\nfolded['conv.bias'] = bias + 0.01\n" + compare,
+        'spoiled': "folded['conv.bias'] = bias\n" + spoiled_module + compare,
+        'repaired': 'module.load_state_dict(diracnet.fold(params))\n' + compare,
+        'block': raw_weight,
         # The last section draws the published network. Here it draws another with its shapes.
-        new_cell('filters-defined', cells['filters'].source),
-        new_cell('stand-in', 'diracnet.diracnet18 = lambda pretrained: diracnet.DiracNet(18)'),
-        new_cell('published', cells['published'].source),
-    ]
-    # The cells after `compare` take time and are not needed, except for those in `faults`.
-    end = notebook.cells.index(cells['compare']) + 1
-    notebook.cells = deepcopy(notebook.cells[:end]) + faults
-    ran = execute(notebook, allow_errors=True)
-
-    errors = {
-        cell.id: cell.outputs[-1]
-        for cell in ran.values()
-        if cell.cell_type == 'code' and cell.outputs and cell.outputs[-1].output_type == 'error'
+        'filters-defined': cells['filters'].source,
+        'stand-in': 'diracnet.diracnet18 = lambda pretrained: diracnet.DiracNet(18)',
+        'published': cells['published'].source,
     }
-    assert set(errors) == {'hand', 'bias', 'module-weight', 'block'}, errors
-    assert all(error.ename == 'AssertionError' for error in errors.values()), errors
-    for id in ('hand', 'bias', 'module-weight'):
-        assert 'of the largest logit' in errors[id].evalue
+    # The cells after `compare` take time and are not needed, except for those in `sources`.
+    end = notebook.cells.index(cells['compare']) + 1
+    added = [nbformat.v4.new_code_cell(source, id=id) for id, source in sources.items()]
+    notebook.cells = deepcopy(notebook.cells[:end]) + added
+    ran = execute(notebook, allow_errors=True)
+    errors = {
+        cell.id: output.ename
+        for cell in code_cells(notebook)
+        for output in ran[cell.id].outputs
+        if output.output_type == 'error'
+    }
+    assert errors == dict.fromkeys(['by-hand', 'spoiled', 'block'], 'AssertionError')
     assert '11,511,784 parameters' in printed(ran['published'])
     assert len(pictures(ran['published'])) == 1

@@ -60,9 +60,9 @@ def test(source, dataroot):
     check_classes(source, data)
     classes = readable(list(source.classes or data.classes), len(data.classes))
     pixels, targets = sample_pixels(data.test, preprocessing)
-    inputs = normalize(torch.from_numpy(pixels), preprocessing)
-    logits = torch.from_numpy(compute_logits(source.module().float(), inputs))
-    answers = logits.softmax(1).max(1)
+    net, batches = source.module().float(), torch.from_numpy(pixels).split(1000)
+    logits = [compute_logits(net, normalize(images, preprocessing)) for images in batches]
+    answers = torch.from_numpy(np.concatenate(logits)).softmax(1).max(1)
     predicted, probabilities = answers.indices.numpy(), answers.values.numpy()
     kind = images_tested(source)
     return Tests(data, preprocessing, kind, classes, pixels, targets, predicted, probabilities)
@@ -103,7 +103,7 @@ def describe(source, starts, dataroot):
 
 
 def facts(source, starts, log, tests):
-    """{name: value} of what the page begins with."""
+    """{name: value} of what the page begins with, as far as it is known."""
     rows = {}
     if tests:
         accuracy = 100 * (tests.predicted == tests.targets).mean()
@@ -115,16 +115,16 @@ def facts(source, starts, log, tests):
     rows['file'] = printable(str(source.path))
     if source.options:
         rows['epochs'] = f'{source.epoch} of {source.options["epochs"]}'
-        rows['seed'] = source.options['seed']
-    start = starts[-1]
+        rows['seed'] = str(source.options['seed'])
     for name in ('command', 'commit', 'time', 'device', 'python'):
-        if start.get(name):
-            rows[name] = start[name]
-    if start.get('versions'):
-        rows['versions'] = ', '.join(f'{name} {v}' for name, v in start['versions'].items() if v)
+        rows[name] = starts[-1].get(name)
+    versions = starts[-1].get('versions', {})
+    rows['versions'] = ', '.join(
+        f'{name} {version}' for name, version in versions.items() if version
+    )
     if len(starts) > 1:
         rows['starts'] = f'{len(starts)}; these are the facts of the last one'
-    return rows
+    return {name: value for name, value in rows.items() if value}
 
 
 def main(arguments=None):
