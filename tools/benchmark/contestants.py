@@ -29,8 +29,8 @@ from tools.benchmark.images import random_batch
 
 def training_step(network, device='cpu', layout=torch.channels_last, **options):
     """A training step as train.py takes it with these options: a function of (inputs, targets)."""
-    names = ('depth', 'width', 'dataset')
-    options = complete({**dict(zip(names, network)), 'lr': 1e-3, **options})
+    depth, width, dataset = network
+    options = complete({'depth': depth, 'width': width, 'dataset': dataset, 'lr': 1e-3, **options})
     device = torch.device(device)
     set_up(options, device)
     names = registry.network_option_names(options['model'])
@@ -55,11 +55,13 @@ def on_a_batch(network, batch, device='cpu', layout=torch.channels_last, **optio
 
 
 def resnet_on_a_batch(network, batch):
+    """The step of the ResNet with two layers fewer."""
     depth, width, dataset = network
     return on_a_batch((depth - 2, width, dataset), batch, model='resnet')
 
 
 def textbook_step(network, device='cpu'):
+    """The same for the textbook network, in float32 without TF32."""
     cuda.use_tf32(False)
     with torch.device(device):
         return references.textbook_step(define_params(network))

@@ -77,34 +77,39 @@ def bench_cuda(args):
 
 def run_part(report, name, device, quick, limit):
     """Add what a part measures, and what fails, to the report."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile('w+') as output,
+    ):
         process = subprocess.Popen(
             [sys.executable, '-m', 'tools.benchmark.cuda', name, device, str(int(quick))],
             cwd=ROOT,
             env={**os.environ, 'TMPDIR': folder},  # a killed part leaves its files there
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.STDOUT,
-            text=True,
             start_new_session=True,
         )
-        failure = ''
+        status = 0
         try:
-            output, _ = process.communicate(timeout=limit)
-            if process.returncode:
-                failure = f'{name}: exit status {process.returncode}: {output[-200:]}'
+            status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            failure = f'{name}: stopped after {limit:.0f} s'
-            os.killpg(process.pid, signal.SIGKILL)  # the processes that it started, too
-            output, _ = process.communicate()
-    for line in output.splitlines():
+            report.failures.append(f'{name}: stopped after {limit:.0f} s')
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # the processes that it started, too
+            process.wait()
+        output.seek(0)
+        lines = output.read().splitlines()
+    if status:
+        end = ' '.join(lines)[-200:]
+        report.failures.append(one_line(f'{name}: exit status {status}: {end}'))
+    for line in lines:
         if line.startswith('{"row"'):
             told = json.loads(line)
             report.add(*told['row'])
             report.samples.update(told['samples'])
         elif line.startswith('{"failure"'):
             report.failures.append(one_line(json.loads(line)['failure']))
-    if failure:
-        report.failures.append(one_line(failure))
 
 
 # --- within a part ---------------------------------------------------------------------------
@@ -216,7 +221,10 @@ def inference(device, quick):
 
 
 def training_steps(network, device, quick):
-    """Times, peak memory and share of the card's peak of the variants of a training step."""
+    """Times, peak memory and share of the card's peak of the variants of a training step.
+
+    network: as in NETWORKS.
+    """
     *network, batch = network
     label = f'step of DiracNet-{network[0]}-{network[1]}, batch {batch}'
     card = torch.cuda.get_device_name() if device == 'cuda' else ''

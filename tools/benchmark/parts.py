@@ -52,7 +52,8 @@ TRAINING = [  # label, kinds, network, batch, factor of --rounds
 
 def bench_training(args):
     report = Report('Training')
-    for label, kinds, network, batch, factor in TRAINING:
+    table = {row[0]: row for row in TRAINING}.values() if args.quick else TRAINING
+    for label, kinds, network, batch, factor in table:
         if args.quick:
             network, batch, factor = SMALLEST, 4, 1
         label = f'{label} of {describe(network, batch)}'
@@ -72,9 +73,8 @@ def in_lists(values):
 
 def bench_compile(args):
     report = Report('torch.compile')
-    for network, batch in (((34, 1, 'CIFAR10'), 128), ((100, 1, 'digits'), 64)):
-        if args.quick:
-            network, batch = SMALLEST, 4
+    table = [((34, 1, 'CIFAR10'), 128), ((100, 1, 'digits'), 64)]
+    for network, batch in [(SMALLEST, 4)] if args.quick else table:
         name = describe(network, batch)
         contestants = steps(('--compile', 'DiracNet'), network, batch)
         samples, _ = compare(report, f'step of {name}', contestants, 3 * args.rounds)
