@@ -10,8 +10,8 @@ from diracparams import DATASETS
 from lab.errors import OptionError
 from lab.models.registry import MODELS
 from lab.training.options import (
-    DEFAULTS,
     CHANGEABLE_ON_RESUME,
+    DEFAULTS,
     OPTIONS,
     complete,
     default_in_words,
