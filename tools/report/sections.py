@@ -146,7 +146,9 @@ def scales(params):
         'alpha scales the identity, beta the normalized weight: the mean over the channels of each '
         'convolution, and a band from the least to the largest.'
     )
-    return curves and Section('Scales of the Dirac weights', text, draw_layers(curves, 'scale'))
+    if not curves:
+        return None
+    return Section('Scales of the Dirac weights', text, draw_layers(curves, 'scale'))
 
 
 def signal(checkpoint, tests):
