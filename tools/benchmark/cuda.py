@@ -24,7 +24,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from lab import cuda
@@ -133,6 +132,8 @@ def reporting(what):
 
 def milliseconds(step, quick):
     """The times of a step: the mean of each block of calls, after a warm-up."""
+    from torch.utils.benchmark import Timer  # without a GPU, it may log a warning
+
     for _ in range(1 if quick else 3):
         step()
     timer = Timer('step()', globals={'step': step}, num_threads=torch.get_num_threads())
