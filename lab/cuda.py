@@ -55,4 +55,9 @@ def graphed(step):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay():
+        graph.replay()
+
+    replay.step = step  # its tensors must live as long as the graph
+    return replay

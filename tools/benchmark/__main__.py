@@ -1,21 +1,20 @@
-"""Measure speed and memory against reference implementations.
+"""Measure speed and memory, against reference implementations.
 
-    python -m tools.benchmark data --out logs/reference/benchmark-data
+    python -m tools.benchmark train --out logs/reference/benchmark-train
 
 prints a table and writes OUT.md and, with all samples, OUT.json. Run it alone on the machine:
 other programs disturb the numbers.
 
-    data        input pipelines against torchvision's transforms in a DataLoader; their memory
-    train       training steps and epochs against a textbook network, plain weights, bare
-                convolutions and ResNets; peak memory
+    data        rates and memory of the input pipelines
+    train       time and memory of training steps: against a textbook network, plain weights and
+                ResNets; with --recompute, --compile and --dtype bfloat16
     inference   folded networks against unfolded ones and torchvision's ResNets, in PyTorch and
-                ONNX Runtime
-    depth       time and memory of a training step at several depths; also writes OUT.png
-    start       time from the command to the first training step
-    compile     cost and gain of --compile
+                ONNX Runtime, and in int8
+    depth       time and memory of a training step at several depths
     cuda        whether everything works on a CUDA GPU, and how fast; at most 8 minutes
 """
 
+from functools import partial
 from pathlib import Path
 
 from lab.errors import OneLineParser, OptionError, run
@@ -24,11 +23,9 @@ from tools.benchmark.cuda import bench_cuda
 
 BENCHMARKS = {
     'data': parts.bench_data,
-    'train': parts.bench_training,
-    'compile': parts.bench_compile,
-    'inference': parts.bench_inference,
-    'depth': parts.bench_depth,
-    'start': parts.bench_start,
+    'train': partial(parts.bench_steps, 'Training', parts.TRAINING),
+    'inference': partial(parts.bench_steps, 'Inference', parts.INFERENCE),
+    'depth': partial(parts.bench_steps, 'Cost over depth', parts.DEPTH),
     'cuda': bench_cuda,
 }
 
@@ -40,18 +37,17 @@ def main(arguments=None):
         '--rounds', type=int, default=7, help='repetitions of each measurement (default 7)'
     )
     parser.add_argument(
-        '--images', type=int, default=1024, help='JPEGs each in train/ and val/ (default 1024)'
+        '--device', choices=('cpu', 'cuda'), default='cuda', help='for cuda (default cuda)'
     )
-    parser.add_argument('--device', choices=('cpu', 'cuda'), help='for cuda (default cuda)')
     parser.add_argument(
         '--quick', action='store_true', help='least sizes and repetitions, to try the program'
     )
     parser.add_argument('--out', type=Path, metavar='OUT', help='write OUT.md and OUT.json')
     args = parser.parse_args(arguments)
     if args.quick:
-        args.rounds, args.images = 3, 32
-    if args.rounds < 3 or args.images < 1:
-        raise OptionError('--rounds must be at least 3, and --images at least 1')
+        args.rounds = 3
+    if args.rounds < 3:
+        raise OptionError('--rounds must be at least 3')
     report = BENCHMARKS[args.what](args)
     print(report.markdown())
     if args.out:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from diracnet import Network
 from lab import cuda
-from lab.data import datasets
 from lab.device import DTYPES, autocast, set_up
 from lab.models import registry
 from lab.training.network import build_network
@@ -27,19 +26,21 @@ from tools.benchmark.images import random_batch
 # --- training: a network is (depth, width, dataset) ------------------------------------------
 
 
-def training_step(network, device='cpu', layout=torch.channels_last, **options):
-    """A training step as train.py takes it with these options: a function of (inputs, targets)."""
+def on_a_batch(network, batch, device='cpu', layout=torch.channels_last, **options):
+    """The training step of train.py with these options, on a random batch."""
     depth, width, dataset = network
     options = complete({'depth': depth, 'width': width, 'dataset': dataset, 'lr': 1e-3, **options})
     device = torch.device(device)
     set_up(options, device)
+    inputs, targets = random_batch(dataset, batch, device, layout)
     names = registry.network_option_names(options['model'])
     arguments = {name: options[name] for name in names if name in options}
+    arguments['in_channels'] = inputs.shape[1]
     module = build_network(options, arguments, device)[0].to(memory_format=layout)
     optimizer = make_optimizer(module, options)
     autocast_dtype = DTYPES[options['dtype']][1]
 
-    def step(inputs, targets):
+    def step():
         optimizer.zero_grad()
         with autocast(device, autocast_dtype):
             logits = module(inputs)
@@ -49,59 +50,42 @@ def training_step(network, device='cpu', layout=torch.channels_last, **options):
     return step
 
 
-def on_a_batch(network, batch, device='cpu', layout=torch.channels_last, **options):
-    step = training_step(network, device, layout, **options)
-    return partial(step, *random_batch(network[2], batch, device, layout))
-
-
 def resnet_on_a_batch(network, batch):
     """The step of the ResNet with two layers fewer."""
     depth, width, dataset = network
     return on_a_batch((depth - 2, width, dataset), batch, model='resnet')
 
 
-def textbook_step(network, device='cpu'):
-    """The same for the textbook network, in float32 without TF32."""
+def textbook_on_a_batch(network, batch, device='cpu'):
+    """The same step of the textbook network, in float32 without TF32."""
     cuda.use_tf32(False)
     with torch.device(device):
-        return references.textbook_step(define_params(network))
-
-
-def textbook_on_a_batch(network, batch, device='cpu'):
-    return partial(textbook_step(network, device), *random_batch(network[2], batch, device))
-
-
-def floor(network, batch):
-    inputs, _ = random_batch(network[2], batch)
-    return references.bare_convolutions(define_params(network), inputs)
+        step = references.textbook_step(define_params(network))
+    return partial(step, *random_batch(network[2], batch, device))
 
 
 def define_params(network):
     return registry.define('diracnet', *network)[1]
 
 
-def epoch(make_step, make_batches, network, n):
-    """A function that trains on n images of 32 x 32."""
-    step, batches = make_step(network), make_batches(n)
-
-    def train():
-        for inputs, targets in batches:
-            step(inputs, targets)
-
-    return train
-
-
 # --- input -----------------------------------------------------------------------------------
 
 
 def one_pass(make_batches, *arguments):
-    """A function that reads all batches; only their workers use a second core."""
+    """A function that reads all batches."""
+    batches = make_batches(*arguments)
+
+    def read():
+        for _ in batches:
+            pass
+
+    return read
+
+
+def on_one_core(make_batches, *arguments):
+    """The same; only the workers of the batches use a second core."""
     torch.set_num_threads(1)
-    return partial(images.read, make_batches(*arguments))
-
-
-def read_small_files(folder):
-    return partial(datasets.load, 'folder', folder, form='cifar')
+    return one_pass(make_batches, *arguments)
 
 
 # --- inference -------------------------------------------------------------------------------
@@ -156,18 +140,11 @@ BUILDERS = {
     '--dtype bfloat16': partial(on_a_batch, dtype='bfloat16'),
     'ResNet step': resnet_on_a_batch,
     'textbook': textbook_on_a_batch,
-    'floor': floor,
-    'DiracNet epoch': partial(epoch, training_step, images.our_batches),
-    'textbook epoch': partial(epoch, textbook_step, images.torchvision_batches),
-    'small images': partial(one_pass, images.our_batches),
-    'small images, torchvision': partial(one_pass, images.torchvision_batches),
-    'JPEGs': partial(one_pass, images.our_folder_batches),
-    'JPEGs, torchvision': partial(one_pass, images.torchvision_folder_batches),
-    'small files': read_small_files,
+    'small images': partial(on_one_core, images.small_batches),
+    'JPEGs': partial(on_one_core, images.jpeg_batches),
     'folded': partial(in_pytorch, folded),
     'unfolded': partial(in_pytorch, unfolded),
     'ResNet': partial(in_pytorch, resnet),
-    'folded bfloat16': partial(in_pytorch, folded, dtype=torch.bfloat16),
     'folded ONNX': partial(in_onnx_runtime, folded),
     'ResNet ONNX': partial(in_onnx_runtime, resnet),
     'folded int8': partial(in_onnx_runtime, folded, int8=True),
@@ -178,53 +155,35 @@ BUILDERS = {
 
 
 def race(contestants, rounds):
-    """Run contestants in turn, each in a process that builds it first.
+    """Run contestants in turn, each in a process that builds it first. Their order rotates.
 
     Args:
         contestants: {name: (kind, *arguments)}, with a kind in BUILDERS and its arguments.
 
     Returns:
-        samples: {name: its seconds in rounds 0, 1, ..., `rounds`}. Round 0 fills caches.
+        samples: {name: its ms in rounds 0, 1, ..., `rounds`}. Round 0 fills caches.
         peaks: {name: its peak memory in MB, above that of the process without it}.
     """
     spawn = multiprocessing.get_context('spawn')
     pools = {
         name: ProcessPoolExecutor(1, spawn, _build, given) for name, given in contestants.items()
     }
-    samples = alternate(
-        {name: partial(_result, pool, _run) for name, pool in pools.items()}, rounds
-    )
-    peaks = {name: _result(pool, _peak) for name, pool in pools.items()}
+    samples, order = {name: [] for name in pools}, list(pools)
+    for _ in range(rounds + 1):
+        order.append(order.pop(0))
+        for name in order:
+            time.sleep(0.05)  # the threads of the previous step spin for a while
+            samples[name].append(pools[name].submit(_run).result())
+    peaks = {name: pool.submit(_peak).result() for name, pool in pools.items()}
     for pool in pools.values():
         pool.shutdown()
     return samples, peaks
-
-
-def alternate(functions, rounds):
-    """{name: its results in rounds 0, 1, ..., `rounds`}, in an order that rotates."""
-    samples, names = {name: [] for name in functions}, list(functions)
-    for _ in range(rounds + 1):
-        names.append(names.pop(0))
-        for name in names:
-            time.sleep(0.05)  # the threads of the previous function spin for a while
-            samples[name].append(functions[name]())
-    return samples
-
-
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def peak_memory():
     """The largest memory of this process in RAM, MB (Linux)."""
     lines = Path('/proc/self/status').read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith('VmHWM:'))
-
-
-def _result(pool, function):
-    return pool.submit(function).result()
 
 
 _own = {}  # in the process of a contestant
@@ -240,7 +199,9 @@ def _build(kind, *arguments):
 
 
 def _run():
-    return seconds(_own['step'])
+    start = time.perf_counter()
+    _own['step']()
+    return 1000 * (time.perf_counter() - start)
 
 
 def _peak():

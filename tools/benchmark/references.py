@@ -1,4 +1,4 @@
-"""References to compare speed and numbers with: a textbook network, bare convolutions."""
+"""A textbook network, to compare speed and numbers with."""
 
 import torch
 import torch.nn.functional as F
@@ -55,39 +55,11 @@ def textbook_step(params):
     """A function of (inputs, targets) that trains with SGD, one tensor at a time."""
     params = with_deltas(params)
     learned = [tensor for tensor in params.values() if tensor.requires_grad]
-    groups = [
-        {'params': [tensor for tensor in learned if tensor.ndim > 1], 'weight_decay': 5e-4},
-        {'params': [tensor for tensor in learned if tensor.ndim <= 1]},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, foreach=False)
+    optimizer = torch.optim.SGD(learned, lr=1e-3, momentum=0.9, weight_decay=5e-4, foreach=False)
 
     def step(inputs, targets):
         optimizer.zero_grad()
         F.cross_entropy(textbook(inputs, params, True), targets).backward()
         optimizer.step()
-
-    return step
-
-
-def bare_convolutions(params, inputs):
-    """A function that runs only the 3x3 convolutions of a DiracNet, forward and backward.
-
-    Each convolution has its own random input, in channels_last; params and inputs (N, C, H, W)
-    are those of small images.
-    """
-    layers, size, layout = [], inputs.shape[2], torch.channels_last
-    for key in [key for key in params if key == 'conv' or key.endswith('.conv')]:
-        if key.endswith('.block0.conv') and key != 'group0.block0.conv':
-            size //= 2
-        weight = params[key].detach().contiguous(memory_format=layout).requires_grad_()
-        x = torch.randn(len(inputs), weight.shape[1], size, size).contiguous(memory_format=layout)
-        # The images, input of the first convolution, need no gradient.
-        layers.append((x.requires_grad_(key != 'conv'), weight))
-
-    def step():
-        outputs = [F.conv2d(x, weight, padding=1) for x, weight in layers]
-        for x, weight in reversed(layers):
-            y = outputs.pop()
-            torch.autograd.grad(y, (x, weight) if x.requires_grad else weight, y)
 
     return step

@@ -14,19 +14,14 @@ from lab.runs.provenance import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ('torch', 'torchvision', 'numpy', 'opencv-python', 'pillow')
-COLUMNS = ['measurement', 'variant', 'median (quartiles)', 'ratio']
-LEGEND = (
-    "The ratio is the median of a group's first row divided by the median of this row, with a 95 % "
-    'interval from a bootstrap of the rounds, unless its cell says otherwise. '
-    'docs/performance.md explains the variants.'
-)
+COLUMNS = ['measurement', 'variant', 'ms, median (quartiles)', 'ratio', 'images/s', 'MB']
 
 
 class Report:
     """The rows of a table, and `samples`: all measured values by the name of the measurement."""
 
-    def __init__(self, title, legend='', columns=COLUMNS):
-        self.title, self.columns, self.legend = title, columns, legend
+    def __init__(self, title, legend):
+        self.title, self.legend = title, f'{legend} docs/performance.md explains the variants.'
         self.facts = {
             'cpu': processor_name(),
             'cores': os.cpu_count(),
@@ -37,40 +32,32 @@ class Report:
         self.rows, self.samples = [], {}
         self.failures = []  # of parts that could not be measured
 
-    def add(self, *row):
-        """Add a row and print it."""
-        self.rows.append([str(cell) for cell in row])
-        print('  '.join(self.rows[-1]), flush=True)
-
-    def compare(self, label, samples):
-        """Add a row for each variant in `samples`; the others are compared with the first.
+    def add(self, label, variant, times, ratio='', images=0, memory=None):
+        """Add the row of a variant and its samples, and print the row.
 
         Args:
-            label: names the measurement and its unit.
-            samples: {variant: values, one per round}.
+            times: a list of ms, or a text.
+            images: how many were computed in each of these times.
+            memory: MB.
         """
-        self.samples[label] = samples
-        first = next(iter(samples.values()))
-        for variant, values in samples.items():
-            if values is first:
-                self.add(label, variant, spread(values), '')
-            elif len(values) == 1:
-                self.add('', variant, spread(values), f'{first[0] / values[0]:.3f}')
-            else:
-                ratio, low, high = ratio_of_medians(first, values)
-                self.add('', variant, spread(values), f'{ratio:.3f} ({low:.3f} to {high:.3f})')
+        rate = f'{1000 * images / statistics.median(times):.0f}' if images else ''
+        if not isinstance(times, str):
+            self.samples.setdefault(label, {})[variant] = times
+            times = spread(times)
+        memory = '' if memory is None else f'{memory:.0f}'
+        self.rows.append([label, variant, times, ratio, rate, memory])
+        print('  '.join(self.rows[-1]), flush=True)
 
     def markdown(self):
         facts = ', '.join(f'{name} {value}' for name, value in self.facts.items())
-        rows = [self.columns, ['---'] * len(self.columns), *self.rows]
+        rows = [COLUMNS, ['---'] * len(COLUMNS), *self.rows]
         table = '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
-        legend = f'{LEGEND} {self.legend}'.rstrip()
-        return f'# {self.title}\n\n{facts}.\n\n{legend}\n\n{table}\n'
+        return f'# {self.title}\n\n{facts}.\n\n{self.legend}\n\n{table}\n'
 
     def write(self, out):
         """Write OUT.md and OUT.json."""
-        names = ('facts', 'columns', 'rows', 'samples')
-        content = {name: getattr(self, name) for name in names}
+        content = {'facts': self.facts, 'columns': COLUMNS, 'rows': self.rows}
+        content['samples'] = self.samples
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix('.md').write_text(self.markdown())
         out.with_suffix('.json').write_text(json.dumps(content, indent=1) + '\n')
@@ -83,7 +70,7 @@ def processor_name():
 
 
 def spread(samples):
-    """The median and the quartiles as text, in the unit of the samples."""
+    """The median and the quartiles as text."""
     if len(samples) == 1:
         return plain(samples[0])
     low, middle, high = map(plain, statistics.quantiles(samples, n=4))
