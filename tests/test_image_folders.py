@@ -240,6 +240,7 @@ def test_links_to_other_folders_are_followed_once(many_files, tmp_path):
     [
         ('copy', ['val/c'], ['train', 'no folder c', 'val']),
         ('make', ['train/c'], ['train/c', '.jpg']),
+        ('empty', ['train/a', 'train/b'], ['train/a', '.jpg']),
         ('remove', ['val'], ['val/', '--holdout']),
         ('remove', ['train/b', 'val/b'], ['train', '1 folders']),
         ('remove', ['train/a', 'train/b'], ['train', 'train/CLASS', '--dataroot']),
@@ -250,8 +251,10 @@ def test_structure_of_folders(change, folders, words, many_files, tmp_path, refu
     for folder in folders:
         if change == 'copy':
             shutil.copytree(many_files / 'val' / 'a', many_files / folder)
-        else:
-            {'make': os.mkdir, 'remove': shutil.rmtree}[change](many_files / folder)
+        if change in ('remove', 'empty'):
+            shutil.rmtree(many_files / folder)
+        if change in ('make', 'empty'):
+            (many_files / folder).mkdir()
     refused(1, [many_files.name, *words], train.main, *run_folder(many_files, tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
 

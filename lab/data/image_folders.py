@@ -24,7 +24,7 @@ def find_images(path):
         UserError: the folder has no images, or a folder in it cannot be read.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return [path]
     files = sorted(Path(folder, name) for folder, images, _ in walk_images(path) for name in images)
     if not files:
@@ -104,7 +104,7 @@ def list_images(folder):
         UserError: there are fewer than two classes, or one without images, or a folder that cannot
             be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise _refusal(folder, 'is not a folder that can be read')
     classes, paths, targets, ignored = [], [], [], Counter()
     for inside, images, others in walk_images(folder):
@@ -119,12 +119,13 @@ def list_images(folder):
         ignored.update((label, suffix) for suffix in suffixes)
     if len(classes) < 2:
         raise _refusal(folder, f'has {len(classes)} folders of classes, but two are needed')
+    targets = np.array(targets, np.int64)
     counts = np.bincount(targets, minlength=len(classes))
     if not counts.all():
         empty = classes[counts.argmin()]
         others = sum(n for (label, _), n in ignored.items() if label == empty)
         raise _refusal(folder / empty, f'has no images of its own, and {others} other files')
-    return classes, (np.array(paths), np.array(targets, np.int64)), ignored
+    return classes, (np.array(paths), targets), ignored
 
 
 def _refusal(folder, problem):

@@ -103,24 +103,13 @@ def tiled_delta(weight):
 # --- its definition --------------------------------------------------------------------------
 
 
-def define_diracnet_v1(
-    depth,
-    width,
-    dataset,
-    *,
-    num_classes=None,
-    in_channels=None,
-    form=None,
-    bn_init='paper',
-    alpha=None,
-    beta=None,
-):
+def define_diracnet_v1(depth, width, dataset, *, bn_init='paper', alpha=None, beta=None, **choices):
     """DiracNet-DEPTH-WIDTH, version 1; arguments, returns and errors as for `define_diracnet`.
 
     Without alpha and beta they are 5 and 0.001, whatever bn_init is. The paper applied weight
     decay to all parameters.
     """
-    architecture = make_architecture(depth, width, dataset, num_classes, in_channels, form)
+    architecture = make_architecture(depth, width, dataset, **choices)
     params = chain_params(architecture, dirac_conv_params)
     initialize_scales(params, architecture.depth, bn_init, alpha, beta)
     return partial(chain, architecture, block=block_v1), params

@@ -134,17 +134,7 @@ def conv(x, params, name, stride=1):
 # --- its definition --------------------------------------------------------------------------
 
 
-def define_resnet(
-    depth,
-    width,
-    dataset,
-    *,
-    num_classes=None,
-    in_channels=None,
-    form=None,
-    block=BLOCKS[0],
-    dirac=False,
-):
+def define_resnet(depth, width, dataset, *, block=BLOCKS[0], dirac=False, **choices):
     """A ResNet with basic blocks.
 
     On small images its shortcuts have no parameters (option A). On ImageNet its parameters have the
@@ -152,7 +142,7 @@ def define_resnet(
 
     Args:
         depth: 6n + 2 for small images (n >= 1); 18 or 34 for ImageNet.
-        width, dataset, num_classes, in_channels, form: as for `diracnet.define_diracnet`.
+        width, dataset, choices (num_classes, in_channels, form): as for `diracnet.define_diracnet`.
         block: one of BLOCKS.
         dirac: the convolutions of the blocks have Dirac weights, with keys like
             layer1.0.conv1.alpha and layer1.0.conv1.beta.
@@ -163,7 +153,7 @@ def define_resnet(
     Raises:
         ValueError: a choice is impossible; the message says what is possible.
     """
-    architecture = architecture_of_width(width, dataset, num_classes, in_channels, form)
+    architecture = architecture_of_width(width, dataset, **choices)
     form, widths = architecture.form, architecture.widths
     check_depth('ResNet', form, depth, 2, IMAGENET_BLOCKS)
     check(block in BLOCKS, f'block {block!r} does not exist: choose from {", ".join(BLOCKS)}')
@@ -185,38 +175,18 @@ def define_resnet(
 
 
 def define_resnet_dirac(
-    depth,
-    width,
-    dataset,
-    *,
-    num_classes=None,
-    in_channels=None,
-    form=None,
-    block=BLOCKS[0],
-    alpha=None,
-    beta=None,
+    depth, width, dataset, *, block=BLOCKS[0], alpha=None, beta=None, **choices
 ):
     """A ResNet with Dirac weights in its blocks: the paper's second use of them.
 
     alpha and beta are their initial scales, see `diracparams.initialize_scales`. Other arguments,
     returns and errors are those of `define_resnet`.
     """
-    f, params = define_resnet(
-        depth,
-        width,
-        dataset,
-        num_classes=num_classes,
-        in_channels=in_channels,
-        form=form,
-        block=block,
-        dirac=True,
-    )
+    f, params = define_resnet(depth, width, dataset, block=block, dirac=True, **choices)
     return f, initialize_scales(params, depth, alpha=alpha, beta=beta)
 
 
-def define_wide_resnet(
-    depth, width, dataset, *, num_classes=None, in_channels=None, form=None, dropout=0.0
-):
+def define_wide_resnet(depth, width, dataset, *, dropout=0.0, **choices):
     """A Wide ResNet, WRN-DEPTH-WIDTH.
 
     On small images its blocks are preactivated. On ImageNet it is WRN-50-WIDTH-bottleneck: the
@@ -225,7 +195,7 @@ def define_wide_resnet(
 
     Args:
         depth: 6n + 4 for small images (n >= 1); 50 for ImageNet.
-        width, dataset, num_classes, in_channels, form: as for `diracnet.define_diracnet`.
+        width, dataset, choices (num_classes, in_channels, form): as for `diracnet.define_diracnet`.
         dropout: probability between the two convolutions of a block, at least 0 and below 1.
             Bottleneck blocks have no dropout.
 
@@ -235,7 +205,7 @@ def define_wide_resnet(
     Raises:
         ValueError: a choice is impossible; the message says what is possible.
     """
-    architecture = architecture_of_width(width, dataset, num_classes, in_channels, form)
+    architecture = architecture_of_width(width, dataset, **choices)
     check_depth('Wide ResNet', architecture.form, depth, 4, BOTTLENECK_BLOCKS)
     has_room = architecture.form == 'cifar' or dropout == 0
     check(has_room, f'dropout {dropout} is impossible: bottleneck blocks have no dropout')
@@ -331,14 +301,14 @@ def bn_tree(channels):
     return {**bn_params(channels), 'weight': torch.ones(channels)}
 
 
-def architecture_of_width(width, dataset, num_classes, in_channels, form):
+def architecture_of_width(width, dataset, form=None, **choices):
     """The Architecture of a DiracNet of this width; all but its depth fits a residual network too.
 
     Raises ValueError for an impossible choice.
     """
     own_form = DATASETS[dataset][0] if dataset in DATASETS else 'cifar'
     depth = 18 if (form or own_form) == 'imagenet' else 10
-    return make_architecture(depth, width, dataset, num_classes, in_channels, form)
+    return make_architecture(depth, width, dataset, form=form, **choices)
 
 
 def check_depth(name, form, depth, remainder, imagenet_depths):
