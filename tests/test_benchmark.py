@@ -1,133 +1,94 @@
 """tools.benchmark in small, its arithmetic, and the committed results in docs/performance.md."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import ROOT, python
+from conftest import ROOT
 from tools.benchmark import __main__ as program
 from tools.benchmark import contestants, cuda, parts
 from tools.benchmark.report import Report, ratio_of_medians
 
-SMALLEST = parts.SMALLEST
-
 
 def race_here(specifications, rounds):
-    """`race` in this process; the n-th contestant takes n MB."""
-    samples = {}
-    for name, (kind, *arguments) in specifications.items():
-        step = contestants.BUILDERS[kind](*arguments)
-        samples[name] = [contestants.seconds(step) for _ in range(rounds + 1)]
-    return samples, {name: number for number, name in enumerate(samples, 1)}
+    """`race` in this process, without its measurements: the n-th contestant takes n ms and n MB."""
+    for kind, *arguments in specifications.values():
+        contestants.BUILDERS[kind](*arguments)()
+    numbers = {name: number for number, name in enumerate(specifications, 1)}
+    return {name: [n] * (rounds + 1) for name, n in numbers.items()}, numbers
 
 
 @pytest.mark.parametrize(
     'part, variants',
     [
-        ('train', [*parts.USUAL, *parts.WITH_OPTIONS, 'ResNet step', 'textbook epoch']),
-        ('compile', ['--compile', 'DiracNet']),
-        ('inference', ['folded', 'unfolded', 'ResNet', 'folded int8', 'folded ONNX']),
-        ('depth', ['DiracNet', '--recompute']),
-        ('data', ['ours', 'torchvision']),
-        ('start', parts.PROGRAMS),
+        ('train', {*parts.USUAL, *parts.WITH_OPTIONS, 'ResNet step', '--compile'}),
+        ('inference', {'folded', 'unfolded', 'ResNet', 'folded int8', 'folded ONNX'}),
+        ('depth', {'DiracNet', '--recompute'}),
+        ('data', {'ours'}),
     ],
 )
 def test_parts_in_small(part, variants, monkeypatch, tmp_path):
     monkeypatch.setattr(parts, 'race', race_here)
-    # What takes long, and runs in tests of its own.
+    # Compiling takes long, and is tested in tests of its own.
     monkeypatch.setitem(contestants.BUILDERS, '--compile', contestants.BUILDERS['DiracNet'])
-    monkeypatch.delitem(parts.INFERENCE, 'ONNX Runtime')
-    monkeypatch.setattr(parts, 'PROGRAMS', dict.fromkeys(parts.PROGRAMS, ('-c', 'pass')))
-    args = SimpleNamespace(quick=True, rounds=2, images=8, out=tmp_path / part)
-    report = program.BENCHMARKS[part](args)
-    report.write(args.out)
-    content = json.loads(args.out.with_suffix('.json').read_text())
-    assert {row[1] for row in content['rows']} >= set(variants)
+    out = tmp_path / part
+    assert program.main([part, '--quick', '--out', str(out)]) == 0
+    content = json.loads(out.with_suffix('.json').read_text())
+    assert {row[1] for row in content['rows']} >= variants
     for row in content['rows']:
-        assert f'| {" | ".join(row)} |\n' in args.out.with_suffix('.md').read_text()
-        assert row[0] or float(row[3].split()[0]) > 0  # others are compared with the first
-    assert content['samples'] and args.out.with_suffix('.png').exists() == (part == 'depth')
+        assert f'| {" | ".join(row)} |\n' in out.with_suffix('.md').read_text()
+        assert content['samples'][row[0]][row[1]]
+    seconds = [row for row in content['rows'] if row[3]]  # the ratio
+    assert all(float(row[3].split()[0]) < 1 for row in seconds) and (seconds or part == 'data')
 
 
-def test_race_measures_seconds_and_memory():
-    samples, peaks = contestants.race({'step': ('DiracNet', SMALLEST, 64)}, 3)
-    assert len(samples['step']) == 4 and min(samples['step']) > 0
+def test_race_measures_time_and_memory():
+    samples, peaks = contestants.race({'step': ('DiracNet', (10, 1, 'digits'), 64)}, 3)
+    assert len(samples['step']) == 4 and 0.1 < min(samples['step']) < 10_000  # ms
     # At least the activations that the backward pass needs: two floats for each of 7 convolutions.
     least = 64 * 4 * 2 * (3 * 16 * 64 + 2 * 32 * 16 + 2 * 64 * 4) / 2**20
     assert least < peaks['step'] < 500
 
 
-def test_first_step_ends_the_training(tmp_path):
-    result = python('-c', parts.FIRST_STEP, env={**os.environ, 'TMPDIR': str(tmp_path)})
-    assert result.status == 0, result.err
-    assert list(tmp_path.rglob('run.json')) and not list(tmp_path.rglob('model.pt7'))
-
-
-def test_ratio_and_interval():
+def test_rows_ratio_and_interval():
     second = [1.0, 2.0, 3.0, 4.0, 5.0]
     assert ratio_of_medians([2 * value for value in second], second) == (2, 2, 2)
     ratio, low, high = ratio_of_medians([2.0, 6.0, 6.0, 7.0, 8.0], second)
     assert ratio == 2 and 1.5 < low < 2 < high < 4
-    report = Report('')
-    report.compare('step, ms', {'a': second, 'b': [value / 2 for value in second]})
-    report.compare('memory, MB', {'a': [300], 'b': [200]})
+    report = Report('', '')
+    report.add('step', 'DiracNet', second, '2.000', 6, 1234.5)
+    report.add('failed parts', 'none', '')
     assert report.rows == [
-        ['step, ms', 'a', '3 (1.5 to 4.5)', ''],
-        ['', 'b', '1.5 (0.75 to 2.25)', '2.000 (2.000 to 2.000)'],
-        ['memory, MB', 'a', '300', ''],
-        ['', 'b', '200', '1.500'],
+        ['step', 'DiracNet', '3 (1.5 to 4.5)', '2.000', '2000', '1234'],
+        ['failed parts', 'none', '', '', '', ''],
     ]
 
 
 # --- cuda, in small on the CPU ---------------------------------------------------------------
 
 
-def test_a_failing_variant_stops_no_other(monkeypatch, capsys):
-    build = cuda.on_a_batch
+def test_a_failing_part_stops_no_other(monkeypatch, tmp_path):
+    def fail(*args):
+        raise RuntimeError('no memory')
 
-    def failing(*args, model='diracnet', **options):
-        if model == 'plain':
-            raise RuntimeError('no memory')
-        return build(*args, **options)
-
-    monkeypatch.setattr(cuda, 'on_a_batch', failing)
-    cuda.main(f'steps {cuda.SMALL[0]}', 'cpu', '1')
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    rows = {line['row'][1]: line['row'] for line in lines if 'row' in line}
-    assert list(rows) == ['DiracNet', 'float32', 'contiguous', 'textbook']
-    for row in rows.values():
-        assert float(row[3]) > 0 and float(row[4]) > 0 and row[6] == '-'
-    [failure] = [line['failure'] for line in lines if 'failure' in line]
-    assert 'plain' in failure and 'no memory' in failure
-
-
-def test_a_failing_part_stops_no_other(tmp_path, monkeypatch):
-    limits = {'image files': (0.05, None), 'data': (60, None)}
-    monkeypatch.setattr(cuda, 'parts', lambda quick: limits)
+    monkeypatch.setattr(cuda, 'run_tests', fail)
+    monkeypatch.setattr(cuda, 'run_processes', lambda device, report: None)
     out = tmp_path / 'cuda'
     assert program.main(['cuda', '--device', 'cpu', '--quick', '--out', str(out)]) == 1
-    measured, failed = json.loads(out.with_suffix('.json').read_text())['rows']
-    assert 0 < float(measured[3].split()[0]) < 1
-    assert 'image files: stopped' in failed[1] and 'data' not in failed[1]
-    assert failed[1] in out.with_suffix('.md').read_text()
+    *rows, failed = json.loads(out.with_suffix('.json').read_text())['rows']
+    ratios = {variant: ratio for label, variant, _, ratio, *_ in rows if label.startswith('step')}
+    assert ratios.pop('DiracNet') == '1.000' and all(float(ratio) > 0 for ratio in ratios.values())
+    assert list(ratios) == ['plain', '--recompute', 'float32', 'contiguous', 'textbook']
+    assert all(float(row[4]) > 0 for row in rows)
+    assert 'tests: RuntimeError: no memory' in failed[1]
 
 
-def test_ratios_and_shares():
-    medians = {'DiracNet': 4.0, 'plain': 2.0, 'CUDA graph': 1.0, 'textbook': 8.0}
-    ratios = [cuda.ratio(name, medians) for name in medians]
-    assert ratios == ['1.000', '2.000', '4.000', '0.125 of CUDA graph']
-    assert cuda.ratio('plain', {'plain': 2.0}) == ''
-    assert cuda.peak_share('NVIDIA H200', 'CUDA graph', 98.94e12, 200) == '0.500'
-    assert cuda.peak_share('NVIDIA H200', 'textbook', 66.9e12, 2000) == '0.500'
-    # DiracNet-10-1 on 8 x 8 digits: its convolutions and its linear layer, forward and backward.
-    widths = [(1, 16, 64), (16, 16, 64), (16, 16, 64), (16, 32, 16), (32, 32, 16), (32, 64, 4)]
-    forward = sum(9 * a * b * pixels for a, b, pixels in [*widths, (64, 64, 4)]) + 64 * 10
-    first = 9 * 16 * 64  # the images need no gradient
-    counted = cuda.operations(contestants.on_a_batch(SMALLEST, 4))
-    assert counted == 2 * 4 * (3 * forward - first)
+def test_no_part_begins_late(monkeypatch):
+    monkeypatch.setattr(cuda, 'SECONDS', -1)
+    report = cuda.bench_cuda(SimpleNamespace(device='cpu', quick=True))
+    assert len(report.rows) == 1 and len(report.failures) == len(list(cuda.parts('cpu', True)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')

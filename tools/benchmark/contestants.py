@@ -5,6 +5,7 @@ So each has its own peak memory, and the settings of the memory allocator of its
 
 import multiprocessing
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -73,13 +74,7 @@ def define_params(network):
 
 def one_pass(make_batches, *arguments):
     """A function that reads all batches."""
-    batches = make_batches(*arguments)
-
-    def read():
-        for _ in batches:
-            pass
-
-    return read
+    return partial(deque, make_batches(*arguments), maxlen=0)
 
 
 def on_one_core(make_batches, *arguments):
@@ -120,14 +115,15 @@ def in_onnx_runtime(make_model, network, batch, int8=False):
     inputs, _ = random_batch(network[2], batch)
     model = make_model(network)
     if int8:
-        return partial(infer, OnnxNetwork(int8_onnx(model, inputs, {})), inputs)
-    content = to_onnx(model, inputs.shape[1:], {}).SerializeToString()
+        content = int8_onnx(model, inputs, {})
+    else:
+        content = to_onnx(model, inputs.shape[1:], {}).SerializeToString()
     return partial(infer, OnnxNetwork(content), inputs)
 
 
+@torch.inference_mode()
 def infer(model, inputs):
-    with torch.inference_mode():
-        model(inputs)
+    model(inputs)
 
 
 # Each makes a step, a function without arguments. Those that train on a batch or infer take the
@@ -162,28 +158,32 @@ def race(contestants, rounds):
 
     Returns:
         samples: {name: its ms in rounds 0, 1, ..., `rounds`}. Round 0 fills caches.
-        peaks: {name: its peak memory in MB, above that of the process without it}.
+        peaks: {name: its peak memory in MB during them, above that of the process without it}.
     """
     spawn = multiprocessing.get_context('spawn')
     pools = {
         name: ProcessPoolExecutor(1, spawn, _build, given) for name, given in contestants.items()
     }
-    samples, order = {name: [] for name in pools}, list(pools)
+    samples, peaks, order = {name: [] for name in pools}, {}, list(pools)
     for _ in range(rounds + 1):
         order.append(order.pop(0))
         for name in order:
             time.sleep(0.05)  # the threads of the previous step spin for a while
-            samples[name].append(pools[name].submit(_run).result())
-    peaks = {name: pool.submit(_peak).result() for name, pool in pools.items()}
+            duration, peaks[name] = pools[name].submit(_run).result()
+            samples[name].append(duration)
     for pool in pools.values():
         pool.shutdown()
     return samples, peaks
 
 
 def peak_memory():
-    """The largest memory of this process in RAM, MB (Linux)."""
+    """The largest memory of this process in RAM since `restart_peak`, MB (Linux)."""
     lines = Path('/proc/self/status').read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith('VmHWM:'))
+
+
+def restart_peak():
+    Path('/proc/self/clear_refs').write_text('5')
 
 
 _own = {}  # in the process of a contestant
@@ -193,16 +193,14 @@ def _build(kind, *arguments):
     multiprocessing.set_start_method(None, force=True)  # workers of data loaders start as usual
     torch.manual_seed(0)
     F.conv2d(torch.randn(8, 8, 8, 8), torch.randn(8, 8, 3, 3))  # loads the convolution library
-    Path('/proc/self/clear_refs').write_text('5')  # the peak starts from here
+    restart_peak()
     _own['memory'] = peak_memory()
     _own['step'] = BUILDERS[kind](*arguments)
+    restart_peak()
 
 
 def _run():
+    """The ms of a step, and the peak memory so far."""
     start = time.perf_counter()
     _own['step']()
-    return 1000 * (time.perf_counter() - start)
-
-
-def _peak():
-    return peak_memory() - _own['memory']
+    return 1000 * (time.perf_counter() - start), peak_memory() - _own['memory']

@@ -52,13 +52,8 @@ def bench_cuda(args):
     report = Report('CUDA', LEGEND)
     if device == 'cuda':
         cuda.set_up()
-        query = 'nvidia-smi --query-gpu=driver_version --format=csv,noheader'
-        report.facts.update(
-            card=torch.cuda.get_device_name(),
-            cuda=torch.version.cuda,
-            cudnn=torch.backends.cudnn.version(),
-            driver=subprocess.getoutput(query).splitlines()[0],
-        )
+        card, cudnn = torch.cuda.get_device_name(), torch.backends.cudnn.version()
+        report.facts.update(card=card, cuda=torch.version.cuda, cudnn=cudnn)
     end = time.monotonic() + SECONDS
     for name, part in parts(device, args.quick):
         if time.monotonic() > end:

@@ -47,7 +47,12 @@ INFERENCE = [
 
 def bench_steps(title, table, args):
     report = Report(title, LEGEND)
-    for what, kinds, network, batch, factor in smallest(table) if args.quick else table:
+    if args.quick:
+        table = {row[0]: row for row in reversed(table)}.values()  # the first of each kind
+    for what, kinds, network, batch, factor in table:
+        if args.quick:
+            network = network if network[2] == 'ImageNet' else (10, 1, 'digits')
+            batch, factor = 2, 1
         depth, width, dataset = network
         label = f'{what} of DiracNet-{depth}-{width}, {dataset}, batch {batch}'
         contestants = {kind: (kind, network, batch) for kind in kinds}
@@ -57,26 +62,18 @@ def bench_steps(title, table, args):
     return report
 
 
-def smallest(table):
-    """A row for each `what` of the table, with small numbers."""
-    for what, kinds, network, *_ in {row[0]: row for row in reversed(table)}.values():
-        small = network if network[2] == 'ImageNet' else (10, 1, 'digits')
-        yield what, kinds, small, 1 if network[2] == 'ImageNet' else 4, 1
-
-
 def compare(report, label, contestants, images, rounds):
     """Race contestants, and add a row for each. Returns {name: ms of its first step}.
 
     images: how many each of them computes in a step.
     """
     samples, peaks = race(contestants, rounds)
-    base = next(iter(samples.values()))[1:]
-    for name, (_, *values) in samples.items():
-        ratio = ''
-        if values != base:
-            ratio = '{:.3f} ({:.3f} to {:.3f})'.format(*ratio_of_medians(base, values))
-        report.add(label, name, values, ratio, images, peaks[name])
-    return {name: values[0] for name, values in samples.items()}
+    base, *_ = contestants
+    for name, (_, *times) in samples.items():
+        found = ratio_of_medians(samples[base][1:], times)
+        ratio = '' if name == base else '{:.3f} ({:.3f} to {:.3f})'.format(*found)
+        report.add(label, name, times, ratio, images, peaks[name])
+    return {name: times[0] for name, times in samples.items()}
 
 
 # --- input -----------------------------------------------------------------------------------

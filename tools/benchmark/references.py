@@ -55,7 +55,11 @@ def textbook_step(params):
     """A function of (inputs, targets) that trains with SGD, one tensor at a time."""
     params = with_deltas(params)
     learned = [tensor for tensor in params.values() if tensor.requires_grad]
-    optimizer = torch.optim.SGD(learned, lr=1e-3, momentum=0.9, weight_decay=5e-4, foreach=False)
+    groups = [
+        {'params': [tensor for tensor in learned if tensor.ndim > 1], 'weight_decay': 5e-4},
+        {'params': [tensor for tensor in learned if tensor.ndim <= 1]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1e-3, momentum=0.9, foreach=False)
 
     def step(inputs, targets):
         optimizer.zero_grad()
