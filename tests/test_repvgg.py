@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import train
+from conftest import same, train_digits
 from diracnet import DiracNet
 from lab.models.repvgg import define_repvgg, fold_repvgg
 from test import constants, randomized, relative_error
@@ -83,3 +85,12 @@ def test_training_reaches_every_branch():
             assert tensor.grad.abs().max() > 0, key
         else:
             assert not torch.equal(tensor, start[key]), key
+
+
+def test_trains_and_resumes_exactly(tmp_path):
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+    recipe = '--model repvgg --depth 10 --lr 0.1 --epoch_step [3]'
+    assert train_digits(whole, f'{recipe} --epochs 3')[-1]['test_acc'] > 85
+    train_digits(cut, f'{recipe} --epochs 1')
+    train.main(['--resume', str(cut), '--epochs', '3'])
+    assert same(whole, cut)
