@@ -1,4 +1,4 @@
-"""Networks of hundreds and thousands of layers: folded, exported, in int8, and recomputed."""
+"""Networks of hundreds and thousands of layers: folded, exported, and in int8."""
 
 import cProfile
 import gc
@@ -16,7 +16,6 @@ from lab.folded import compute_logits
 from lab.models import registry
 from lab.onnx_models import OnnxNetwork, to_onnx
 from lab.runs import checkpoint
-from lab.training.recompute import recomputed_block, regrouped
 from tools.int8 import int8_onnx
 
 
@@ -98,23 +97,6 @@ def test_int8():
     noise = compute_logits(OnnxNetwork(content), images) - expected
     decibels = 10 * np.log10(np.square(expected).sum() / np.square(noise).sum())
     assert decibels > 15
-
-
-def test_recomputes():
-    """With --recompute, the same logits, gradients and running statistics."""
-    f, params = deep(1000)
-    images, results = digits()[:8].double(), []
-    for function in (f, regrouped(f, params, 1, recomputed_block, '--recompute')):
-        copied = {
-            key: tensor.detach().double().requires_grad_(tensor.requires_grad)
-            for key, tensor in params.items()
-        }
-        logits = function(images, copied, True)
-        F.cross_entropy(logits, torch.arange(8)).backward()
-        tensors = [t.grad if t.requires_grad else t for t in copied.values()]
-        results.append([logits.detach(), *tensors])
-    for expected, actual in zip(*results):
-        assert (actual - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def test_linear_in_depth(tmp_path):

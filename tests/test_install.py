@@ -102,20 +102,15 @@ def test_another_project(environment, tmp_path):
 def test_type_hints(name):
     """Public functions and methods have a hint for each argument and for what they return."""
     module = import_module(name)
-    kinds = [value for value in vars(module).values() if getattr(value, '__module__', '') == name]
-    owners = [module, *filter(inspect.isclass, kinds)]
-    functions = [
-        value
-        for owner in owners
-        for key, value in vars(owner).items()
-        if inspect.isfunction(value) and value.__module__ == name and not key.startswith('_')
-    ]
-    assert functions
-    for function in functions:
-        hints = typing.get_type_hints(function)
-        named = [
-            key
-            for key, parameter in inspect.signature(function).parameters.items()
-            if key not in ('self', 'cls') and parameter.kind != parameter.VAR_KEYWORD
-        ]
-        assert {*named, 'return'} <= set(hints), function
+    mine = [value for value in vars(module).values() if getattr(value, '__module__', '') == name]
+    functions = [value for value in mine if inspect.isfunction(value)]
+    for kind in filter(inspect.isclass, mine):
+        functions += filter(inspect.isfunction, vars(kind).values())
+    public = [function for function in functions if not function.__name__.startswith('_')]
+    assert public
+    for function in public:
+        parameters = inspect.signature(function).parameters
+        named = {key for key in parameters if parameters[key].kind != inspect.Parameter.VAR_KEYWORD}
+        assert {*named, 'return'} - {'self', 'cls'} <= set(typing.get_type_hints(function)), (
+            function
+        )

@@ -32,16 +32,9 @@ RECOGNIZED = (*CHAINS, *VERSION_1)
         # Each channel of a Dirac convolution has an alpha and a beta.
         ('plain', 16, 1, 'CIFAR10', 173_402 - 2 * 4 * (16 + 32 + 64)),
         ('resnet-dirac', 20, 1, 'CIFAR10', 269_722 + 2 * 6 * (16 + 32 + 64)),
-        # 1x1 kernels with their batch norms, and batch norms where the channels stay.
-        (
-            'repvgg',
-            16,
-            1,
-            'CIFAR10',
-            173_402
-            + (4 * 16 * 16 + 16 * 32 + 3 * 32 * 32 + 32 * 64 + 3 * 64 * 64)
-            + 2 * (4 * 16 + 3 * 32 + 3 * 64),
-        ),
+        # Per convolution a 1x1 kernel and a second batch norm, as large as alpha and beta; batch
+        # norms of the identity where the channels stay.
+        ('repvgg', 16, 1, 'CIFAR10', 173_402 + 4 * 16**2 + 3 * (32**2 + 64**2) + 2560 + 704),
     ],
 )
 def test_parameter_counts(model, depth, width, dataset, expected):
