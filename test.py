@@ -103,7 +103,6 @@ class TestDiracWeight(unittest.TestCase):
             ((4, 5, 3, 1, 3), 1),
             ((3, 3, 2, 4), 1),
             ((6, 2, 3, 3), 3),
-            ((8, 1, 3, 3), 8),
             ((4, 4, 1, 1), 2),
         ]:
             for device in DEVICES:
@@ -125,12 +124,7 @@ class TestDiracWeight(unittest.TestCase):
 
     def test_gradients(self):
         for device in DEVICES:
-            for shape, groups in [
-                ((3, 3, 3, 3), 1),
-                ((4, 2, 3), 1),
-                ((2, 4, 3, 3), 1),
-                ((4, 2, 2, 2), 2),
-            ]:
+            for shape, groups in [((4, 2, 3), 1), ((2, 4, 3, 3), 1), ((4, 2, 2, 2), 2)]:
                 tensors = random_tensors(shape, device, requires_grad=True)
                 self.assertTrue(gradcheck(dirac_weight, (*tensors, groups)))
                 self.assertTrue(gradgradcheck(dirac_weight, (*tensors, groups)))

@@ -71,12 +71,6 @@ class ShiftedNorm(BatchNormAct):
         return self.weight + 1
 
 
-class BatchStatistics(BatchNormAct):
-    """Normalizes with the statistics of the batch in evaluation mode, too."""
-
-    always_batch = True
-
-
 class TwoReaders(nn.Module):
     """The activation and the output read the convolution."""
 
@@ -133,7 +127,6 @@ LEFT = {
     'network of its own': (lambda: BatchNormAct(4), 'BatchNormAct'),
     'ReLU between': (lambda: nn.Sequential(conv(), nn.ReLU(), BatchNormAct(4)), '2'),
     'computed scale': (lambda: before(ShiftedNorm(4)), '1'),
-    'batch statistics': (lambda: before(BatchStatistics(4)), '1'),
     'no statistics': (lambda: before(nn.BatchNorm2d(4, track_running_stats=False)), '1'),
     'two readers': (TwoReaders, 'bn'),
     'weight read twice': (ReadsWeight, 'bn'),

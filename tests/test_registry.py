@@ -58,18 +58,19 @@ def test_fold(model):
 
 @pytest.mark.parametrize('model', RECOGNIZED)
 @pytest.mark.parametrize(
-    'depth, width, dataset',
+    'depth, width, dataset, others',
     [
-        (16, 2, 'digits'),
-        (10, 0.5, 'CIFAR100'),
-        (18, 0.25, 'ImageNet'),
-        (34, 1.01, 'ImageNet'),  # the widths are truncated
+        (16, 2, 'digits', {}),
+        (10, 0.5, 'CIFAR10', {'num_classes': 3, 'in_channels': 4}),  # which fit no data set
+        (18, 0.25, 'ImageNet', {'num_classes': 5}),
+        (34, 1.01, 'ImageNet', {}),  # the widths are truncated
     ],
 )
-def test_published_and_bare_files_are_recognized(model, depth, width, dataset):
-    params = shapes(model=model, depth=depth, width=width, dataset=dataset)
+def test_published_and_bare_files_are_recognized(model, depth, width, dataset, others):
+    params = shapes(model=model, depth=depth, width=width, dataset=dataset, **others)
     network = recognize({**params, 'eye16_16_3_3': torch.zeros(1)})  # the original's have those
-    assert (network['model'], network['depth'], network['dataset']) == (model, depth, dataset)
+    expected = {'model': model, 'depth': depth, 'dataset': dataset, **others}
+    assert expected.items() <= network.items()
     again = shapes(**network)
     assert {key: tensor.shape for key, tensor in again.items()} == {
         key: tensor.shape for key, tensor in params.items()
@@ -77,15 +78,6 @@ def test_published_and_bare_files_are_recognized(model, depth, width, dataset):
     # The convolutions of a folded network are ordinary ones.
     folded_model = 'diracnet-v1' if model in VERSION_1 else 'plain'
     assert recognize(fold(model, params)) == {**network, 'model': folded_model}
-
-
-def test_classes_and_channels_are_recognized():
-    """Those of a folder of images, which fit no data set."""
-    for form, depth, dataset in (('cifar', 10, 'CIFAR10'), ('imagenet', 18, 'ImageNet')):
-        network = {'form': form, 'num_classes': 3, 'in_channels': 4}
-        params = shapes(model='diracnet', depth=depth, width=0.5, dataset='folder', **network)
-        expected = {'model': 'diracnet', 'depth': depth, 'width': 0.5, 'dataset': dataset}
-        assert recognize(params) == {**expected, **network}
 
 
 @pytest.mark.parametrize('folded', [False, True])

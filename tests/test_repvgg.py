@@ -64,27 +64,12 @@ def test_computes_its_formula_and_folds(network):
 
 def test_initialization():
     params = define_repvgg(16, 1, 'CIFAR10')[1]
-    for key, tensor in params.items():
-        values = tensor.detach()
-        if key.endswith(('.bias', '.running_mean')):
-            assert not values.any()
-        elif key.endswith('.running_var') or (key.endswith('.weight') and tensor.ndim == 1):
-            assert (values == 1).all()
+    scales = {key: tensor for key, tensor in params.items() if 'bn' in key}
+    for key, tensor in scales.items():
+        assert (tensor == (1 if key.endswith(('weight', 'var')) else 0)).all(), key
     for name, fan in (('conv', 64 * 9), ('conv1x1', 64)):
         std = params[f'group2.block1.{name}'].detach().std()
         assert std == pytest.approx((2 / fan) ** 0.5, rel=0.05)
-
-
-def test_training_reaches_every_branch():
-    """Every parameter gets a gradient, and all running statistics move to the batch's."""
-    f, params = define_repvgg(10, 1, 'digits')
-    start = constants(params)
-    F.cross_entropy(f(torch.randn(8, 1, 8, 8), params, True), torch.arange(8)).backward()
-    for key, tensor in params.items():
-        if tensor.requires_grad:
-            assert tensor.grad.abs().max() > 0, key
-        else:
-            assert not torch.equal(tensor, start[key]), key
 
 
 def test_trains_and_resumes_exactly(tmp_path):
