@@ -1,4 +1,4 @@
-"""Networks of hundreds and thousands of layers: folded, exported, and in int8."""
+"""Networks of hundreds and thousands of layers: folded and exported."""
 
 import cProfile
 import gc
@@ -16,7 +16,6 @@ from lab.folded import compute_logits
 from lab.models import registry
 from lab.onnx_models import OnnxNetwork, to_onnx
 from lab.runs import checkpoint
-from tools.int8 import int8_onnx
 
 
 @cache
@@ -81,17 +80,6 @@ def test_exports_to_onnx():
     assert sum(node.op_type == 'Conv' for node in model.graph.node) == 498 + 1  # blocks and stem
     logits = compute_logits(OnnxNetwork(model.SerializeToString()), images)
     assert_same_network(logits, compute_logits(Network(f, params).eval(), images))
-
-
-def test_int8():
-    """Through 202 layers, the logits stand out from the noise of rounding."""
-    f, params = deep(202)
-    images = digits()[-64:]
-    content = int8_onnx(folded(params), digits()[:128], {})
-    expected = compute_logits(Network(f, params).eval(), images)
-    noise = compute_logits(OnnxNetwork(content), images) - expected
-    decibels = 10 * np.log10(np.square(expected).sum() / np.square(noise).sum())
-    assert decibels > 15
 
 
 def test_linear_in_depth(tmp_path):

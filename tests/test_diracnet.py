@@ -126,8 +126,6 @@ def test_network_module():
     f, params = define_diracnet(10, 1, 'digits')
     net = Network(f, randomized(params))
     assert set(net.state_dict()) == set(params)
-    learned = {key for key, tensor in params.items() if tensor.requires_grad}
-    assert {name for name, _ in net.named_parameters()} == learned
     x = torch.randn(4, 1, 8, 8)
     net.eval()
     expected = f(x, params, False)
@@ -143,8 +141,7 @@ def test_network_module():
         assert torch.equal(same(x), expected)
     zeros = {key: torch.zeros_like(tensor) for key, tensor in net.state_dict().items()}
     assert not torch.func.functional_call(net, zeros, (x,)).any()
-    assert net.double()(x.double()).dtype is torch.double
-    net.train()(x.double())
+    net.double().train()(x.double())  # it has other tensors now, and updates those
     assert not torch.equal(net.params()['bn.running_mean'].float(), params['bn.running_mean'])
 
 
