@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from test_diracify import BatchNormAct, OwnConv, randomize
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torchvision.ops import FrozenBatchNorm2d
 
 from diracconv import DiracConv2d
 from diracify import diracify, fold
@@ -39,6 +40,7 @@ UNCHANGEABLE = {
     'own forward': lambda: conv(OwnConv),
     'own _conv_forward': lambda: conv(OwnInnerConv),
     'complex': lambda: conv(dtype=torch.cfloat),
+    'quantized': lambda: conv(torch.ao.nn.quantized.Conv2d),
 }
 
 
@@ -128,6 +130,7 @@ LEFT = {
     'ReLU between': (lambda: nn.Sequential(conv(), nn.ReLU(), BatchNormAct(4)), '2'),
     'computed scale': (lambda: before(ShiftedNorm(4)), '1'),
     'no statistics': (lambda: before(nn.BatchNorm2d(4, track_running_stats=False)), '1'),
+    'frozen': (lambda: before(FrozenBatchNorm2d(4)), '1'),
     'two readers': (TwoReaders, 'bn'),
     'weight read twice': (ReadsWeight, 'bn'),
     'own convolution': (lambda: after(conv(OwnConv)), '1'),
