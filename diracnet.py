@@ -252,10 +252,11 @@ def fold_chain(
     folded = OrderedDict()
     try:
         for key in doubles:
-            name = re.sub(r'^group\d+\.block\d+\.', '', key)
+            prefix, name = re.fullmatch(r'(group\d+\.block\d+\.)?(.*)', key).groups('')
             check(name.partition('.')[0] in known, f'{key} is unknown: it cannot be folded')
+            check(f'{prefix}conv' in doubles, f'{prefix}conv is missing')
             if name == 'conv':
-                for part, tensor in zip(('weight', 'bias'), folded_conv(doubles, key[:-4])):
+                for part, tensor in zip(('weight', 'bias'), folded_conv(doubles, prefix)):
                     folded[f'{folded_prefix}{key}.{part}'] = tensor.to(params[key].dtype)
         for key in ('fc.weight', 'fc.bias'):
             folded[key] = params[key].detach().clone()
