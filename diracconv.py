@@ -24,10 +24,11 @@ ALPHA, BETA = 1.0, 0.1  # initial values of the learned scales, as in version 2 
 
 
 def textbook_dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -> Tensor:
-    """The weight of a Dirac convolution as the paper writes it; see `dirac_weight`."""
+    """The weight of a Dirac convolution as the paper writes it, for readers, tests and traces; see
+    `dirac_weight`."""
     delta = dirac_delta(weight, groups)  # I
     norms = filter_norms(weight)  # ||W||
-    return to_filters(alpha, weight) * delta + to_filters(beta / norms, weight) * weight
+    return per_filter(alpha, weight) * delta + per_filter(beta / norms, weight) * weight
 
 
 def dirac_delta(weight: Tensor, groups: int = 1) -> Tensor:
@@ -35,19 +36,21 @@ def dirac_delta(weight: Tensor, groups: int = 1) -> Tensor:
 
     If a group has more outputs than inputs, the remaining rows are zero.
     """
-    out, inside, *kernel = weight.shape
-    eye = torch.eye(out // groups, inside, dtype=weight.dtype, device=weight.device)
-    around = [taps for size in reversed(kernel) for taps in (size // 2, (size - 1) // 2)]
-    return F.pad(eye.repeat(groups, 1).view(out, inside, *[1] * len(kernel)), around)
+    out, in_per_group, *kernel = weight.shape
+    eye = torch.eye(out // groups, in_per_group, dtype=weight.dtype, device=weight.device)
+    taps = eye.repeat(groups, 1).view(out, in_per_group, *[1] * len(kernel))
+    # F.pad takes the zeros before and after, of the last dimension first.
+    zeros = [n for size in reversed(kernel) for n in (size // 2, (size - 1) // 2)]
+    return F.pad(taps, zeros)
 
 
 def filter_norms(weight: Tensor) -> Tensor:
     """The l2 norms of the filters, (out,); 1 for a filter of zeros."""
     norms = torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.ndim)))
-    return torch.where(norms > 0, norms, 1)
+    return torch.where(norms > 0, norms, 1)  # so that such a filter stays zero
 
 
-def to_filters(values: Tensor, weight: Tensor) -> Tensor:
+def per_filter(values: Tensor, weight: Tensor) -> Tensor:
     """View (out,) as (out, 1, ...), to multiply each filter of a weight."""
     return values.view(-1, *[1] * (weight.ndim - 1))
 
@@ -66,7 +69,8 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
         filter i divided by its l2 norm. An all-zero filter stays zero; its gradient is that of a
         filter with norm 1.
 
-    To compute several weights of one shape at once, concatenate them and make each a group.
+    To compute several ungrouped weights of one shape at once, concatenate them and make each a
+    group.
     """
     if torch.jit.is_tracing():  # a trace can be saved only without custom autograd functions
         return textbook_dirac_weight(weight, alpha, beta, groups)
@@ -79,8 +83,12 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
 class DiracConv:
     """What the three layers share; a base class listed before the `torch.nn` convolution."""
 
-    def __init_subclass__(cls):
-        cls.__signature__ = inspect.signature(cls.plain_class)  # help() shows torch's arguments
+    plain_class: type[nn.Module]  # the convolution of torch.nn
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if 'plain_class' in vars(cls):  # a subclass of a layer has a signature of its own
+            cls.__signature__ = inspect.signature(cls.plain_class)  # help() shows torch's arguments
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -121,8 +129,9 @@ class DiracConv:
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # The original code's modules store the identity as a buffer. Here it is implicit.
-        delta = state_dict.pop(prefix + 'delta', None)
-        if delta is not None and not torch.equal(delta, dirac_delta(delta, self.groups)):
+        stored = state_dict.pop(prefix + 'delta', None)
+        own = dirac_delta(self.weight.detach(), self.groups)
+        if stored is not None and not torch.equal(stored, own.to(stored)):
             error_msgs = args[-1]
             error_msgs.append(f'{prefix}delta is not the identity of this layer')
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -171,15 +180,15 @@ class DiracParametrization(nn.Module):
         remove_parametrizations(conv, 'weight')  # leaves the folded weight
 
     The convolution still computes the same function (see `split_weight`). With fresh=True, alpha
-    and beta start at 1.0 and 0.1 instead, and the weight is only normalized.
+    and beta start at 1.0 and 0.1 and the weight is kept, so the function changes.
     """
 
     def __init__(self, conv: nn.Module, fresh: bool = False) -> None:
         super().__init__()
         self.groups, self.fresh = conv.groups, fresh
-        per_channel = conv.weight.detach().flatten(1)[:, 0]  # (out,)
-        self.alpha = nn.Parameter(torch.full_like(per_channel, ALPHA))
-        self.beta = nn.Parameter(torch.full_like(per_channel, BETA))
+        weight = conv.weight.detach()
+        self.alpha = nn.Parameter(weight.new_full(weight.shape[:1], ALPHA))
+        self.beta = nn.Parameter(weight.new_full(weight.shape[:1], BETA))
 
     def forward(self, weight: Tensor) -> Tensor:
         return dirac_weight(weight, self.alpha, self.beta, self.groups)
@@ -188,7 +197,7 @@ class DiracParametrization(nn.Module):
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Split an ordinary weight. torch calls this at registration and when one is assigned."""
         if self.fresh:
-            self.fresh = False
+            self.fresh = False  # only at registration: a weight that is assigned later is kept
             return weight
         weight, alpha, beta = split_weight(weight, self.groups)
         self.alpha.copy_(alpha)
@@ -198,16 +207,9 @@ class DiracParametrization(nn.Module):
 
 def like_conv(kind: type[nn.Module], conv: nn.Module, **kwargs) -> nn.Module:
     """A new convolution of class `kind` with the arguments of `conv`."""
-    names = (
-        'in_channels',
-        'out_channels',
-        'kernel_size',
-        'stride',
-        'padding',
-        'dilation',
-        'groups',
-    )
-    arguments = {name: getattr(conv, name) for name in (*names, 'padding_mode')}
+    sizes = ('in_channels', 'out_channels', 'kernel_size', 'stride', 'padding', 'dilation')
+    names = (*sizes, 'groups', 'padding_mode')
+    arguments = {name: getattr(conv, name) for name in names}
     return kind(**arguments, bias=conv.bias is not None, **kwargs)
 
 
@@ -221,11 +223,12 @@ def split_weight(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, Tenso
     Returns:
         (weight, alpha, beta). alpha, (out,), is the diagonal of the central tap; weight is the
         rest; beta, (out,), has the norms of the filters of this rest. From these three,
-        `dirac_weight` computes the ordinary weight again, up to rounding.
+        `dirac_weight` computes the ordinary weight again, up to rounding. A filter that is exactly
+        an identity has no rest: its weight and beta are 0, and get no gradient.
     """
     weight = weight.detach().clone()
     alpha = torch.zeros(weight.shape[0], device=weight.device, dtype=weight.dtype)
-    diagonal = _central_diagonal(weight, groups)  # (groups, n)
+    diagonal = _central_diagonal(weight, groups)  # a view: writing to it changes the weight
     alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]] = diagonal
     diagonal.zero_()
     return weight, alpha, torch.linalg.vector_norm(weight.flatten(1), dim=1)
@@ -235,15 +238,15 @@ def split_weight(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, Tenso
 
 
 class _FastDiracWeight(torch.autograd.Function):
-    """The Dirac weight without a delta in memory, with a backward pass that reads the weight half
-    as often as autograd's, and copies no gradient to add the diagonal."""
+    """`textbook_dirac_weight` without a delta in memory, and with a backward pass by hand, which
+    reads the weight fewer times than autograd's."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(weight, alpha, beta, groups):
-        effective = weight * to_filters(beta / filter_norms(weight), weight)
-        diagonal = _central_diagonal(effective, groups)
+        effective = weight * per_filter(beta / filter_norms(weight), weight)
+        diagonal = _central_diagonal(effective, groups)  # a view
         diagonal.add_(alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]])
         return effective
 
@@ -259,18 +262,17 @@ class _FastDiracWeight(torch.autograd.Function):
         missing = weight.shape[0] // ctx.groups - diagonal.shape[1]  # outputs without identity
         grad_alpha = F.pad(diagonal, (0, missing)).flatten()
         norms = filter_norms(weight)
-        grad_beta = torch.linalg.vecdot(*_rows(grad, weight)) / norms
+        grad_beta = torch.linalg.vecdot(_rows(grad, weight), _rows(weight, weight)) / norms
+        # d W / d weight = beta / n * (grad - weight * <grad, weight> / n^2), with the norms n
         factor = beta / norms
-        along_filters = to_filters(grad_beta * factor / norms, weight)
-        grad_weight = (grad * to_filters(factor, weight)).addcmul_(weight, along_filters, value=-1)
+        along_filters = per_filter(grad_beta * factor / norms, weight)
+        grad_weight = (grad * per_filter(factor, weight)).addcmul_(weight, along_filters, value=-1)
         return grad_weight, grad_alpha, grad_beta, None
 
 
-def _rows(*weights):
-    """The filters of weights as rows, (out, taps), in the memory order of the last weight."""
-    if weights[-1].is_contiguous():
-        return [weight.flatten(1) for weight in weights]
-    return [weight.movedim(1, -1).flatten(1) for weight in weights]
+def _rows(tensor, like):
+    """The filters of a tensor as rows, (out, taps), in the memory order of `like`."""
+    return (tensor if like.is_contiguous() else tensor.movedim(1, -1)).flatten(1)
 
 
 def _central_diagonal(weight, groups):

@@ -8,8 +8,7 @@
 
     model = diracnet18(pretrained=True)     # a folded DiracNet-18 with ImageNet weights
 
-Source: Zagoruyko and Komodakis, arXiv 1706.00388. This file needs torch, diracconv.py and
-diracparams.py alone.
+Source: Zagoruyko and Komodakis, arXiv 1706.00388. Needs torch, diracconv.py, diracparams.py.
 """
 
 import re
@@ -23,17 +22,17 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import diracparams
-from diracconv import ALPHA, BETA, dirac_weight
-from diracparams import Architecture, BnInit, Params, Scale, check, conv_params, copy_tensors
+from diracconv import dirac_weight
+from diracparams import Architecture, BnInit, Params, Scale, check, copy_tensors
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
-Function = Callable[..., Tensor]  # f(inputs, params, mode)
+Function = Callable[..., Tensor]  # such as f(inputs, params, mode)
 
 # --- the network -----------------------------------------------------------------------------
 
 
-def block(x: Tensor, params: Params, name: str, mode: bool, norm: Function) -> Tensor:
-    """ReLU -> convolution -> batch norm: (N, in, H, W) to (N, out, H, W)."""
+def relu_conv_bn(x: Tensor, params: Params, name: str, mode: bool, norm: Function) -> Tensor:
+    """A block: (N, in, H, W) to (N, out, H, W). Overwrites x."""
     x = F.conv2d(relu(x), params[f'{name}.conv'], padding=1)
     return batch_norm(x, params, f'{name}.bn', mode, norm)
 
@@ -44,27 +43,29 @@ def chain(
     params: Params,
     mode: bool,
     norm: Function = F.batch_norm,
-    block: Function = block,
+    block: Function = relu_conv_bn,
 ) -> Tensor:
     """A plain chain of blocks.
 
     Args:
         inputs: (N, in_channels, H, W), normalized images.
         params: flat dict, as `define_diracnet` makes it.
-        mode: True uses batch statistics and updates the running ones in place; False uses the
-            running ones.
+        mode: True, in training, uses batch statistics and updates the running ones in place; False
+            uses the running ones.
         norm: F.batch_norm, or another function with its arguments.
-        block: what to compute in each block, with the arguments of `block`.
+        block: `relu_conv_bn`, or another function with its arguments.
 
     Returns:
         logits, (N, num_classes).
     """
     if architecture.form == 'cifar':
-        x = F.conv2d(inputs, params['conv'], padding=1)  # (N, w0, H, W)
+        x = F.conv2d(inputs, params['conv'], padding=1)  # (N, widths[0], H, W)
         x = batch_norm(x, params, 'bn', mode, norm)
     else:
         x = F.conv2d(inputs, params['conv'], stride=2, padding=3)
-        x = F.max_pool2d(batch_norm(x, params, 'bn', mode, norm), 3, 2, 1)  # (N, w0, H / 4, W / 4)
+        x = F.max_pool2d(
+            batch_norm(x, params, 'bn', mode, norm), 3, 2, 1
+        )  # (N, widths[0], H / 4, W / 4)
     for g, group in enumerate(architecture.groups):
         if g > 0:
             x = F.max_pool2d(x, 2)  # H and W halve
@@ -80,12 +81,13 @@ def dirac_chain(
     params: Params,
     mode: bool,
     norm: Function = F.batch_norm,
-    chain: Function = chain,
+    compute: Function = chain,
 ) -> Tensor:
-    """A DiracNet: a chain whose blocks have Dirac weights. Without alpha and beta among its params,
-    it is the plain network that the paper compares with. Arguments are those of `chain`."""
+    """A DiracNet: a chain whose blocks have Dirac weights; without alpha and beta, the plain chain
+    that the paper compares with. Arguments are those of `chain`; `compute` computes the chain."""
+    # From here on, NAME.conv is the effective weight.
     params = {**params, **dirac_weights(architecture, params)}
-    return chain(architecture, inputs, params, mode, norm)
+    return compute(architecture, inputs, params, mode, norm)
 
 
 def dirac_weights(architecture: Architecture, params: Params) -> Params:
@@ -96,20 +98,20 @@ def dirac_weights(architecture: Architecture, params: Params) -> Params:
     """
     names_by_shape, weights = {}, {}
     for name in architecture.blocks:
-        if f'{name}.alpha' in params:
+        if f'{name}.alpha' in params or f'{name}.beta' in params:
             names_by_shape.setdefault(params[f'{name}.conv'].shape, []).append(name)
     for shape, names in names_by_shape.items():
-        weight, alpha, beta = (
+        stacked = [
             torch.cat([params[f'{name}.{part}'] for name in names])
             for part in ('conv', 'alpha', 'beta')
-        )
-        together = dirac_weight(weight, alpha, beta, groups=len(names))
-        weights.update(zip((f'{name}.conv' for name in names), together.split(shape[0])))
+        ]
+        effective = dirac_weight(*stacked, groups=len(names)).split(shape[0])
+        weights.update(zip((f'{name}.conv' for name in names), effective))
     return weights
 
 
 def relu(x: Tensor) -> Tensor:
-    return F.relu(x, inplace=True)  # the backward passes of batch norm and pooling do not need it
+    return F.relu(x, inplace=True)  # the backward passes before it do not need their output
 
 
 def batch_norm(x: Tensor, params: Params, name: str, mode: bool, norm: Function) -> Tensor:
@@ -147,33 +149,24 @@ def define_diracnet(
         dataset: a name in DATASETS; it determines the form, the channels and the classes.
         num_classes, in_channels, form: override those of the data set. The form is 'cifar' (3x3
             stem, three groups) or 'imagenet' (7x7 stem, four groups).
-        bn_init, alpha, beta: initial scales, see `diracparams.initialize_scales`. With 'shifted',
-            beta is 'depth' unless it is given.
+        bn_init, alpha, beta: initial scales, see `diracparams.initialize_scales`. Here, 'shifted'
+            also sets beta to 1 / sqrt(depth), unless it is given.
 
     Returns:
         f, params: `f(inputs, params, mode)` returns logits, see `chain`. params is a flat dict
         with dotted keys; all tensors but the running statistics require gradients.
 
     Raises:
-        ValueError: an impossible depth, width, data set or scale; the message says what is
-            possible.
+        ValueError: an impossible choice; the message says what is possible.
     """
     architecture = diracparams.make_architecture(
         depth, width, dataset, num_classes, in_channels, form
     )
-    params = diracparams.chain_params(architecture, dirac_conv_params)
+    params = diracparams.chain_params(architecture, diracparams.dirac_conv_params)
     if bn_init == 'shifted' and beta is None:
         beta = 'depth'
     diracparams.initialize_scales(params, architecture.depth, bn_init, alpha, beta)
     return partial(dirac_chain, architecture), params
-
-
-def dirac_conv_params(in_channels: int, out_channels: int) -> Params:
-    return {
-        'conv': conv_params(in_channels, out_channels, 3),
-        'alpha': torch.full((out_channels,), ALPHA),
-        'beta': torch.full((out_channels,), BETA),
-    }
 
 
 class Network(nn.Module):
@@ -182,12 +175,12 @@ class Network(nn.Module):
     Args:
         f: f(inputs, params, mode); mode is this module's `training`.
         params: flat dict. Tensors that require gradients become parameters, the others buffers.
-            The module shares their memory.
+            The module shares their memory, but has gradients of its own.
     """
 
     def __init__(self, f: Function, params: Params) -> None:
         super().__init__()
-        self.f, self.places = f, []
+        self.f, self.owners = f, []
         for key, tensor in params.items():
             *path, name = key.split('.')  # PyTorch refuses dots in names, so modules are nested
             module = self
@@ -199,11 +192,11 @@ class Network(nn.Module):
                 module.register_parameter(name, nn.Parameter(tensor.detach()))
             else:
                 module.register_buffer(name, tensor)
-            self.places.append((key, module, name))
+            self.owners.append((key, module, name))
 
     def params(self) -> Params:
         """The flat dict with the module's own tensors."""
-        return {key: getattr(module, name) for key, module, name in self.places}
+        return {key: getattr(module, name) for key, module, name in self.owners}
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.f(inputs, self.params(), self.training)
@@ -245,17 +238,18 @@ def fold_chain(
 
     Args:
         folded_conv: folded_conv(params, prefix) returns (weight, bias) of PREFIXconv.
-        known: the first names of all keys, after those of the blocks.
+        known: what a key may begin with, after the name of its block.
         folded_prefix: of the keys of the convolutions.
     """
     doubles = {key: tensor.double() for key, tensor in params.items() if key[:3] != 'eye'}
     folded = OrderedDict()
     try:
         for key in doubles:
-            name = re.sub(r'^group\d+\.block\d+\.', '', key)
+            prefix, name = re.fullmatch(r'(group\d+\.block\d+\.)?(.*)', key).groups('')
             check(name.partition('.')[0] in known, f'{key} is unknown: it cannot be folded')
+            check(f'{prefix}conv' in doubles, f'{prefix}conv is missing')
             if name == 'conv':
-                for part, tensor in zip(('weight', 'bias'), folded_conv(doubles, key[:-4])):
+                for part, tensor in zip(('weight', 'bias'), folded_conv(doubles, prefix)):
                     folded[f'{folded_prefix}{key}.{part}'] = tensor.to(params[key].dtype)
         for key in ('fc.weight', 'fc.bias'):
             folded[key] = params[key].detach().clone()
@@ -300,6 +294,7 @@ class DiracNet(nn.Module):
     @classmethod
     def from_state_dict(cls, state_dict: Params) -> 'DiracNet':
         """The module for a folded state dict, with its weights. Raises ValueError if none fits."""
+        # What is read overrides all that the data set would determine.
         net = cls(dataset='CIFAR10', **diracparams.read_network(state_dict, cls.prefix))
         copy_tensors(state_dict, net.to(state_dict['fc.weight'].dtype))
         return net
@@ -314,21 +309,23 @@ def folded_layers(
     """The layers of a folded network up to its last convolution: conv, group0, max_pool1, ...
 
     activation() is the name and the module of a block's activation, which makes `factor` times as
-    many channels.
+    many channels: twice in version 1.
     """
     in_channels, stem_width = architecture.in_channels, architecture.widths[0]
-    layers = OrderedDict(conv=nn.Conv2d(in_channels, stem_width, 3, padding=1))
+    layers = OrderedDict()
     if architecture.form == 'imagenet':
         layers['conv'] = nn.Conv2d(in_channels, stem_width, 7, stride=2, padding=3)
         layers['max_pool0'] = nn.MaxPool2d(3, 2, 1)
+    else:
+        layers['conv'] = nn.Conv2d(in_channels, stem_width, 3, padding=1)
     for g, blocks in enumerate(architecture.groups):
         if g > 0:
             layers[f'max_pool{g}'] = nn.MaxPool2d(2)
         group = OrderedDict()
         for name, inside, out in blocks:
             conv = nn.Conv2d(factor * inside, out, 3, padding=1)
-            block = nn.Sequential(OrderedDict([activation(), ('conv', conv)]))
-            group[name.removeprefix(f'group{g}.')] = block
+            parts = OrderedDict([activation(), ('conv', conv)])
+            group[name.removeprefix(f'group{g}.')] = nn.Sequential(parts)
         layers[f'group{g}'] = nn.Sequential(group)
     return layers
 
@@ -382,17 +379,20 @@ def diracnet(
         ValueError: as for `define_diracnet`, or there is no such pretrained network.
         RuntimeError: the file in weights/ is missing.
     """
-    content = diracparams.trained_weights(dataset, folded) if pretrained else {}
-    own = content.get('network', {'width': 1})
-    given = {'depth': depth, 'width': width, **kwargs}
-    for name, value in given.items() if pretrained else ():
+    make = DiracNet if folded else _network
+    if not pretrained:
+        check(depth is not None, 'depth is missing: only pretrained networks have one of their own')
+        return make(depth, 1 if width is None else width, dataset, **kwargs)
+    content = diracparams.trained_weights(dataset, folded)
+    own = content['network']
+    for name, value in {'depth': depth, 'width': width, **kwargs}.items():
         fits = value in (None, own.get(name))
         check(fits, f'{name} {value!r} does not fit the pretrained network for {dataset}: {own}')
-    given = {name: own.get(name) if value is None else value for name, value in given.items()}
-    check(given['depth'], 'depth is missing: only pretrained networks have one of their own')
-    net = DiracNet if folded else lambda *args, **kwargs: Network(*define_diracnet(*args, **kwargs))
-    net = net(given.pop('depth'), given.pop('width'), dataset, **given)
-    if pretrained:
-        copy_tensors(content['state_dict'], net)
-        net.classes, net.preprocessing = content['classes'], content['preprocessing']
+    net = make(own['depth'], own['width'], dataset)
+    copy_tensors(content['state_dict'], net)
+    net.classes, net.preprocessing = content['classes'], content['preprocessing']
     return net
+
+
+def _network(*args, **kwargs):
+    return Network(*define_diracnet(*args, **kwargs))

@@ -1,6 +1,6 @@
 """Which DiracNets there are, and the parameters that they start from.
 
-`diracnet.py` defines the networks themselves. This file needs torch alone.
+`diracnet.py` defines the networks themselves. This file needs torch and diracconv.py alone.
 """
 
 import math
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from diracconv import ALPHA, BETA
 
 Params = dict[str, Tensor]  # flat, with dotted keys
 
@@ -38,7 +40,7 @@ class Architecture:
     """All that determines the shapes of a network's parameters."""
 
     form: str  # 'cifar': 3x3 stem and three groups; 'imagenet': 7x7 stem and four groups
-    depth: int
+    depth: int  # counted as that of a Wide ResNet with as many blocks
     width: float
     in_channels: int
     num_classes: int
@@ -153,6 +155,14 @@ def chain_params(architecture: Architecture, block_params: Callable[[int, int], 
             tree[name] = {**block_params(inside, out), 'bn': bn_params(out)}
     tree['fc'] = linear_params(architecture.widths[-1], architecture.num_classes)
     return flatten(tree)
+
+
+def dirac_conv_params(in_channels: int, out_channels: int) -> Params:
+    return {
+        'conv': conv_params(in_channels, out_channels, 3),
+        'alpha': torch.full((out_channels,), ALPHA),
+        'beta': torch.full((out_channels,), BETA),
+    }
 
 
 def conv_params(in_channels: int, out_channels: int, kernel_size: int) -> Tensor:

@@ -42,8 +42,8 @@ from lab.runs.state import State
 from lab.training.broken_images import BrokenImages
 from lab.training.inputs import load_data, make_batches
 from lab.training.meters import Meters
-from lab.training.network import Averages, build_network, check_memory, network_arguments
-from lab.training.optimizers import clip_gradients, make_optimizer, prepare_step
+from lab.training.network import Averages, build_network, count_parameters, network_arguments
+from lab.training.optimizers import clip_gradients, make_optimizer, set_rates
 from lab.training.options import parse
 from lab.training.passes import Pass
 from lab.training.recalibration import recalibrate
@@ -53,59 +53,57 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     cli_options = parse(arguments, __doc__)
     device = choose_device(cli_options)
-    launches = cli_options.get('ngpu', 1) > distributed.local_world()
+    must_launch = cli_options.get('ngpu', 1) > distributed.local_world()
     with distributed.one_line_errors(), RunFolder(cli_options) as folder:
         distributed.start(device)
         if 'evaluate' in cli_options:
             checkpoint, options = find_to_evaluate(cli_options)
-            work = partial(evaluate, checkpoint, 'recalibrate_bn' in cli_options)
         else:
-            if not launches:  # otherwise the launched processes lock it
+            if not must_launch:  # otherwise the launched processes lock it
                 distributed.from_first(folder.lock)
             resumed, pretrained, options = find_start(cli_options)
             if resumed and resumed.epoch >= options['epochs']:
                 return say(f'{resumed.path} has finished its {resumed.epoch} epochs: nothing to do')
-            work = partial(train, resumed, pretrained, folder, arguments)
         set_up(options, device)
-        if launches:
+        if must_launch:  # only now that all options are known to be right
             return distributed.launch(options['ngpu'], [__file__, *arguments])
         options['ngpu'] = world()
-        return work(options, device)
+        if 'evaluate' in cli_options:
+            return evaluate(checkpoint, options, device, 'recalibrate_bn' in cli_options)
+        return train(options, resumed, pretrained, device, folder, arguments)
 
 
-def train(resumed, pretrained, folder, arguments, options, device):
+def train(options, resumed, pretrained, device, folder, arguments):
     """Train to the last epoch: a run that was stopped, a pretrained network, or a new one. Write
     checkpoints, log and command line to `folder`."""
-    folder.choose(options, resumed)
+    folder.choose_path(options, resumed)
     with Stop() as stop:
         # The data.
         data = load_data(options, resumed)
-        for note in () if resumed else data.notes:
-            stop.say(note)
         network = network_arguments(options, data)
-        n_parameters = check_memory(network, options['dtype'], device)
-        train_batches = make_batches(data, True, options, device)
-        test_batches = make_batches(data, False, options, device)
+        n_parameters = count_parameters(network)
+        train_batches = make_batches(data, options, device, train=True)
+        test_batches = make_batches(data, options, device, train=False)
         broken = BrokenImages(stop.say, train_batches, test_batches)
 
         # The network and what trains it, new or from a checkpoint.
         module, norm = build_network(options, network, device)
+        if pretrained:
+            stop.say(start_from(module, pretrained, data.classes, train_batches))
         optimizer = make_optimizer(module, options)
         scaler = torch.amp.GradScaler(device.type, enabled=options['dtype'] == 'half')
         averages, meters = Averages(module, options['ema']), Meters(len(data.classes))
         state = State(module, optimizer, scaler, averages, meters)
         if resumed:
             state.restore(resumed)
-        elif pretrained:
-            stop.say(start_from(module, pretrained, data.classes, train_batches))
         model = distributed.share_gradients(module, device)
 
         # The folder.
         metadata = run_metadata(options, network, data)
-        stop.listen()
+        stop.listen()  # from here on, a signal stops the run after a step, with a checkpoint
         log = folder.open(arguments, device, module, options, resumed)
         recorder = Recorder(folder, stop, state, metadata, log)
-        stop.say(describe_run(options, n_parameters, train_batches, test_batches, device, resumed))
+        stop.say(describe_run(options, data, n_parameters, device, resumed))
 
         progress, first_epoch = (resumed.progress, resumed.epoch + 1) if resumed else (None, 1)
         for epoch in range(first_epoch, options['epochs'] + 1):
@@ -113,26 +111,27 @@ def train(resumed, pretrained, folder, arguments, options, device):
             label = f'epoch {epoch}/{options["epochs"]}'
             train_pass = Pass('train', train_batches, meters, epoch, label, stop.say, progress)
             with train_pass:
-                for inputs, targets in train_batches:
-                    prepare_step(options, optimizer, norm, train_pass)
+                for inputs, targets in train_batches:  # from where the pass starts
+                    set_rates(options, optimizer, norm, train_pass)
                     optimizer.zero_grad()
-                    loss, logits = forward(model, inputs, targets, options)
-                    scaler.scale(loss * loss_share(targets, train_pass)).backward()
+                    loss, logits = loss_and_logits(model, inputs, targets, options)
+                    scaler.scale(loss * loss_weight(targets, train_pass)).backward()
                     clip_gradients(module, optimizer, scaler, options['clip'])
                     scaler.step(optimizer)
                     scaler.update()
                     averages.update(module)
                     train_pass.add(loss, logits, targets)
-                    recorder.after_step(train_pass)
+                    recorder.save_or_exit_if_due(train_pass)
             progress = None  # only the first epoch can start in the middle
             results = train_pass.stats()
-            recorder.save_in(train_pass)
+            recorder.save_within_epoch(train_pass)  # a test that is interrupted is repeated
             for name, tested in (('test', module), *averages.tested):
                 test_pass = Pass(name, test_batches, meters, epoch, say=stop.say)
                 # Averages of running statistics do not fit the activations of averaged weights.
-                own = train_batches if options['recalibrate_bn'] or tested is not module else None
+                recalibrates = options['recalibrate_bn'] or tested is not module
+                batches = train_batches if recalibrates else None
                 exit_if_stopped = partial(recorder.exit_if_stopped, train_pass)
-                results |= test(tested, test_pass, options, broken, own, exit_if_stopped)
+                results |= test(tested, test_pass, options, broken, batches, exit_if_stopped)
             stats = epoch_stats(metadata, results, train_pass, n_parameters, device)
             recorder.record_epoch({**stats, **broken.stats(train_batches, test_batches)})
             stop.say(describe_epoch(stats, train_pass))
@@ -150,45 +149,47 @@ def test(module, test_pass, options, broken, train_batches=None, after_batch=lam
         train_batches: training Batches, to compute the running statistics anew on first.
         after_batch: called after each batch.
     """
-    if train_batches:  # this counts in the test's time
+    if train_batches is not None:  # this counts in the test's time
         for _ in recalibrate(module, train_batches, test_pass.epoch, options):
             after_batch()
     distributed.share_statistics(module)
     module.eval()
     with test_pass, torch.inference_mode():
         for inputs, targets in test_pass.batches:
-            test_pass.add(*forward(module, inputs, targets, options), targets)
+            loss, logits = loss_and_logits(module, inputs, targets, options)
+            test_pass.add(loss, logits, targets)
             after_batch()
     broken.check(test_pass.batches)
     return test_pass.stats()
 
 
-def evaluate(checkpoint, recalibrates, options, device):
+def evaluate(checkpoint, options, device, recalibrates):
     """Test a checkpoint, and print the results as one line of JSON. `recalibrates`: first compute
     the running statistics of batch norm anew, without changing the file."""
     dtype, _ = DTYPES[options['dtype']]
     module = checkpoint.module().to(device, dtype, memory_format=torch.channels_last)
     data = load_data(options, checkpoint, is_test=True)
-    train_batches = make_batches(data, True, options, device) if recalibrates else None
-    test_batches = make_batches(data, False, options, device)
+    train_batches = make_batches(data, options, device, train=True) if recalibrates else None
+    test_batches = make_batches(data, options, device, train=False)
     meters = Meters(len(data.classes))
     test_pass = Pass('test', test_batches, meters, checkpoint.epoch)
     results = test(module, test_pass, options, BrokenImages(), train_batches)
     print_evaluation(checkpoint, options, results, recalibrates, test_batches.n)
 
 
-def forward(model, inputs, targets, options):
+def loss_and_logits(model, inputs, targets, options):
     """Mean loss and logits, (N, classes), of a batch."""
     dtype, autocast_dtype = DTYPES[options['dtype']]
     smoothing = options['label_smoothing'] if model.training else 0
     with autocast(inputs.device, autocast_dtype):
-        logits = model(inputs.to(dtype))
+        inputs = inputs.to(dtype)
+        logits = model(inputs)
         if options['tta'] == 'flip' and not model.training:
-            logits = (logits + model(inputs.to(dtype).flip(3))) / 2
+            logits = (logits + model(inputs.flip(3))) / 2
     return F.cross_entropy(logits.to(dtype), targets, label_smoothing=smoothing), logits
 
 
-def loss_share(targets, train_pass):
+def loss_weight(targets, train_pass):
     """The factor for this process's loss: gradients are averaged over processes, whose shares of
     a batch may differ by one sample."""
     batch_size = train_pass.batches.size(train_pass.step)

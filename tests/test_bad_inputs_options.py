@@ -88,7 +88,7 @@ def nothing_is_built(monkeypatch):
     def make_small_batches(data, training, options, device):
         if data.preprocessing.image_size > 1000:
             pytest.fail(f'makes batches of {data.preprocessing.image_size} pixels')
-        return make_batches(data, training, options, device)
+        return make_batches(data, options, device, train=training)
 
     monkeypatch.setattr(train, 'build_network', build_network)
     monkeypatch.setattr(train, 'make_batches', make_small_batches)

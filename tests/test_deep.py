@@ -1,12 +1,11 @@
-"""Networks of hundreds and thousands of layers: folded, exported, in int8, and recomputed."""
+"""Networks of hundreds and thousands of layers: folded and exported."""
 
 import cProfile
 import gc
 import pstats
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 
@@ -17,9 +16,6 @@ from lab.folded import compute_logits
 from lab.models import registry
 from lab.onnx_models import OnnxNetwork, to_onnx
 from lab.runs import checkpoint
-from lab.training.network import BatchNorm
-from lab.training.recompute import recomputed_chain
-from tools.int8 import int8_onnx
 
 
 @cache
@@ -27,6 +23,11 @@ def digits():
     """All training digits, normalized: (1437, 1, 8, 8)."""
     data = datasets.load('digits', '.')
     return normalize(data.train[0], data.preprocessing).contiguous()
+
+
+def of_this_batch(x, mean, var, weight, bias, training, momentum, eps):
+    """Batch norm that sets the running statistics to those of the batch."""
+    return F.batch_norm(x, mean, var, weight, bias, training, 1, eps)
 
 
 @cache
@@ -44,7 +45,7 @@ def deep(depth):
             tensor.mul_(torch.empty_like(tensor).uniform_(0.8, 1.2))
         elif key.endswith('bn.bias'):
             tensor.add_(torch.empty_like(tensor).uniform_(-0.2, 0.2))
-    f(digits()[:256], params, True, norm=BatchNorm(F.batch_norm, 1))
+    f(digits()[:256], params, True, norm=of_this_batch)
     return f, params
 
 
@@ -65,54 +66,20 @@ def assert_same_network(actual, expected):
     assert expected.std(0).max() > 0.1 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize('depth', [202, 1000])
-def test_folds(depth):
-    f, params = deep(depth)
+def test_folds():
+    f, params = deep(1000)
     images = digits()[-64:]
     expected = compute_logits(Network(f, params).eval(), images)
     assert_same_network(compute_logits(folded(params), images), expected)
-    # In double precision, nothing is lost: the difference above is rounding.
-    double = {key: tensor.double() for key, tensor in params.items()}
-    exact = compute_logits(Network(f, double).eval(), images.double())
-    assert relative_error(compute_logits(folded(double), images.double()), exact) < 1e-11
-    assert relative_error(expected, exact) < 1e-4
 
 
 def test_exports_to_onnx():
-    f, params = deep(1000)
+    f, params = deep(502)
     images = digits()[-64:]
     model = to_onnx(folded(params), images.shape[1:], {})
-    assert sum(node.op_type == 'Conv' for node in model.graph.node) == 996 + 1  # blocks and stem
+    assert sum(node.op_type == 'Conv' for node in model.graph.node) == 498 + 1  # blocks and stem
     logits = compute_logits(OnnxNetwork(model.SerializeToString()), images)
     assert_same_network(logits, compute_logits(Network(f, params).eval(), images))
-
-
-def test_int8():
-    """Through 202 layers, the logits stand out from the noise of rounding."""
-    f, params = deep(202)
-    images = digits()[-64:]
-    content = int8_onnx(folded(params), digits()[:128], {})
-    expected = compute_logits(Network(f, params).eval(), images)
-    noise = compute_logits(OnnxNetwork(content), images) - expected
-    decibels = 10 * np.log10(np.square(expected).sum() / np.square(noise).sum())
-    assert decibels > 15
-
-
-def test_recomputes():
-    """With --recompute, the same logits, gradients and running statistics."""
-    f, params = deep(1000)
-    images, results = digits()[:8].double(), []
-    for function in (f, partial(recomputed_chain, *f.args)):
-        copied = {
-            key: tensor.detach().double().requires_grad_(tensor.requires_grad)
-            for key, tensor in params.items()
-        }
-        logits = function(images, copied, True)
-        F.cross_entropy(logits, torch.arange(8)).backward()
-        tensors = [t.grad if t.requires_grad else t for t in copied.values()]
-        results.append([logits.detach(), *tensors])
-    for expected, actual in zip(*results):
-        assert (actual - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def test_linear_in_depth(tmp_path):
@@ -140,9 +107,9 @@ def function_calls(depth, folder):
     f, params = counted('define', lambda: define_diracnet(depth, 1 / 16, 'digits'))
     net = counted('module', lambda: Network(f, params).eval())
     counted('logits', lambda: compute_logits(net, digits()[:1]))
-    counted('infer', lambda: registry.infer(params))
+    counted('recognize', lambda: registry.recognize(params))
     counted('save', lambda: checkpoint.save(path, {'params': net.state_dict()}))
-    found = counted('load', lambda: checkpoint.load(path))
-    counted('load into a module', found.module)
-    counted('fold', found.fold)
+    loaded = counted('load', lambda: checkpoint.load(path))
+    counted('load into a module', loaded.module)
+    counted('fold', loaded.fold)
     return calls

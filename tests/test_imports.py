@@ -2,7 +2,7 @@
 
 import ast
 import sys
-from pathlib import Path
+from graphlib import TopologicalSorter
 
 import pytest
 
@@ -11,6 +11,7 @@ from conftest import ROOT
 # A file may import from its own room and from the rooms before it.
 ROOMS = (
     'diracconv',
+    'diracparams',
     'diracnet',
     'diracify',
     'hubconf',
@@ -29,161 +30,62 @@ ROOMS = (
     'train',
     'tools',
 )
-STANDS_ALONE = ('diracconv', 'diracnet', 'diracify', 'hubconf')
+STANDS_ALONE = ROOMS[: ROOMS.index('hubconf') + 1]
+PACKAGES = ('lab', 'lab.data', 'lab.models', 'lab.runs', 'lab.training')  # empty __init__.py
 
 
-def find_files(root):
+def find_files():
     """The files of all rooms: dotted name to path."""
-    paths = [root / f'{room}.py' for room in ROOMS if '.' not in room]
-    for folder in ('lab', 'tools'):
-        paths += (root / folder).rglob('*.py')
-    files = {}
-    for path in paths:
-        if path.exists():
-            parts = path.relative_to(root).with_suffix('').parts
-            files['.'.join(part for part in parts if part != '__init__')] = path
-    return files
+    paths = [ROOT / f'{room}.py' for room in (*STANDS_ALONE, 'train')]
+    paths += [path for folder in ('lab', 'tools') for path in (ROOT / folder).rglob('*.py')]
+    names = ('.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in paths)
+    return {name.removesuffix('.__init__'): path for name, path in zip(names, paths)}
 
 
-def find_names(path):
-    """The dotted names that a file imports, also within functions: (module, name or None)."""
-    names = []
+def imported_modules(path):
+    """The dotted names of all modules that a file may import, also within functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names += [(alias.name, None) for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f'{path}:{node.lineno} has a relative import'
-            names += [(node.module, alias.name) for alias in node.names]
-    return names
-
-
-def find_imports(files):
-    """Which files each of these files imports."""
-    imports = {}
-    for name, path in files.items():
-        found = set()
-        for module, attribute in find_names(path):
-            inner = f'{module}.{attribute}'  # `from lab import files` imports lab.files
-            found.add(inner if inner in files else module)
-        imports[name] = sorted(found & set(files) - {name})
-    return imports
+            yield node.module
+            yield from (f'{node.module}.{alias.name}' for alias in node.names)
 
 
 def room_of(name):
-    """The position of a file's room in ROOMS; -1 for the package lab, whose file is empty."""
+    """The position of a file's room in ROOMS."""
     for position, room in enumerate(ROOMS):
         if name == room or name.startswith(f'{room}.'):
             return position
-    return -1
+    raise AssertionError(f'{name} is in no room')
 
 
-def upward_imports(imports):
-    lines = []
-    for name, imported_names in imports.items():
-        higher = [imported for imported in imported_names if room_of(imported) > room_of(name)]
-        lines += [f'{name} imports {imported}' for imported in higher]
-    return lines
+FILES = find_files()
+IMPORTS = {
+    name: (set(imported_modules(path)) & set(FILES)) - {name, *PACKAGES}
+    for name, path in FILES.items()
+    if name not in PACKAGES
+}
 
 
-def find_circle(imports):
-    """Files of which each imports the next, and the last one the first; [] if there are none."""
-    finished = set()
-
-    def search(name, path):
-        if name in path:
-            return path[path.index(name) :]
-        if name not in finished:
-            for imported in imports[name]:
-                circle = search(imported, [*path, name])
-                if circle:
-                    return circle
-            finished.add(name)
-        return []
-
-    for name in imports:
-        circle = search(name, [])
-        if circle:
-            return circle
-    return []
-
-
-def foreign_imports(path):
-    """The packages that a file imports, without torch and the standard library."""
-    packages = {module.split('.')[0] for module, _ in find_names(path)}
-    return packages - {'torch'} - sys.stdlib_module_names
-
-
-FILES = find_files(ROOT)
-
-
-def test_every_file_is_found_and_has_a_room():
-    assert {'diracconv', 'diracnet', 'train', 'lab.runs.checkpoint', 'tools.plot'} <= set(FILES)
-    packages = {'lab', 'lab.data', 'lab.models', 'lab.runs', 'lab.training'}  # empty __init__.py
-    for name in set(FILES) - packages:
-        assert room_of(name) >= 0, name
-    for name in packages:
-        assert FILES[name].read_text() == ''
+def test_every_kind_of_import_is_found():
+    assert {'diracconv', 'diracparams'} <= IMPORTS['diracnet']  # from diracparams import check
+    assert 'diracnet' in IMPORTS['lab.models.registry']  # import diracnet
+    assert 'lab.data.datasets' in IMPORTS['lab.folded']  # from lab.data import datasets
+    assert all(FILES[name].read_text() == '' for name in PACKAGES)
 
 
 def test_no_file_imports_upwards():
-    assert upward_imports(find_imports(FILES)) == []
+    pairs = [(name, other) for name, others in IMPORTS.items() for other in others]
+    assert not [pair for pair in pairs if room_of(pair[1]) > room_of(pair[0])]
 
 
 def test_no_files_import_each_other():
-    assert find_circle(find_imports(FILES)) == []
+    TopologicalSorter(IMPORTS).prepare()  # raises CycleError, which names the files
 
 
 @pytest.mark.parametrize('name', STANDS_ALONE)
 def test_method_needs_torch_alone(name):
-    assert foreign_imports(FILES[name]) <= set(STANDS_ALONE)
-
-
-# --- the functions above find what they look for ---------------------------------------------
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """tree(name=text): a checkout with these files; `__` stands for the dot in a name."""
-
-    def tree(**texts):
-        for name, text in texts.items():
-            path = Path(tmp_path, *name.split('__')).with_suffix('.py')
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return find_files(tmp_path)
-
-    return tree
-
-
-def test_upward_import_is_found(tree):
-    files = tree(
-        diracnet='import torch\nfrom lab import errors\n',
-        lab__errors='',
-        lab__files='def f():\n    from lab.runs.log import LOG\n    return LOG\n',
-        lab__runs__log='import lab.errors\n',
-        tools__plot='import train\n',
-        train='def main():\n    if True:\n        import tools.plot as plot\n    return plot\n',
-    )
-    assert sorted(upward_imports(find_imports(files))) == [
-        'diracnet imports lab.errors',
-        'lab.files imports lab.runs.log',
-        'train imports tools.plot',
-    ]
-
-
-def test_circle_is_found(tree):
-    texts = {
-        'lab__data__a': 'from lab.data import b\n',
-        'lab__data__b': 'def f():\n    from lab.data.c import g\n    return g\n',
-        'lab__data__c': 'import lab.data.a\n',
-        'lab__data__d': 'from lab.data import a, c\n',
-    }
-    circle = find_circle(find_imports(tree(**texts)))
-    assert sorted(circle) == ['lab.data.a', 'lab.data.b', 'lab.data.c']
-    texts['lab__data__c'] = 'import json\n'
-    assert find_circle(find_imports(tree(**texts))) == []
-
-
-def test_foreign_import_is_found(tree):
-    files = tree(diracconv='import math\nimport torch.nn\ndef f():\n    import numpy as np\n')
-    assert foreign_imports(files['diracconv']) == {'numpy'}
+    packages = {module.split('.')[0] for module in imported_modules(FILES[name])}
+    assert packages - {'torch'} - sys.stdlib_module_names <= set(STANDS_ALONE)

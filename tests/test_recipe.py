@@ -91,9 +91,9 @@ def test_loss():
         log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         return -(wanted * log_p).sum(1).mean()
 
-    found, outputs = train.forward(net, inputs, torch.from_numpy(targets), options)
+    found, outputs = train.loss_and_logits(net, inputs, torch.from_numpy(targets), options)
     assert found.item() == pytest.approx(loss(logits, 0.3)) and outputs is net.logits
-    found, outputs = train.forward(net.eval(), inputs, torch.from_numpy(targets), options)
+    found, outputs = train.loss_and_logits(net.eval(), inputs, torch.from_numpy(targets), options)
     mean = (logits + mirrored) / 2
     assert found.item() == pytest.approx(loss(mean, 0))
     np.testing.assert_allclose(outputs.numpy(), mean)

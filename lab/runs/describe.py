@@ -3,23 +3,26 @@
 import math
 
 from lab import cuda
-from lab.data.names import display_name
 from lab.distributed import say, world
 from lab.errors import UserError, printable
 from lab.runs.log import format_line
 from lab.training.recalibration import describe_lag
 
 
-def describe_run(options, n_parameters, train_batches, test_batches, device, resumed):
+def describe_run(options, data, n_parameters, device, resumed):
+    """What trains on what, in words."""
     name = f'{options["model"]}-{options["depth"]}-{options["width"]:g}'
-    data = display_name(options['dataset'], options['dataroot'])
     test_images = 'held-out training' if options['holdout'] else 'test'
     processes = f', {world()} processes' if world() > 1 else ''
-    return (
-        f'{name} on {printable(data)}, {train_batches.n} training and {test_batches.n} '
-        f'{test_images} images, {device}{processes}, in {printable(options["save"])}\n'
-        f'{n_parameters:,} parameters, {describe_rate(options)}'
-        + (f'\nresuming after {resumed.position}' if resumed else '')
+    return '\n'.join(
+        (
+            *(data.notes if not resumed else ()),
+            f'{name} on {printable(data.name)}, {len(data.train[1])} training and '
+            f'{len(data.test[1])} {test_images} images, {device}{processes}, in '
+            f'{printable(options["save"])}',
+            f'{n_parameters:,} parameters, {describe_rate(options)}',
+            *([f'resuming after {resumed.position}'] if resumed else ()),
+        )
     )
 
 

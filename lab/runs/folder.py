@@ -38,7 +38,7 @@ NOT_OTHERS = (OUTPUT, f'{COMMANDS}.', '.', 'lost+found')
 class RunFolder:
     """The folder of a run. Only rank 0 writes to it, and only one training at a time.
 
-    Use it in this order: `lock` an existing folder before reading from it, `choose` which
+    Use it in this order: `lock` an existing folder before reading from it, `choose_path` which
     folder it is, `open` it once nothing else can go wrong, write to it, `finish`.
 
     A failed write is reported. It ends the run only if there is no checkpoint yet.
@@ -84,7 +84,7 @@ class RunFolder:
                 )
             time.sleep(0.1)
 
-    def choose(self, options, resumed):
+    def choose_path(self, options, resumed):
         """Choose the folder for these options, and put it into them as `save`.
 
         Raises OptionError if it has another run, or files that are no run's.

@@ -30,7 +30,7 @@ class Recorder:
 
     # --- checkpoints ---
 
-    def after_step(self, train_pass):
+    def save_or_exit_if_due(self, train_pass):
         """Save if it is time to. If a signal has come, save and exit.
 
         Raises:
@@ -43,11 +43,11 @@ class Recorder:
         if number:
             self.stop.ignore_signals()
         if number or due:
-            self.save_in(train_pass)
+            self.save_within_epoch(train_pass)
         if number:
             self._exit(number, train_pass)
 
-    def save_in(self, train_pass):
+    def save_within_epoch(self, train_pass):
         """Write a checkpoint within a training pass, or at its end: a test is repeated if it is
         interrupted."""
         progress = train_pass.progress()  # this measures the last batches

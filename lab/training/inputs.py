@@ -41,7 +41,7 @@ def load_data(options, checkpoint=None, is_test=False):
     return replace(data, mirrored=data.mirrored and not options['no_mirror'])
 
 
-def make_batches(data, train, options, device):
+def make_batches(data, options, device, train):
     """Batches of the training or the test set. Raises OptionError."""
     batches = data.batches(
         train,

@@ -29,44 +29,44 @@ def network_arguments(options, data):
     }
 
 
-def check_memory(network, dtype, device):
-    """The number of parameters of a network, by arithmetic: the kernel would end a process that
-    takes too much memory without a word.
+def count_parameters(network):
+    """The parameters of `registry.define(**network)`, without making them.
 
-    Raises:
-        OptionError: there is no such network, or its parameters, their gradients and their momenta
-            need more memory than there is.
+    Raises OptionError if there is no such network.
     """
+    depth, longest = network['depth'], 60
+    if depth <= longest or registry.form_of(network) == 'imagenet':
+        return _count(network)
+    base = longest - 12 + depth % 6
     try:
-        n = count_parameters(network)
+        small, larger = (_count({**network, 'depth': d}) for d in (base, base + 6))
+    except OptionError:
+        return _count(network)  # raises the error for this depth
+    return small + (depth - base) // 6 * (larger - small)  # 6 more layers add the same number
+
+
+def _count(network):
+    try:
+        tensors = registry.shapes(**network).values()
     except ValueError as error:
         raise OptionError(str(error)) from None
-    needed = 3 * n * DTYPES[dtype][0].itemsize
+    return sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
+
+
+def check_memory(n_parameters, options, device):
+    """Raise OptionError if parameters, gradients and momentum need more memory than there is: the
+    kernel would end the process without a word."""
+    needed = 3 * n_parameters * DTYPES[options['dtype']][0].itemsize
     if device.type == 'cuda':
         available = cuda.memory(device)
     else:
         available = total_memory() / distributed.local_world()
     if needed > available:
         raise OptionError(
-            f'--depth {network["depth"]} --width {network["width"]:g}: {n:,} parameters need '
-            f'{needed / 1e9:,.1f} GB to train, but there are {available / 1e9:,.1f} GB for {device}'
+            f'--depth {options["depth"]} --width {options["width"]:g}: {n_parameters:,} parameters '
+            f'need {needed / 1e9:,.1f} GB to train, but there are {available / 1e9:,.1f} GB for '
+            f'{device}'
         )
-    return n
-
-
-def count_parameters(network):
-    """The parameters of `registry.define(**network)`, without making them. Raises ValueError."""
-    depth, longest = network['depth'], 60
-    if depth > longest and registry.form_of(network) == 'cifar':
-        # 6 more layers always add the same number.
-        base = longest - 12 + depth % 6
-        try:
-            small, larger = (count_parameters({**network, 'depth': d}) for d in (base, base + 6))
-        except ValueError:
-            registry.define(**network)  # raises the same error, for this depth
-        return small + (depth - base) // 6 * (larger - small)
-    tensors = registry.shapes(**network).values()
-    return sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
 
 
 def build_network(options, network, device):
@@ -79,9 +79,10 @@ def build_network(options, network, device):
         diracnet.Network on the device, in channels_last, and the BatchNorm in it.
 
     Raises:
-        OptionError: it has no part to freeze of that name, or it cannot be computed as the options
-            ask.
+        OptionError: it does not fit the memory, has no part to freeze of that name, or cannot be
+            computed as the options ask.
     """
+    check_memory(count_parameters(network), options, device)
     torch.manual_seed(options['seed'])
     try:
         f, params = registry.define(**registry.initialization(options), **network)

@@ -69,7 +69,7 @@ def learning_rate(options, step, epoch_steps):
     return lr * (1 + math.cos(math.pi * done)) / 2
 
 
-def prepare_step(options, optimizer, norm, train_pass):
+def set_rates(options, optimizer, norm, train_pass):
     """Set what depends on the position in the training: the learning rate, the momentum of batch
     norm (a BatchNorm), and the random state of dropout."""
     epoch, step, steps = train_pass.epoch - 1, train_pass.step, len(train_pass.batches)

@@ -6,7 +6,8 @@ it. Only the input of each batch norm is kept, and the input of the convolution 
 recomputed from that. Compiled blocks are cut in the same place, so that batch norm and ReLU become
 one kernel.
 
-This restates `diracnet.block`, so `regrouped` compares what both compute before it trains anything.
+This restates `diracnet.relu_conv_bn`, so `regrouped` compares what both compute before anything is
+trained.
 """
 
 from functools import partial
@@ -36,14 +37,14 @@ def regrouped(f, params, in_channels, block, flag):
     inputs = torch.linspace(-2, 2, 2 * in_channels * size**2).view(2, in_channels, size, size).sin()
     own, other = (
         chain(inputs, {key: tensor.detach().clone() for key, tensor in params.items()}, True)
-        for chain in (f, partial(f, chain=partial(regrouped_chain, plain_block)))
+        for chain in (f, partial(f, compute=partial(regrouped_chain, plain_block)))
     )
     if not torch.allclose(own, other, rtol=1e-3, atol=1e-3, equal_nan=True):
         raise ValueError(
             f'{flag} computes other blocks than diracnet.chain: lab/training/recompute.py has them '
             'as they were; change them in the same way, or train without it'
         )
-    return partial(f, chain=partial(regrouped_chain, block))
+    return partial(f, compute=partial(regrouped_chain, block))
 
 
 def regrouped_chain(block, architecture, inputs, params, mode, norm=F.batch_norm):
