@@ -1,4 +1,4 @@
-"""What a recipe's options do: schedules, smoothing, clipping, averages, cutout, flips in tests."""
+"""What a recipe's options do: smoothing, averages, cutout, flips in tests."""
 
 import json
 
@@ -24,45 +24,7 @@ ALL = (
 )
 
 
-# --- the learning rate -----------------------------------------------------------------------
-
-
-def rates(epoch_steps, **given):
-    options = complete({'dataset': 'digits', 'lr': 0.4, **given})
-    steps = range(options['epochs'] * epoch_steps)
-    return [learning_rate(options, step, epoch_steps) for step in steps]
-
-
-def rates_of_torch(make_scheduler, n):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
-    scheduler, found = make_scheduler(optimizer), []
-    for _ in range(n):
-        found.append(optimizer.param_groups[0]['lr'])
-        optimizer.step()
-        scheduler.step()
-    return found
-
-
-def test_schedules():
-    """Those of torch with the same names."""
-    scheduler = torch.optim.lr_scheduler
-    found = rates(5, epochs=4, schedule='cosine')
-    expected = rates_of_torch(lambda sgd: scheduler.CosineAnnealingLR(sgd, T_max=20), 20)
-    assert found == pytest.approx(expected)
-    found = rates(5, epochs=4, schedule='linear', warmup='ramp:6')
-    expected = rates_of_torch(lambda sgd: scheduler.LinearLR(sgd, 1 / 6, 1, total_iters=5), 6)
-    expected += rates_of_torch(lambda sgd: scheduler.LinearLR(sgd, 1, 0, total_iters=14), 14)
-    assert found == pytest.approx(expected)
-
-
-def test_warmup_and_steps():
-    found = rates(5, epochs=4, epoch_step=[3], warmup='ramp:2')
-    assert found == pytest.approx([0.2] + 9 * [0.4] + 10 * [0.08])
-    found = rates(5, epochs=4, epoch_step=[3], warmup=2)
-    assert found == pytest.approx(2 * [0.004] + 8 * [0.4] + 10 * [0.08])
-
-
-# --- loss and gradients ----------------------------------------------------------------------
+# --- the loss --------------------------------------------------------------------------------
 
 
 class Fixed(torch.nn.Module):
@@ -97,33 +59,6 @@ def test_loss():
     mean = (logits + mirrored) / 2
     assert found.item() == pytest.approx(loss(mean, 0))
     np.testing.assert_allclose(outputs.numpy(), mean)
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    """What SGD saw and made in each step: (norm of all gradients, parameters in double)."""
-    found, step = [], torch.optim.SGD.step
-
-    def recording_step(self, *args, **kwargs):
-        parameters = [p for group in self.param_groups for p in group['params']]
-        norm = torch.cat([p.grad.flatten() for p in parameters]).norm().item()
-        result = step(self, *args, **kwargs)
-        found.append((norm, [p.detach().double().numpy().copy() for p in parameters]))
-        return result
-
-    monkeypatch.setattr(torch.optim.SGD, 'step', recording_step)
-    return found
-
-
-def test_clip(tmp_path, steps):
-    train_digits(tmp_path / 'free', SHORT)
-    norms = [norm for norm, _ in steps]
-    limit = float(np.median(norms))
-    steps.clear()
-    train_digits(tmp_path / 'clipped', f'{SHORT} --clip {limit}')
-    clipped = np.array([norm for norm, _ in steps])
-    assert clipped.max() <= 1.0001 * limit and (clipped < 0.99 * limit).any()
-    assert clipped[0] == pytest.approx(min(norms[0], limit), rel=1e-4)
 
 
 # --- moving averages -------------------------------------------------------------------------
