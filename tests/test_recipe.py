@@ -9,11 +9,10 @@ from data_helpers import epoch_of, small_set
 
 import train
 from conftest import read_log, same, train_digits, without_times
+from diracnet import Network, define_diracnet
 from lab.data import datasets
 from lab.folded import compute_logits
 from lab.runs import checkpoint
-from lab.runs.recorder import Recorder
-from lab.training.optimizers import learning_rate
 from lab.training.options import complete
 from tools import export, predict
 
@@ -71,20 +70,24 @@ def averaged_run(tmp_path_factory):
     return folder
 
 
-def test_averages(tmp_path, steps):
+def test_averages(tmp_path, monkeypatch):
+    """Each step moves them by a tenth of the way to the parameters; the first takes these."""
+    expected, step = [], torch.optim.SGD.step
+
+    def averaging_step(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        new = [p.detach().double() for group in self.param_groups for p in group['params']]
+        old = expected or new
+        expected[:] = [0.9 * average + 0.1 * tensor for average, tensor in zip(old, new)]
+
+    monkeypatch.setattr(torch.optim.SGD, 'step', averaging_step)
     train_digits(tmp_path / 'run', f'{SHORT} --ema 0.9')
-    content = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
-    _, expected = steps[0]
-    for _, parameters in steps[1:]:
-        expected = [0.9 * old + 0.1 * new for old, new in zip(expected, parameters)]
-    by_content = dict(zip((p.astype(np.float32).tobytes() for p in steps[-1][1]), expected))
-    learned = 0
-    for key, tensor in content['params'].items():
-        wanted = by_content.get(tensor.numpy().tobytes())
-        if wanted is not None:
-            np.testing.assert_allclose(content['ema'][key].numpy(), wanted, rtol=1e-3, atol=1e-5)
-            learned += 1
-    assert learned == len(expected)
+    named = Network(*define_diracnet(10, 0.5, 'digits')).named_parameters()
+    names = [name for name, _ in sorted(named, key=lambda item: item[1].ndim == 1)]
+    averages = checkpoint.load(tmp_path / 'run').ema
+    assert len(names) == len(expected)
+    for name, tensor in zip(names, expected):
+        torch.testing.assert_close(averages[name].double(), tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_averages_have_statistics_of_their_own(tmp_path):
@@ -115,27 +118,22 @@ def test_evaluate_predict_and_export_take_either(averaged_run, digit_files, tmp_
 
 
 def test_no_averages(digits_run, tmp_path, refused):
-    words = ['model.pt7', '--ema']
-    refused(1, words, train.main, '--evaluate', digits_run, '--ema')
-    refused(1, words, predict.main, digits_run, __file__, '--ema')
-    refused(1, words, export.main, digits_run, tmp_path / 'out.pth', '--ema')
+    refused(1, '--ema', train.main, '--evaluate', digits_run, '--ema')
+    refused(1, '--ema', predict.main, digits_run, __file__, '--ema')
+    refused(1, '--ema', export.main, digits_run, tmp_path / 'out.pth', '--ema')
 
 
-def test_a_stopped_run_resumes_exactly(averaged_run, tmp_path, monkeypatch):
-    """With all of these options, from the middle of an epoch."""
-    cut, calls, save_if_due = tmp_path / 'run', [], Recorder.save_if_due
-
-    def stop(self, epoch, measure_progress):
-        calls.append(epoch)
-        if len(calls) == 45:
-            self.stop.signal = 15
-        save_if_due(self, epoch, measure_progress)
-
-    monkeypatch.setattr(Recorder, 'save_if_due', stop)
-    with pytest.raises(SystemExit):
-        train_digits(cut, ALL)
+# An epoch has 23 batches to train on, and 6 for each of its two tests.
+@pytest.mark.parametrize('batch', [23, 27, 33, 45])
+def test_a_stopped_run_resumes_exactly(batch, averaged_run, tmp_path, stop_at, call):
+    """With all of these options: after the last step of an epoch, in its tests, and within the next
+    epoch."""
+    cut = tmp_path / 'run'
+    stop_at(batch)
+    options = ['--dataset', 'digits', *ALL.split()]
+    assert call(train.main, *options, '--save', cut).status == 143
     found = checkpoint.load(cut)
-    assert found.epoch == 1 and found.progress['step'] < 23
+    assert (found.epoch, found.progress['step']) == ((1, 10) if batch == 45 else (0, 23))
     train.main(['--resume', str(cut)])
     assert same(averaged_run, cut)
     assert without_times(averaged_run) == without_times(cut)
@@ -175,8 +173,3 @@ def test_cutout():
     assert all(torch.equal(image, by_index[int(i)]) for image, i in zip(others, indices))
     assert not torch.equal(epoch_of(cut_batches(), 6)[0], inputs)
     assert (epoch_of(cut_batches(train=False), 5)[0] != 0).all()
-
-
-def test_cutout_of_image_files(image_folder, tmp_path, refused):
-    arguments = ['--dataset', 'folder', '--dataroot', image_folder, '--image_size', 64]
-    refused(2, '--cutout', train.main, *arguments, '--cutout', 4, '--save', tmp_path / 'run')
