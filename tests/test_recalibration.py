@@ -1,24 +1,19 @@
 """Running statistics: computed anew before each test (lab/training/recalibration.py), or the mean
 over an epoch."""
 
-import json
-import os
-import signal
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torchrun_helpers import DIGITS, end, torchrun
 
 import train
-from conftest import python, read_log, same, train_digits, without_times
+from conftest import evaluate, read_log, train_digits
 from diracnet import define_diracnet, fold
 from lab.data import datasets
 from lab.models.registry import MODELS, define
 from lab.runs import checkpoint
 from lab.training import recalibration
 from lab.training.broken_images import BrokenImages
-from lab.training.passes import ProgressBar
 from lab.training.recalibration import describe_lag
 
 DOUBLE = '--dtype double --width 0.25 --epochs 2 --randomcrop_pad 1 --seed 3 --recalibrate_bn'
@@ -90,10 +85,6 @@ def averaged_moments(f, params, batches):
     return sums
 
 
-def evaluate(call, *arguments):
-    return json.loads(call(train.main, '--evaluate', *arguments).out.removeprefix('json_stats: '))
-
-
 def test_deep_network(tmp_path, call):
     """100 layers after 23 steps. Three seeds had 17 to 33 % without, and 69 to 75 % with it."""
     options = '--depth 100 --width 0.25 --bn_init shifted --lr 0.1 --epochs 1'
@@ -135,77 +126,6 @@ def test_training_images_are_counted_once(image_folder, tmp_path, call, monkeypa
             assert old[key] == new[key]
         assert new['train_broken'] == 1 and old['test_loss'] != new['test_loss']
     assert evaluate(call, tmp_path / 'new')['test_loss'] == pytest.approx(new['test_loss'])
-
-
-# --- a run that is stopped -------------------------------------------------------------------
-
-# 23 batches to train on, the same 23 to recalibrate, and 6 to test on in each of 2 epochs.
-SHORT = (
-    *('--dataset', 'digits', '--depth', '10', '--width', '0.25', '--epochs', '2'),
-    *('--randomcrop_pad', '1', '--seed', '3', '--recalibrate_bn'),
-)
-
-
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('whole') / 'run'
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recalibration, 'PIXELS', ONE_BATCH)
-        train.main([*SHORT, '--save', str(folder)])
-    return folder
-
-
-@pytest.mark.parametrize('batch', [24, 46, 49, 52 + 30])
-def test_signal(batch, whole, tmp_path, call, monkeypatch):
-    """In the first and the last batch of the pass, in the test, and in the last epoch."""
-    folder, left = tmp_path / 'run', [batch]
-
-    def counting_update(bar, n):
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(ProgressBar, 'update', counting_update)
-    monkeypatch.setattr(recalibration, 'PIXELS', ONE_BATCH)
-    result = call(train.main, *SHORT, '--save', folder)
-    assert result.status == 143 and result.err == '' and left == [0]  # at once
-    found = checkpoint.load(folder)
-    assert (found.epoch, found.progress['step']) == (batch // 52, 23)
-    train.main(['--resume', str(folder)])
-    assert same(whole, folder)
-    assert without_times(whole) == without_times(folder)
-
-
-KILLED = """
-import os, signal, sys
-import train
-from lab.training import recalibration
-from lab.training.passes import ProgressBar
-
-recalibration.PIXELS = int(sys.argv.pop(1))
-left = [int(sys.argv[1])]
-
-def counting_update(bar, n):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-ProgressBar.update = counting_update
-train.main(sys.argv[2:])
-"""
-
-
-def test_killed(whole, tmp_path, monkeypatch):
-    """In the pass, after a checkpoint with the statistics of its first 8 batches."""
-    folder, every_step = tmp_path / 'run', ('--checkpoint_minutes', 0)
-    killed = python('-c', KILLED, ONE_BATCH, 23 + 9, *SHORT, *every_step, '--save', folder)
-    assert killed.status == -signal.SIGKILL
-    found = checkpoint.load(folder)
-    assert (found.epoch, found.progress['step']) == (0, 23)
-    monkeypatch.setattr(recalibration, 'PIXELS', ONE_BATCH)
-    train.main(['--resume', str(folder), '--checkpoint_minutes', '10'])
-    assert same(whole, folder)
-    assert without_times(whole) == without_times(folder)
 
 
 def test_lagging_statistics_are_named(tmp_path, call):

@@ -1,6 +1,7 @@
-"""What a recipe's options do: smoothing, averages, cutout, flips in tests."""
+"""What a recipe's options do: smoothing, averages, cutout, flips in tests; stopping with all of them."""
 
-import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,19 +9,22 @@ import torch
 from data_helpers import epoch_of, small_set
 
 import train
-from conftest import read_log, same, train_digits, without_times
+from conftest import evaluate, python, read_log, same, train_digits, without_times
 from diracnet import Network, define_diracnet
 from lab.data import datasets
 from lab.folded import compute_logits
 from lab.runs import checkpoint
+from lab.training import recalibration
 from lab.training.options import complete
+from lab.training.passes import ProgressBar
 from tools import export, predict
 
 SHORT = '--depth 10 --width 0.5 --epochs 2'
 ALL = (
     f'{SHORT} --schedule cosine --warmup ramp:10 --label_smoothing 0.1 --clip 1 --ema 0.9 '
-    '--cutout 3 --tta flip'
+    '--cutout 3 --tta flip --randomcrop_pad 1 --recalibrate_bn'
 )
+ONE_BATCH = 64 * 8 * 8  # pixels, for the recalibration
 
 
 # --- the loss --------------------------------------------------------------------------------
@@ -64,9 +68,12 @@ def test_loss():
 
 
 @pytest.fixture(scope='module')
-def averaged_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('averaged') / 'run'
-    train_digits(folder, ALL)
+def full_run(tmp_path_factory):
+    """With all of these options."""
+    folder = tmp_path_factory.mktemp('full') / 'run'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recalibration, 'PIXELS', ONE_BATCH)
+        train_digits(folder, ALL)
     return folder
 
 
@@ -97,23 +104,22 @@ def test_averages_have_statistics_of_their_own(tmp_path):
     assert read_log(tmp_path / 'run')[-1]['ema_test_acc'] > 90
 
 
-def test_evaluate_predict_and_export_take_either(averaged_run, digit_files, tmp_path, call):
-    last = read_log(averaged_run)[-1]
+def test_evaluate_predict_and_export_take_either(full_run, digit_files, tmp_path, call):
+    last = read_log(full_run)[-1]
     assert last['ema_test_acc'] != last['test_acc']
     for flags, weights, accuracy in (
         ((), 'raw', last['test_acc']),
         (('--ema',), 'averaged', last['ema_test_acc']),
     ):
-        result = call(train.main, '--evaluate', averaged_run, *flags)
-        line = json.loads(result.out.removeprefix('json_stats: '))
+        line = evaluate(call, full_run, *flags)
         assert (line['weights'], line['test_acc'], line['tta']) == (weights, accuracy, 'flip')
         out = tmp_path / f'{weights}.pth'
-        assert f'{weights} weights' in call(export.main, averaged_run, out, *flags).out
-        found = predict.load(averaged_run, ema=bool(flags))
+        assert f'{weights} weights' in call(export.main, full_run, out, *flags).out
+        found = predict.load(full_run, ema=bool(flags))
         images = torch.randn(3, 1, 8, 8)
         expected = compute_logits(checkpoint.load(out).fold(), images)
         np.testing.assert_allclose(compute_logits(found.net, images), expected, atol=1e-6)
-        result = call(predict.main, averaged_run, digit_files, '--json', *flags)
+        result = call(predict.main, full_run, digit_files, '--json', *flags)
         assert result.status == 0 and ('raw' in result.err) == (not flags)
 
 
@@ -123,21 +129,70 @@ def test_no_averages(digits_run, tmp_path, refused):
     refused(1, '--ema', export.main, digits_run, tmp_path / 'out.pth', '--ema')
 
 
-# An epoch has 23 batches to train on, and 6 for each of its two tests.
-@pytest.mark.parametrize('batch', [23, 27, 33, 45])
-def test_a_stopped_run_resumes_exactly(batch, averaged_run, tmp_path, stop_at, call):
-    """With all of these options: after the last step of an epoch, in its tests, and within the next
-    epoch."""
-    cut = tmp_path / 'run'
-    stop_at(batch)
-    options = ['--dataset', 'digits', *ALL.split()]
-    assert call(train.main, *options, '--save', cut).status == 143
-    found = checkpoint.load(cut)
-    assert (found.epoch, found.progress['step']) == ((1, 10) if batch == 45 else (0, 23))
-    train.main(['--resume', str(cut)])
-    assert same(averaged_run, cut)
-    assert without_times(averaged_run) == without_times(cut)
-    one, other = (checkpoint.load(folder).ema for folder in (averaged_run, cut))
+# --- a run that is stopped -------------------------------------------------------------------
+
+# An epoch has 23 batches to train on; then twice 23 to recalibrate and 6 to test on.
+STOPS = {
+    23: 'after the last step',
+    24: 'in the recalibration',
+    49: 'in the test',
+    60: 'in the recalibration of the averages',
+    81: 'in the last batch of their test',
+    91: 'in the next epoch',
+}
+
+
+def count_batches(patch, left, number):
+    """Send this process a signal after so many batches of any kind."""
+
+    def update(bar, n):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), number)
+
+    patch.setattr(ProgressBar, 'update', update)
+    patch.setattr(recalibration, 'PIXELS', ONE_BATCH)
+
+
+@pytest.mark.parametrize('batch', STOPS)
+def test_a_stopped_run_resumes_exactly(batch, full_run, tmp_path, call, monkeypatch):
+    folder = tmp_path / 'run'
+    count_batches(monkeypatch, batch, signal.SIGTERM)
+    result = call(train.main, '--dataset', 'digits', *ALL.split(), '--save', folder)
+    assert result.status == 143 and result.err == ''
+    check_resumed(folder, full_run, (1, 10) if batch == 91 else (0, 23))
+
+
+KILLED = """
+import signal, sys
+import train
+from pytest import MonkeyPatch
+sys.path.insert(0, 'tests')
+from test_recipe import count_batches
+
+count_batches(MonkeyPatch(), 30, signal.SIGKILL)
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_resumes_exactly(full_run, tmp_path, monkeypatch):
+    """Killed in the recalibration, before a test."""
+    folder = tmp_path / 'run'
+    killed = python('-c', KILLED, '--dataset', 'digits', *ALL.split(), '--save', folder)
+    assert killed.status == -signal.SIGKILL, killed.err
+    monkeypatch.setattr(recalibration, 'PIXELS', ONE_BATCH)
+    check_resumed(folder, full_run, (0, 23))
+
+
+def check_resumed(folder, full_run, position):
+    """Compare a run that stopped at this position with an undisturbed one, after the end."""
+    found = checkpoint.load(folder)
+    assert (found.epoch, found.progress['step']) == position
+    train.main(['--resume', str(folder)])
+    assert same(full_run, folder)
+    assert without_times(full_run) == without_times(folder)
+    one, other = (checkpoint.load(path).ema for path in (full_run, folder))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 

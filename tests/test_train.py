@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from conftest import python, read_log, same, train_digits, without_times
+from conftest import evaluate, python, read_log, same, train_digits, without_times
 from diracnet import define_diracnet, fold
 from lab.data import datasets
 from lab.models import registry
@@ -86,10 +86,6 @@ def test_models_train_resume_evaluate_and_fold(model, options, folds, tmp_path, 
         actual, expected = found.fold()(inputs), found.module()(inputs)
     assert relative_error(actual, expected) <= 1e-5
     assert torch.equal(actual.argmax(1), expected.argmax(1))
-
-
-def evaluate(call, *arguments):
-    return json.loads(call(train.main, '--evaluate', *arguments).out.removeprefix('json_stats: '))
 
 
 def test_same_seed_same_run(tmp_path):
@@ -183,21 +179,12 @@ def replaced(arguments, **values):
     return arguments
 
 
-def test_paper_commands_are_the_originals():
-    cifar, imagenet = paper_commands()
-    assert ' '.join(cifar) == '--save ./logs/diracnets_$RANDOM$RANDOM --depth 34 --width 2'
-    expected = (
-        '--dataroot ~/ILSVRC2012/ --dataset ImageNet --depth 18 '
-        '--save ./logs/diracnet_$RANDOM$RANDOM --batchSize 256 --epoch_step [30,60,90] '
-        '--epochs 100 --weightDecay 0.0001 --lr_decay_ratio 0.1'
-    )
-    assert ' '.join(imagenet) == expected
-
-
 @pytest.mark.parametrize('name', ['CIFAR10', 'CIFAR100'])
 def test_cifar_command(name, cifar, tmp_path):
+    original = paper_commands()[0]
+    assert ' '.join(original) == '--save ./logs/diracnets_$RANDOM$RANDOM --depth 34 --width 2'
     root, folder = cifar(name), tmp_path / 'deep' / 'folder' / 'run'
-    arguments = replaced(paper_commands()[0], save=folder)
+    arguments = replaced(original, save=folder)
     options = ['--dataset', name, '--dataroot', str(root), '--epochs', '2', '--batch_size', '10']
     train.main([*arguments, *options])
     last = read_log(folder)[-1]
@@ -209,8 +196,14 @@ def test_cifar_command(name, cifar, tmp_path):
 
 
 def test_imagenet_command(image_folder, tmp_path):
+    original = paper_commands()[1]
+    assert ' '.join(original) == (
+        '--dataroot ~/ILSVRC2012/ --dataset ImageNet --depth 18 '
+        '--save ./logs/diracnet_$RANDOM$RANDOM --batchSize 256 --epoch_step [30,60,90] '
+        '--epochs 100 --weightDecay 0.0001 --lr_decay_ratio 0.1'
+    )
     values = dict(dataroot=image_folder, save=tmp_path / 'run', batchSize=4, epochs=1)
-    train.main([*replaced(paper_commands()[1], **values), '--nthread', '2'])
+    train.main([*replaced(original, **values), '--nthread', '2'])
     last = read_log(tmp_path / 'run')[-1]
     assert last['num_classes'] == 2 and last['depth'] == 18
     assert last['n_parameters'] == 11_523_368 - 998 * 513
