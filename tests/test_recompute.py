@@ -2,7 +2,6 @@
 other floating-point types."""
 
 import shutil
-from functools import partial
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ import diracnet
 import train
 from conftest import same, train_digits
 from diracnet import Network, define_diracnet
+from lab.models import registry
 from lab.runs import checkpoint
 from lab.training import recompute
 from lab.training.recompute import compiled_block, recomputed_block, regrouped
@@ -148,17 +148,8 @@ def test_a_changed_block_is_refused(block, flag, monkeypatch, refused, tmp_path)
 
 
 @pytest.mark.parametrize('flag', ['--recompute', '--compile'])
-@pytest.mark.parametrize(
-    'model, depth',
-    [('diracnet-v1', 10), ('plain-ncrelu', 10), ('repvgg', 10), ('resnet', 14), ('wrn', 10)],
-)
-def test_models_with_other_blocks_are_refused(model, depth, flag, refused, tmp_path):
+@pytest.mark.parametrize('model', sorted({*registry.MODELS} - {*registry.CHAINS}))
+def test_models_with_other_blocks_are_refused(model, flag, refused, tmp_path):
+    depth = 8 if 'resnet' in model else 10
     command = ('--dataset', 'digits', '--model', model, '--depth', depth, flag)
     refused(2, flag, train.main, *command, '--save', tmp_path / 'run')
-
-
-def test_a_chain_of_another_block_is_refused():
-    f, params = define_diracnet(10, 1, 'digits')
-    other = partial(f, chain=partial(diracnet.chain, block=leaky_block))
-    with pytest.raises(ValueError, match='--recompute'):
-        regrouped(other, params, 1, recomputed_block, '--recompute')
