@@ -41,15 +41,6 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # --- into Dirac convolutions -----------------------------------------------------------------
 
 
-def qualifies(module: nn.Module) -> bool:
-    """Whether a module is a convolution for which the identity is a sensible starting point.
-
-    That is a `torch.nn` convolution, or a subclass that computes the same, whose output has the
-    size of its input and whose kernel is larger than one tap.
-    """
-    return _is_plain(module, LAYERS) and keeps_size(module)
-
-
 def keeps_size(conv: nn.Module) -> bool:
     """Whether a convolution has stride 1, more than one tap, and output of its input's size."""
     if max(conv.kernel_size) == 1 or max(conv.stride) > 1 or conv.padding == 'valid':

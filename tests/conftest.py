@@ -96,6 +96,15 @@ def refused(call):
     return refused
 
 
+def evaluate(call, *arguments):
+    """What train.py --evaluate ARGUMENTS prints, as a dict."""
+    import train
+
+    result = call(train.main, '--evaluate', *arguments)
+    assert result.status == 0 and result.err == '', result.err
+    return json.loads(result.out.removeprefix('json_stats: '))
+
+
 def start(*args, **kwargs):
     """A running process: python ARGS in the repository's root."""
     return subprocess.Popen(

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, read_log, same, train_digits, without_times
+from conftest import ROOT, evaluate, read_log, same, train_digits, without_times
 from lab.data import datasets
 from lab.runs import checkpoint
+from test import relative_error
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 # Stopped in epoch 2 of 3, after 32 of its 69 steps.
@@ -37,19 +38,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def evaluate(folder, call):
-    result = call(train.main, '--evaluate', folder)
-    assert result.status == 0 and result.err == '', result.err
-    return json.loads(result.out.removeprefix('json_stats: '))
-
-
-def test_finished_run_evaluates(old_run, call):
+def test_runs_evaluate(old_run, call):
     folder = old_run('resnet-8')
     last = read_log(folder)[-1]
-    stats = evaluate(folder, call)
+    stats = evaluate(call, folder)
     assert (stats['dataset'], stats['n']) == ('digits', 360)
     assert stats['test_acc'] == last['test_acc'] == 80
     assert stats['test_loss'] == pytest.approx(last['test_loss'], rel=1e-5)
+
+    stats = evaluate(call, old_run(INTERRUPTED))
+    assert stats['n'] == 360 and 0 <= stats['test_acc'] <= stats['test_top5'] <= 100
 
 
 def test_finished_run_trains_further(old_run):
@@ -60,11 +58,6 @@ def test_finished_run_trains_further(old_run):
     assert [line['epoch'] for line in log] == [1, 2, 3]
     assert log[2]['train_loss'] < log[1]['train_loss'] < log[0]['train_loss']
     assert len(json.loads((folder / 'run.json').read_text())) == 2
-
-
-def test_interrupted_run_evaluates(old_run, call):
-    stats = evaluate(old_run(INTERRUPTED), call)
-    assert stats['n'] == 360 and 0 <= stats['test_acc'] <= stats['test_top5'] <= 100
 
 
 def test_interrupted_run_resumes(old_run, tmp_path, one_thread):
@@ -92,7 +85,7 @@ def test_interrupted_run_resumes(old_run, tmp_path, one_thread):
 def test_run_without_its_optimizer(tmp_path, call):
     """The notebook's checkpoints have none: they evaluate, and a new training can start there."""
     folder = shutil.copytree(ROOT / 'logs' / 'reference' / 'notebook-diracnet', tmp_path / 'run')
-    assert evaluate(folder, call)['test_acc'] > 90
+    assert evaluate(call, folder)['test_acc'] > 90
     result = call(
         *(train.main, '--resume', folder, '--save', tmp_path / 'new', '--device', 'cpu'),
         *('--depth', '22', '--dataset', 'digits', '--epochs', '31', '--lr', '0.01'),
@@ -105,5 +98,4 @@ def test_interrupted_run_folds(old_run):
     module, folded = found.module(), found.fold()
     inputs, _ = next(iter(datasets.load('digits', '.').batches(False, batch_size=360)))
     with torch.no_grad():
-        expected, actual = module(inputs), folded(inputs)
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert relative_error(folded(inputs), module(inputs)) <= 1e-5

@@ -1,27 +1,25 @@
-"""lab/training/recalibration.py: running statistics computed anew before each test."""
-
-import json
-import os
-import signal
+"""Running statistics: computed anew before each test (lab/training/recalibration.py), or the mean
+over an epoch."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torchrun_helpers import DIGITS, end, torchrun
 
 import train
-from conftest import python, read_log, same, train_digits, without_times
+from conftest import evaluate, read_log, train_digits
 from diracnet import define_diracnet, fold
 from lab.data import datasets
 from lab.models.registry import MODELS, define
 from lab.runs import checkpoint
 from lab.training import recalibration
 from lab.training.broken_images import BrokenImages
-from lab.training.passes import ProgressBar
 from lab.training.recalibration import describe_lag
 
 DOUBLE = '--dtype double --width 0.25 --epochs 2 --randomcrop_pad 1 --seed 3 --recalibrate_bn'
 DEPTHS = {'resnet': 8, 'resnet-dirac': 8}
 EVERY_MODEL = [f'--model {model} --depth {DEPTHS.get(model, 10)}' for model in MODELS]
+ONE_BATCH = 64 * 8 * 8  # pixels
 OTHERS = ['--model wrn --depth 10 --dropout 0.5', '--depth 10 --bn_momentum 0.5 --recompute']
 
 # --- the numbers -----------------------------------------------------------------------------
@@ -30,15 +28,15 @@ OTHERS = ['--model wrn --depth 10 --dropout 0.5', '--depth 10 --bn_momentum 0.5 
 @pytest.mark.parametrize('options', [*EVERY_MODEL, *OTHERS])
 def test_statistics_are_those_of_the_training_images(options, tmp_path):
     train_digits(tmp_path / 'run', f'{DOUBLE} {options}')
-    check_statistics(tmp_path / 'run', shard=(0, 1))
+    check_statistics(tmp_path / 'run')
 
 
 @pytest.mark.parametrize('per_batch', [1, 5])
 def test_large_data_sets_have_several_batches(per_batch, tmp_path, monkeypatch):
     """The statistics are averages over large batches of 1 or 5 ordinary ones."""
-    monkeypatch.setattr(recalibration, 'PIXELS', per_batch * 64 * 8 * 8)
+    monkeypatch.setattr(recalibration, 'PIXELS', per_batch * ONE_BATCH)
     train_digits(tmp_path / 'run', f'{DOUBLE} --depth 10')
-    check_statistics(tmp_path / 'run', shard=(0, 1), per_batch=per_batch)
+    check_statistics(tmp_path / 'run', per_batch=per_batch)
 
 
 @pytest.mark.parametrize('options, shard', [([], (0, 2)), (['--sync_bn'], (0, 1))])
@@ -49,7 +47,7 @@ def test_two_processes(options, shard, tmp_path):
     check_statistics(tmp_path / 'run', shard)
 
 
-def check_statistics(folder, shard, per_batch=23):
+def check_statistics(folder, shard=(0, 1), per_batch=23):
     """Compare a run's statistics with those of its second epoch, in which a large batch consists
     of so many of the 23 ordinary ones."""
     found = checkpoint.load(folder)
@@ -85,10 +83,6 @@ def averaged_moments(f, params, batches):
         for inputs in batches:
             f(inputs.double(), params, True, norm)
     return sums
-
-
-def evaluate(call, *arguments):
-    return json.loads(call(train.main, '--evaluate', *arguments).out.removeprefix('json_stats: '))
 
 
 def test_deep_network(tmp_path, call):
@@ -134,103 +128,41 @@ def test_training_images_are_counted_once(image_folder, tmp_path, call, monkeypa
     assert evaluate(call, tmp_path / 'new')['test_loss'] == pytest.approx(new['test_loss'])
 
 
-# --- a run that is stopped -------------------------------------------------------------------
-
-# 23 batches to train on, the same 23 to recalibrate, and 6 to test on in each of 2 epochs.
-SHORT = (
-    *('--dataset', 'digits', '--depth', '10', '--width', '0.25', '--epochs', '2'),
-    *('--randomcrop_pad', '1', '--seed', '3', '--recalibrate_bn'),
-)
-ONE_BATCH = 64 * 8 * 8  # pixels
-
-
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('whole') / 'run'
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recalibration, 'PIXELS', ONE_BATCH)
-        train.main([*SHORT, '--save', str(folder)])
-    return folder
-
-
-@pytest.mark.parametrize('batch', [24, 30, 46, 49, 52 + 30])
-def test_signal(batch, whole, tmp_path, call, monkeypatch):
-    """In the first and the last batch of the pass, between, in the test, and in the last epoch."""
-    folder, left = tmp_path / 'run', [batch]
-
-    def counting_update(bar, n):
-        left[0] -= 1
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(ProgressBar, 'update', counting_update)
-    monkeypatch.setattr(recalibration, 'PIXELS', ONE_BATCH)
-    result = call(train.main, *SHORT, '--save', folder)
-    assert result.status == 143 and result.err == '' and left == [0]  # at once
-    found = checkpoint.load(folder)
-    assert (found.epoch, found.progress['step']) == (batch // 52, 23)
-    train.main(['--resume', str(folder)])
-    assert same(whole, folder)
-    assert without_times(whole) == without_times(folder)
-
-
-KILLED = """
-import os, signal, sys
-import train
-from lab.training import recalibration
-from lab.training.passes import ProgressBar
-
-recalibration.PIXELS = int(sys.argv.pop(1))
-left = [int(sys.argv[1])]
-
-def counting_update(bar, n):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-ProgressBar.update = counting_update
-train.main(sys.argv[2:])
-"""
-
-
-def test_killed(whole, tmp_path, monkeypatch):
-    """In the pass, after a checkpoint with the statistics of its first 8 batches."""
-    folder, every_step = tmp_path / 'run', ('--checkpoint_minutes', 0)
-    killed = python('-c', KILLED, ONE_BATCH, 23 + 9, *SHORT, *every_step, '--save', folder)
-    assert killed.status == -signal.SIGKILL
-    found = checkpoint.load(folder)
-    assert (found.epoch, found.progress['step']) == (0, 23)
-    monkeypatch.setattr(recalibration, 'PIXELS', ONE_BATCH)
-    train.main(['--resume', str(folder), '--checkpoint_minutes', '10'])
-    assert same(whole, folder)
-    assert without_times(whole) == without_times(folder)
-
-
 def test_lagging_statistics_are_named(tmp_path, call):
     """With a momentum of 0.001, the test is at chance after the first epoch; one line says why."""
     options = ['--dataset', 'digits', '--depth', '10', '--epochs', '1', '--bn_momentum', '0.001']
-    result = call(train.main, *options, '--save', tmp_path / 'lags')
-    [line] = read_log(tmp_path / 'lags')
-    assert line['test_acc'] < 15 < 60 < line['train_acc']
-    assert result.out.count('--recalibrate_bn') == 1
-    for i, other in enumerate((['--recalibrate_bn'], ['--bn_momentum', '0.5'])):
+    for i, other in enumerate(([], ['--recalibrate_bn'], ['--bn_momentum', '0.5'])):
         result = call(train.main, *options, *other, '--save', tmp_path / f'{i}')
-        assert '--recalibrate_bn' not in result.out
+        assert result.out.count('--recalibrate_bn') == (not other)
+    [line] = read_log(tmp_path / '0')
+    assert line['test_acc'] < 15 < 60 < line['train_acc']
 
 
-@pytest.mark.parametrize(
-    'changed, steps, lags',
-    [
-        ({}, 99, True),
-        ({}, 100, False),
-        ({'epoch': 2}, 99, False),
-        ({'test_acc': 20}, 99, False),
-        ({'train_acc': 20}, 99, False),
-        ({'train_acc': 24, 'test_acc': 10}, 99, True),
-        ({'num_classes': 2, 'train_acc': 65, 'test_acc': 52}, 99, True),
-    ],
-)
-def test_what_counts_as_lagging(changed, steps, lags):
+def test_what_counts_as_lagging():
     stats = {'epoch': 1, 'num_classes': 10, 'train_acc': 40, 'test_acc': 12}
     stats['recalibrate_bn'] = False
-    assert bool(describe_lag({**stats, **changed}, steps)) == lags
+    two_classes = {'num_classes': 2, 'train_acc': 65, 'test_acc': 52}
+    for changes in ({}, two_classes):
+        assert describe_lag({**stats, **changes}, 99)
+        assert not describe_lag({**stats, **changes}, 100)
+    for changes in ({'epoch': 2}, {'test_acc': 20}, {'train_acc': 20}):
+        assert not describe_lag({**stats, **changes}, 99)
+
+
+# --- --bn_momentum cumulative ----------------------------------------------------------------
+
+
+def test_cumulative_momentum_is_the_mean_over_an_epoch(tmp_path):
+    """With a learning rate of 0, the stem's running mean is the mean over the epoch's batches."""
+    running_means = {}
+    for momentum in ('cumulative', '1.0'):
+        folder = tmp_path / momentum
+        train_digits(folder, f'--depth 10 --epochs 2 --lr 0 --bn_momentum {momentum}')
+        params = checkpoint.load(folder).params
+        running_means[momentum] = params['bn.running_mean']
+    batches = datasets.load('digits', '.').batches(True, batch_size=64, seed=1)
+    batches.epoch = 2
+    means = [F.conv2d(inputs, params['conv'], padding=1).mean((0, 2, 3)) for inputs, _ in batches]
+    mean = torch.stack(means).mean(0)
+    torch.testing.assert_close(running_means['cumulative'], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(running_means['1.0'], means[-1], rtol=1e-4, atol=1e-5)

@@ -1,6 +1,7 @@
-"""What a recipe's options do: schedules, smoothing, clipping, averages, cutout, flips in tests."""
+"""What a recipe's options do: smoothing, averages, cutout, flips in tests; and stops with all."""
 
-import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -8,61 +9,25 @@ import torch
 from data_helpers import epoch_of, small_set
 
 import train
-from conftest import read_log, same, train_digits, without_times
+from conftest import evaluate, python, read_log, same, train_digits, without_times
+from diracnet import Network, define_diracnet
 from lab.data import datasets
 from lab.folded import compute_logits
 from lab.runs import checkpoint
-from lab.runs.recorder import Recorder
-from lab.training.optimizers import learning_rate
+from lab.training import recalibration
 from lab.training.options import complete
+from lab.training.passes import ProgressBar
 from tools import export, predict
 
 SHORT = '--depth 10 --width 0.5 --epochs 2'
 ALL = (
     f'{SHORT} --schedule cosine --warmup ramp:10 --label_smoothing 0.1 --clip 1 --ema 0.9 '
-    '--cutout 3 --tta flip'
+    '--cutout 3 --tta flip --randomcrop_pad 1 --recalibrate_bn'
 )
+ONE_BATCH = 64 * 8 * 8  # pixels, for the recalibration
 
 
-# --- the learning rate -----------------------------------------------------------------------
-
-
-def rates(epoch_steps, **given):
-    options = complete({'dataset': 'digits', 'lr': 0.4, **given})
-    steps = range(options['epochs'] * epoch_steps)
-    return [learning_rate(options, step, epoch_steps) for step in steps]
-
-
-def rates_of_torch(make_scheduler, n):
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
-    scheduler, found = make_scheduler(optimizer), []
-    for _ in range(n):
-        found.append(optimizer.param_groups[0]['lr'])
-        optimizer.step()
-        scheduler.step()
-    return found
-
-
-def test_schedules():
-    """Those of torch with the same names."""
-    scheduler = torch.optim.lr_scheduler
-    found = rates(5, epochs=4, schedule='cosine')
-    expected = rates_of_torch(lambda sgd: scheduler.CosineAnnealingLR(sgd, T_max=20), 20)
-    assert found == pytest.approx(expected)
-    found = rates(5, epochs=4, schedule='linear', warmup='ramp:6')
-    expected = rates_of_torch(lambda sgd: scheduler.LinearLR(sgd, 1 / 6, 1, total_iters=5), 6)
-    expected += rates_of_torch(lambda sgd: scheduler.LinearLR(sgd, 1, 0, total_iters=14), 14)
-    assert found == pytest.approx(expected)
-
-
-def test_warmup_and_steps():
-    found = rates(5, epochs=4, epoch_step=[3], warmup='ramp:2')
-    assert found == pytest.approx([0.2] + 9 * [0.4] + 10 * [0.08])
-    found = rates(5, epochs=4, epoch_step=[3], warmup=2)
-    assert found == pytest.approx(2 * [0.004] + 8 * [0.4] + 10 * [0.08])
-
-
-# --- loss and gradients ----------------------------------------------------------------------
+# --- the loss --------------------------------------------------------------------------------
 
 
 class Fixed(torch.nn.Module):
@@ -99,57 +64,37 @@ def test_loss():
     np.testing.assert_allclose(outputs.numpy(), mean)
 
 
-@pytest.fixture
-def steps(monkeypatch):
-    """What SGD saw and made in each step: (norm of all gradients, parameters in double)."""
-    found, step = [], torch.optim.SGD.step
-
-    def recording_step(self, *args, **kwargs):
-        parameters = [p for group in self.param_groups for p in group['params']]
-        norm = torch.cat([p.grad.flatten() for p in parameters]).norm().item()
-        result = step(self, *args, **kwargs)
-        found.append((norm, [p.detach().double().numpy().copy() for p in parameters]))
-        return result
-
-    monkeypatch.setattr(torch.optim.SGD, 'step', recording_step)
-    return found
-
-
-def test_clip(tmp_path, steps):
-    train_digits(tmp_path / 'free', SHORT)
-    norms = [norm for norm, _ in steps]
-    limit = float(np.median(norms))
-    steps.clear()
-    train_digits(tmp_path / 'clipped', f'{SHORT} --clip {limit}')
-    clipped = np.array([norm for norm, _ in steps])
-    assert clipped.max() <= 1.0001 * limit and (clipped < 0.99 * limit).any()
-    assert clipped[0] == pytest.approx(min(norms[0], limit), rel=1e-4)
-
-
 # --- moving averages -------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
-def averaged_run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('averaged') / 'run'
-    train_digits(folder, ALL)
+def full_run(tmp_path_factory):
+    """With all of these options."""
+    folder = tmp_path_factory.mktemp('full') / 'run'
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recalibration, 'PIXELS', ONE_BATCH)
+        train_digits(folder, ALL)
     return folder
 
 
-def test_averages(tmp_path, steps):
+def test_averages(tmp_path, monkeypatch):
+    """Each step moves them by a tenth of the way to the parameters; the first takes these."""
+    expected, step = [], torch.optim.SGD.step
+
+    def averaging_step(self, *args, **kwargs):
+        step(self, *args, **kwargs)
+        new = [p.detach().double() for group in self.param_groups for p in group['params']]
+        old = expected or new
+        expected[:] = [0.9 * average + 0.1 * tensor for average, tensor in zip(old, new)]
+
+    monkeypatch.setattr(torch.optim.SGD, 'step', averaging_step)
     train_digits(tmp_path / 'run', f'{SHORT} --ema 0.9')
-    content = torch.load(tmp_path / 'run' / 'model.pt7', weights_only=True)
-    _, expected = steps[0]
-    for _, parameters in steps[1:]:
-        expected = [0.9 * old + 0.1 * new for old, new in zip(expected, parameters)]
-    by_content = dict(zip((p.astype(np.float32).tobytes() for p in steps[-1][1]), expected))
-    learned = 0
-    for key, tensor in content['params'].items():
-        wanted = by_content.get(tensor.numpy().tobytes())
-        if wanted is not None:
-            np.testing.assert_allclose(content['ema'][key].numpy(), wanted, rtol=1e-3, atol=1e-5)
-            learned += 1
-    assert learned == len(expected)
+    named = Network(*define_diracnet(10, 0.5, 'digits')).named_parameters()
+    names = [name for name, _ in sorted(named, key=lambda item: item[1].ndim == 1)]
+    averages = checkpoint.load(tmp_path / 'run').ema
+    assert len(names) == len(expected)
+    for name, tensor in zip(names, expected):
+        torch.testing.assert_close(averages[name].double(), tensor, rtol=1e-3, atol=1e-5)
 
 
 def test_averages_have_statistics_of_their_own(tmp_path):
@@ -159,64 +104,105 @@ def test_averages_have_statistics_of_their_own(tmp_path):
     assert read_log(tmp_path / 'run')[-1]['ema_test_acc'] > 90
 
 
-def test_evaluate_predict_and_export_take_either(averaged_run, digit_files, tmp_path, call):
-    last = read_log(averaged_run)[-1]
+def test_evaluate_predict_and_export_take_either(full_run, digit_files, tmp_path, call):
+    last = read_log(full_run)[-1]
     assert last['ema_test_acc'] != last['test_acc']
     for flags, weights, accuracy in (
         ((), 'raw', last['test_acc']),
         (('--ema',), 'averaged', last['ema_test_acc']),
     ):
-        result = call(train.main, '--evaluate', averaged_run, *flags)
-        line = json.loads(result.out.removeprefix('json_stats: '))
+        line = evaluate(call, full_run, *flags)
         assert (line['weights'], line['test_acc'], line['tta']) == (weights, accuracy, 'flip')
         out = tmp_path / f'{weights}.pth'
-        assert f'{weights} weights' in call(export.main, averaged_run, out, *flags).out
-        found = predict.load(averaged_run, ema=bool(flags))
+        assert f'{weights} weights' in call(export.main, full_run, out, *flags).out
+        found = predict.load(full_run, ema=bool(flags))
         images = torch.randn(3, 1, 8, 8)
         expected = compute_logits(checkpoint.load(out).fold(), images)
         np.testing.assert_allclose(compute_logits(found.net, images), expected, atol=1e-6)
-        result = call(predict.main, averaged_run, digit_files, '--json', *flags)
+        result = call(predict.main, full_run, digit_files, '--json', *flags)
         assert result.status == 0 and ('raw' in result.err) == (not flags)
 
 
 def test_no_averages(digits_run, tmp_path, refused):
-    words = ['model.pt7', '--ema']
-    refused(1, words, train.main, '--evaluate', digits_run, '--ema')
-    refused(1, words, predict.main, digits_run, __file__, '--ema')
-    refused(1, words, export.main, digits_run, tmp_path / 'out.pth', '--ema')
+    refused(1, '--ema', train.main, '--evaluate', digits_run, '--ema')
+    refused(1, '--ema', predict.main, digits_run, __file__, '--ema')
+    refused(1, '--ema', export.main, digits_run, tmp_path / 'out.pth', '--ema')
 
 
-def test_a_stopped_run_resumes_exactly(averaged_run, tmp_path, monkeypatch):
-    """With all of these options, from the middle of an epoch."""
-    cut, calls, save_if_due = tmp_path / 'run', [], Recorder.save_if_due
+# --- a run that is stopped -------------------------------------------------------------------
 
-    def stop(self, epoch, measure_progress):
-        calls.append(epoch)
-        if len(calls) == 45:
-            self.stop.signal = 15
-        save_if_due(self, epoch, measure_progress)
+# An epoch has 23 batches to train on; then twice 23 to recalibrate and 6 to test on.
+STOPS = {
+    23: 'after the last step',
+    24: 'in the recalibration',
+    49: 'in the test',
+    60: 'in the recalibration of the averages',
+    81: 'in the last batch of their test',
+    91: 'in the next epoch',
+}
 
-    monkeypatch.setattr(Recorder, 'save_if_due', stop)
-    with pytest.raises(SystemExit):
-        train_digits(cut, ALL)
-    found = checkpoint.load(cut)
-    assert found.epoch == 1 and found.progress['step'] < 23
-    train.main(['--resume', str(cut)])
-    assert same(averaged_run, cut)
-    assert without_times(averaged_run) == without_times(cut)
-    one, other = (checkpoint.load(folder).ema for folder in (averaged_run, cut))
+
+def count_batches(patch, left, number):
+    """Send this process a signal after so many batches of any kind."""
+
+    def update(bar, n):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), number)
+
+    patch.setattr(ProgressBar, 'update', update)
+    patch.setattr(recalibration, 'PIXELS', ONE_BATCH)
+
+
+@pytest.mark.parametrize('batch', STOPS)
+def test_a_stopped_run_resumes_exactly(batch, full_run, tmp_path, call, monkeypatch):
+    folder = tmp_path / 'run'
+    count_batches(monkeypatch, batch, signal.SIGTERM)
+    result = call(train.main, '--dataset', 'digits', *ALL.split(), '--save', folder)
+    assert result.status == 143 and result.err == ''
+    check_resumed(folder, full_run, (1, 10) if batch == 91 else (0, 23))
+
+
+KILLED = """
+import signal, sys
+import train
+from pytest import MonkeyPatch
+sys.path.insert(0, 'tests')
+from test_recipe import count_batches
+
+count_batches(MonkeyPatch(), 30, signal.SIGKILL)
+train.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_resumes_exactly(full_run, tmp_path, monkeypatch):
+    """Killed in the recalibration, before a test."""
+    folder = tmp_path / 'run'
+    killed = python('-c', KILLED, '--dataset', 'digits', *ALL.split(), '--save', folder)
+    assert killed.status == -signal.SIGKILL, killed.err
+    monkeypatch.setattr(recalibration, 'PIXELS', ONE_BATCH)
+    check_resumed(folder, full_run, (0, 23))
+
+
+def check_resumed(folder, full_run, position):
+    """Compare a run that stopped at this position with an undisturbed one, after the end."""
+    found = checkpoint.load(folder)
+    assert (found.epoch, found.progress['step']) == position
+    train.main(['--resume', str(folder)])
+    assert same(full_run, folder)
+    assert without_times(full_run) == without_times(folder)
+    one, other = (checkpoint.load(path).ema for path in (full_run, folder))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 # --- cutout ----------------------------------------------------------------------------------
 
 
-def cut_batches(train=True, **kwargs):
-    images, targets = small_set(200, 12)
-    source = datasets.Data(
-        'SVHN', (images, targets), (images, targets), (), datasets.PREPROCESSING['SVHN']
-    )
-    return source.batches(train, **{'batch_size': 64, 'seed': 3, 'cutout': 5, **kwargs})
+def cut_batches(train=True, cutout=5):
+    images = small_set(200, 12)
+    data = datasets.Data('SVHN', images, images, (), datasets.PREPROCESSING['SVHN'])
+    return data.batches(train, batch_size=64, seed=3, cutout=cutout)
 
 
 def test_cutout():
@@ -235,13 +221,5 @@ def test_cutout():
         assert torch.equal(mask, square)
         corners.add((rows[0], columns[0]))
     assert len(corners) > 50  # of 100
-    by_index = {int(index): image for image, index in zip(inputs, indices)}
-    others, indices = epoch_of(cut_batches(batch_size=7, shard=(1, 2)), 5)
-    assert all(torch.equal(image, by_index[int(i)]) for image, i in zip(others, indices))
     assert not torch.equal(epoch_of(cut_batches(), 6)[0], inputs)
     assert (epoch_of(cut_batches(train=False), 5)[0] != 0).all()
-
-
-def test_cutout_of_image_files(image_folder, tmp_path, refused):
-    arguments = ['--dataset', 'folder', '--dataroot', image_folder, '--image_size', 64]
-    refused(2, '--cutout', train.main, *arguments, '--cutout', 4, '--save', tmp_path / 'run')

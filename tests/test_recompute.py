@@ -2,18 +2,20 @@
 other floating-point types."""
 
 import shutil
-from functools import partial
 
 import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
 
+import diracnet
 import train
 from conftest import same, train_digits
 from diracnet import Network, define_diracnet
+from lab.models import registry
 from lab.runs import checkpoint
-from lab.training.recompute import compiled_chain, recomputed_chain
+from lab.training import recompute
+from lab.training.recompute import compiled_block, recomputed_block, regrouped
 from test import randomized
 
 COMPILER = pytest.mark.skipif(
@@ -52,17 +54,25 @@ def copied(params, dtype=None):
     }
 
 
+def leaky(x):
+    return F.leaky_relu(x, 0.1, inplace=True)
+
+
+@pytest.mark.parametrize('activation', [diracnet.relu, leaky, F.silu])
 @pytest.mark.parametrize(
     'depth, width, dataset, size', [(16, 1, 'digits', 8), (18, 0.125, 'ImageNet', 64)]
 )
-def test_recomputing(depth, width, dataset, size, device):
+def test_recomputing(depth, width, dataset, size, activation, device, monkeypatch):
     """It keeps about half as much for the backward pass, and gives the same logits, gradients and
-    running statistics."""
+    running statistics, whatever `diracnet.relu` is."""
+    for module in (diracnet, recompute):  # an edit of diracnet.py reaches both
+        monkeypatch.setattr(module, 'relu', activation)
     f, params = define_diracnet(depth, width, dataset)
-    x = torch.randn(8, params['conv'].shape[1], size, size, device=device)
+    n_channels = params['conv'].shape[1]
+    x = torch.randn(8, n_channels, size, size, device=device)
     randomized(params)
     kept_bytes, results = [], []
-    for function in (f, partial(recomputed_chain, *f.args)):
+    for function in (f, regrouped(f, params, n_channels, recomputed_block, '--recompute')):
         net = Network(function, copied(params)).to(device)
         logits, n_bytes = forward_and_kept_bytes(net, x)
         F.cross_entropy(logits, torch.arange(8, device=device)).backward()
@@ -90,7 +100,7 @@ def forward_and_kept_bytes(net, x):
 
 
 @COMPILER
-def test_compiled_chain():
+def test_compiling():
     """With the C++ compiler: the network's numbers, and one compilation per shape of a block,
     whatever the depth."""
     counts = []
@@ -100,10 +110,11 @@ def test_compiled_chain():
         f, params = define_diracnet(depth, 0.5, 'digits')
         # In double precision: in single, a unit within rounding of zero may be on in one network
         # and off in the other.
+        compiled = regrouped(f, params, 1, compiled_block(), '--compile')
         params = copied(params, torch.double)
         inputs = torch.randn(32, 1, 8, 8, dtype=torch.double)
         grads = []
-        for function in (f, partial(compiled_chain(), *f.args)):
+        for function in (f, compiled):
             net = Network(function, copied(params))
             net(inputs).square().mean().backward()
             grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
@@ -111,3 +122,34 @@ def test_compiled_chain():
         counts.append(torch._dynamo.utils.counters['stats']['unique_graphs'])
     # Three groups have a first block and others; in the first group these have the same shape.
     assert counts == [5, 5]
+
+
+# --- other blocks are refused ----------------------------------------------------------------
+
+
+def leaky_block(x, params, name, mode, norm):
+    x = F.conv2d(leaky(x), params[f'{name}.conv'], padding=1)
+    return diracnet.batch_norm(x, params, f'{name}.bn', mode, norm)
+
+
+def gated_block(x, params, name, mode, norm, block=diracnet.block):
+    """Its gate is 0 until it is trained."""
+    gate = params[f'{name}.bn.bias'].view(1, -1, 1, 1)
+    return block(x.clone(), params, name, mode, norm) + gate * x[:, :1]
+
+
+@pytest.mark.parametrize('flag', ['--recompute', '--compile'])
+@pytest.mark.parametrize('block', [leaky_block, gated_block])
+def test_a_changed_block_is_refused(block, flag, monkeypatch, refused, tmp_path):
+    """As after an edit of `diracnet.block`."""
+    monkeypatch.setattr(diracnet.chain, '__defaults__', (F.batch_norm, block))
+    command = ('--dataset', 'digits', '--depth', 10, flag, '--save', tmp_path / 'run')
+    refused(2, flag, train.main, *command)
+
+
+@pytest.mark.parametrize('flag', ['--recompute', '--compile'])
+@pytest.mark.parametrize('model', sorted({*registry.MODELS} - {*registry.CHAINS}))
+def test_models_with_other_blocks_are_refused(model, flag, refused, tmp_path):
+    depth = 8 if 'resnet' in model else 10
+    command = ('--dataset', 'digits', '--model', model, '--depth', depth, flag)
+    refused(2, flag, train.main, *command, '--save', tmp_path / 'run')

@@ -97,10 +97,6 @@ def outputs(f, params, images):
     return found
 
 
-def share(output):
-    return (output > 0).double().mean().item()
-
-
 def define(seed, **scales):
     torch.manual_seed(seed)
     return define_diracnet(100, 1, 'digits', **scales)
@@ -110,37 +106,35 @@ def define(seed, **scales):
 def test_first_layers_of_a_chain_follow_the_normal_thresholds(images, shift):
     """A chain begins as identities do, before its mixtures add up and while units are normal."""
     found = outputs(*define(1, bn_init=(1.0, shift), beta=0.03), images)
-    shares = [share(output) for output in found[:5]]
+    shares = [(output > 0).double().mean().item() for output in found[:5]]
     assert shares == pytest.approx(thresholds(shift, 5), abs=0.05)
 
 
-def kept_of_first_group(images, bn_init, beta):
-    """{n: `kept` after n blocks of the first group}, means over three seeds. The bias is 1, so that
-    ReLU cuts little and only the mixtures count."""
-    found = []
+UNIFORM = 1 - 0.1 / math.sqrt(3) * math.atan(math.sqrt(3) / 0.1)  # per layer
+
+
+@pytest.mark.parametrize(
+    'bn_init, beta, per_layer, tolerance',
+    [
+        ((1.0, 1.0), 0.05, math.exp(-(0.05**2)), 0.05),
+        ((1.0, 1.0), 0.1, math.exp(-(0.1**2)), 0.05),
+        ('paper', 0.1, UNIFORM, 0.1),  # mixtures overwrite the channels with a small weight
+    ],
+)
+def test_share_of_the_identity_after_n_blocks(images, bn_init, beta, per_layer, tolerance):
+    """Means over three seeds, in the first group. The bias is 1, so that ReLU cuts little and only
+    the mixtures count."""
+    chains = []
     for seed in (1, 2, 3):
         f, params = define(seed, bn_init=bn_init, beta=beta)
         for key, tensor in params.items():
             if key.endswith('bn.bias'):
                 tensor.detach().fill_(1)
-        found.append([output.relu() for output in outputs(f, params, images)])
-    return {n: fmean(kept(one[n], one[0]) for one in found) for n in (3, 10, 32)}
-
-
-@pytest.mark.parametrize('beta', [0.05, 0.1])
-def test_the_identity_keeps_an_exponential_of_beta_squared_times_depth(images, beta):
-    for n, measured in kept_of_first_group(images, (1.0, 1.0), beta).items():
-        assert measured == pytest.approx(math.exp(-(beta**2) * n), abs=0.05)
-
-
-def test_uniform_weights_of_batch_norm_lose_more(images):
-    """Mixtures of the others overwrite the channels with a small weight."""
-    a = 0.1 / math.sqrt(3)
-    per_layer = 1 - a * math.atan(1 / a)
-    assert per_layer == pytest.approx(0.913, abs=5e-4)
-    uniform = kept_of_first_group(images, 'paper', 0.1)
-    for n, measured in uniform.items():
-        assert measured == pytest.approx(per_layer**n, abs=0.1)
+        chains.append([output.relu() for output in outputs(f, params, images)])
+    assert pytest.approx(0.913, abs=5e-4) == UNIFORM
+    for n in (3, 10, 32):
+        measured = fmean(kept(chain[n], chain[0]) for chain in chains)
+        assert measured == pytest.approx(per_layer**n, abs=tolerance)
 
 
 def test_one_over_the_root_of_the_depth_keeps_the_same_share_at_any_depth(images):

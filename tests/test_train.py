@@ -1,16 +1,30 @@
-"""What a training reaches, what it writes, and the same from the same seed."""
+"""What a training reaches, what it writes and shows, and when it is refused or stops."""
 
+import io
 import json
+import os
+import re
 import shlex
+import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
-from conftest import python, read_log, same, train_digits
+from conftest import evaluate, python, read_log, same, train_digits, without_times
 from diracnet import define_diracnet, fold
 from lab.data import datasets
+from lab.models import registry
 from lab.runs import checkpoint
+from lab.training import network
+from lab.training.meters import Meters
+from lab.training.passes import ProgressBar
+from test import relative_error
+from tools import export
+
+# --- what it reaches -------------------------------------------------------------------------
 
 # A child's peak memory starts with that of its parent, so a small process starts it, not pytest.
 PEAK = """
@@ -42,16 +56,54 @@ def test_depth_needs_the_dirac_term(tmp_path):
     assert accuracy['diracnet'] > 85 and accuracy['plain'] < 40, accuracy
 
 
-def test_trained_network_folds(digits_run):
-    """Logits of all test images agree within 1e-5 of the largest; the predictions are the same."""
-    found = checkpoint.load(digits_run)
-    module, folded = found.module(), found.fold()
+@pytest.mark.parametrize(
+    'model, options, folds',
+    [
+        ('diracnet', '--depth 10', True),
+        ('plain', '--depth 10', True),
+        ('diracnet-v1', '--depth 10', True),
+        ('plain-ncrelu', '--depth 10', True),
+        ('resnet', '--depth 8', False),
+        ('resnet-dirac', '--depth 8 --block bn-add', False),
+        ('wrn', '--depth 10 --dropout 0.3', False),
+    ],
+)
+def test_models_train_resume_evaluate_and_fold(model, options, folds, tmp_path, call, refused):
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+    options = f'--model {model} {options} --epoch_step [4] --lr 0.1 --weight_decay 0.0005'
+    lines = train_digits(whole, f'{options} --epochs 5')
+    assert lines[-1]['test_acc'] > 80
+    train_digits(cut, f'{options} --epochs 2')
+    train.main(['--resume', str(cut), '--epochs', '5'])
+    assert same(whole, cut)
+    assert without_times(whole)[-1] == without_times(cut)[-1]
+    assert evaluate(call, whole)['test_acc'] == lines[-1]['test_acc']
+    if not folds:
+        refused(1, f'--model {model}', export.main, whole, tmp_path / 'net.pth')
+        return
+    found = checkpoint.load(whole)
     inputs, _ = next(iter(datasets.load('digits', '.').batches(False, batch_size=360)))
     with torch.no_grad():
-        expected, actual = module(inputs), folded(inputs)
-    assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+        actual, expected = found.fold()(inputs), found.module()(inputs)
+    assert relative_error(actual, expected) <= 1e-5
     assert torch.equal(actual.argmax(1), expected.argmax(1))
 
+
+def test_same_seed_same_run(tmp_path):
+    for name, seed in (('a', 5), ('b', 5), ('c', 6)):
+        train_digits(tmp_path / name, f'--depth 10 --epochs 1 --seed {seed}')
+    assert same(tmp_path / 'a', tmp_path / 'b') and not same(tmp_path / 'a', tmp_path / 'c')
+
+
+def test_holdout_never_sees_the_test_set(tmp_path):
+    whole, part = datasets.load('digits', '.'), datasets.load('digits', '.').holdout(100)
+    assert torch.equal(part.train[0], whole.train[0][:-100])
+    assert torch.equal(part.test[0], whole.train[0][-100:])
+    lines = train_digits(tmp_path / 'run', '--depth 10 --epochs 1 --holdout 100')
+    assert lines[-1]['holdout'] == 100
+
+
+# --- what it writes --------------------------------------------------------------------------
 
 LOGGED = (
     'train_loss train_acc train_top5 train_time test_loss test_acc test_top5 test_time '
@@ -79,46 +131,37 @@ def test_what_a_run_writes(digits_run):
     content = torch.load(digits_run / 'model.pt7', weights_only=True)
     assert set(content['params']) == set(define_diracnet(16, 1, 'digits')[1])
     assert content['epoch'] == 8 and content['classes'] == list('0123456789')
-    assert content['network'] == {
-        'model': 'diracnet',
-        'depth': 16,
-        'width': 1,
-        'dataset': 'digits',
-        'form': 'cifar',
-        'num_classes': 10,
-        'in_channels': 1,
-    }
+    network = dict(depth=16, width=1, dataset='digits', form='cifar', num_classes=10, in_channels=1)
+    assert content['network'] == {'model': 'diracnet', **network}
 
 
 def test_evaluate_gives_the_numbers_in_the_log(digits_run, tmp_path, call):
     expected = read_log(digits_run)[-1]
     torch.save(fold(checkpoint.load(digits_run).params), tmp_path / 'folded.pth')
-    for path, options in (
-        (digits_run, ()),
-        (digits_run / 'model.pt7', ()),
-        (tmp_path / 'folded.pth', ('--dataset', 'digits')),
+    for arguments in (
+        [digits_run],
+        [digits_run / 'model.pt7'],
+        [tmp_path / 'folded.pth', '--dataset', 'digits'],
     ):
-        result = call(train.main, '--evaluate', path, *options)
-        stats = json.loads(result.out.removeprefix('json_stats: '))
+        stats = evaluate(call, *arguments)
         assert stats['test_acc'] == expected['test_acc'] and stats['n'] == 360
         assert stats['test_loss'] == pytest.approx(expected['test_loss'], rel=1e-4)
 
 
-def test_same_seed_same_run(tmp_path):
-    for name, seed in (('a', 5), ('b', 5), ('c', 6)):
-        train_digits(tmp_path / name, f'--epochs 1 --seed {seed}')
-    assert same(tmp_path / 'a', tmp_path / 'b') and not same(tmp_path / 'a', tmp_path / 'c')
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / 'run'
+    options = '--depth 10 --tensorboard --resume auto'
+    train_digits(folder, f'{options} --epochs 2')
+    log = train_digits(folder, f'{options} --epochs 3')
+    events = EventAccumulator(str(folder)).Reload()
+    for tag, key in (('loss/train', 'train_loss'), ('acc/test', 'test_acc')):
+        expected = [(line['epoch'], pytest.approx(line[key])) for line in log]
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == expected
 
 
-def test_holdout_never_sees_the_test_set(tmp_path):
-    whole, part = datasets.load('digits', '.'), datasets.load('digits', '.').holdout(100)
-    assert torch.equal(part.train[0], whole.train[0][:-100])
-    assert torch.equal(part.test[0], whole.train[0][-100:])
-    lines = train_digits(tmp_path / 'run', '--depth 10 --epochs 1 --holdout 100')
-    assert lines[-1]['holdout'] == 100
-
-
-# --- the data sets, and the paper's commands -------------------------------------------------
+# --- the paper's commands --------------------------------------------------------------------
 
 
 def paper_commands():
@@ -137,21 +180,12 @@ def replaced(arguments, **values):
     return arguments
 
 
-def test_paper_commands_are_the_originals():
-    cifar, imagenet = paper_commands()
-    assert ' '.join(cifar) == '--save ./logs/diracnets_$RANDOM$RANDOM --depth 34 --width 2'
-    expected = (
-        '--dataroot ~/ILSVRC2012/ --dataset ImageNet --depth 18 '
-        '--save ./logs/diracnet_$RANDOM$RANDOM --batchSize 256 --epoch_step [30,60,90] '
-        '--epochs 100 --weightDecay 0.0001 --lr_decay_ratio 0.1'
-    )
-    assert ' '.join(imagenet) == expected
-
-
 @pytest.mark.parametrize('name', ['CIFAR10', 'CIFAR100'])
 def test_cifar_command(name, cifar, tmp_path):
+    original = paper_commands()[0]
+    assert ' '.join(original) == '--save ./logs/diracnets_$RANDOM$RANDOM --depth 34 --width 2'
     root, folder = cifar(name), tmp_path / 'deep' / 'folder' / 'run'
-    arguments = replaced(paper_commands()[0], save=folder)
+    arguments = replaced(original, save=folder)
     options = ['--dataset', name, '--dataroot', str(root), '--epochs', '2', '--batch_size', '10']
     train.main([*arguments, *options])
     last = read_log(folder)[-1]
@@ -163,14 +197,14 @@ def test_cifar_command(name, cifar, tmp_path):
 
 
 def test_imagenet_command(image_folder, tmp_path):
-    arguments = replaced(
-        paper_commands()[1],
-        dataroot=image_folder,
-        save=tmp_path / 'run',
-        batchSize=4,
-        epochs=1,
+    original = paper_commands()[1]
+    assert ' '.join(original) == (
+        '--dataroot ~/ILSVRC2012/ --dataset ImageNet --depth 18 '
+        '--save ./logs/diracnet_$RANDOM$RANDOM --batchSize 256 --epoch_step [30,60,90] '
+        '--epochs 100 --weightDecay 0.0001 --lr_decay_ratio 0.1'
     )
-    train.main([*arguments, '--nthread', '2'])
+    values = dict(dataroot=image_folder, save=tmp_path / 'run', batchSize=4, epochs=1)
+    train.main([*replaced(original, **values), '--nthread', '2'])
     last = read_log(tmp_path / 'run')[-1]
     assert last['num_classes'] == 2 and last['depth'] == 18
     assert last['n_parameters'] == 11_523_368 - 998 * 513
@@ -179,13 +213,122 @@ def test_imagenet_command(image_folder, tmp_path):
     assert checkpoint.load(tmp_path / 'run').classes == ['flower', 'temple']
 
 
-def test_svhn(svhn, tmp_path):
-    options = '--dataset SVHN --depth 10 --epochs 1'
-    lines = train_digits(tmp_path / 'run', f'{options} --dataroot {svhn}')
-    assert lines[-1]['num_classes'] == 10
+def test_other_data_sets(svhn, fashion_mnist, tmp_path):
+    for dataset, root, last in (
+        ('SVHN', svhn, '9'),
+        ('FashionMNIST', fashion_mnist, 'Ankle boot'),
+    ):
+        options = f'--dataset {dataset} --dataroot {root} --depth 10 --width 0.5 --epochs 1'
+        train_digits(tmp_path / 'run' / dataset, options)
+        assert checkpoint.load(tmp_path / 'run' / dataset).classes[9] == last
 
 
-def test_fashion_mnist(fashion_mnist, tmp_path):
-    options = '--dataset FashionMNIST --depth 10 --epochs 1'
-    train_digits(tmp_path / 'run', f'{options} --dataroot {fashion_mnist}')
-    assert checkpoint.load(tmp_path / 'run').classes[9] == 'Ankle boot'
+# --- what it shows ---------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize('columns', [60, 80, 120])
+def test_bar_shows_loss_and_accuracy(columns, monkeypatch):
+    meters, batches = Meters(10), SimpleNamespace(n=50_000, batch_size=128, start=0)
+    meters.add(torch.tensor(0.1234), torch.eye(10), torch.arange(10).clamp(max=8))
+    monkeypatch.setenv('COLUMNS', str(columns))
+    monkeypatch.setenv('LINES', '20')
+    monkeypatch.setattr(sys, 'stderr', Terminal())
+    bar = ProgressBar('epoch 120/200', batches, meters)
+    bar.shown = 0
+    bar.update(20_000)
+    bar.bar.refresh()
+    last = sys.stderr.getvalue().split('\r')[-1]
+    bar.close()
+    assert len(last) <= columns
+    assert all(text in last for text in ('epoch 120/200', '40%', 'loss 0.123', 'acc 90.0 %'))
+    assert len(last.split('|')[1]) >= 8
+
+
+def test_lines_where_the_output_is_no_terminal(tmp_path, call, monkeypatch):
+    """One at every interval, here at each step, in training, recalibration and test."""
+    monkeypatch.setattr(ProgressBar, 'INTERVAL', 0)
+    options = '--dataset digits --depth 10 --epochs 1 --recalibrate_bn'
+    result = call(train.main, *options.split(), '--save', tmp_path / 'run')
+    number, rest = r'[\d.]+', r'[\d,]+ images/s, \d\d:\d\d left'
+    measured = rf'loss {number}, accuracy {number} %, '
+    steps = re.findall(rf'^epoch 1/1: step (\d+) of 23, {measured}{rest}$', result.out, re.M)
+    assert steps == [str(step) for step in range(1, 24)]
+    assert re.search(rf'recalibrate: step 23 of 23, {rest}', result.out)
+    assert re.search(rf'test: step 6 of 6, {measured}[\d,]+ images/s, 00:00 left', result.out)
+    monkeypatch.undo()
+    assert ' step ' not in call(train.main, *options.split(), '--save', tmp_path / 'silent').out
+
+
+# --- when it stops ---------------------------------------------------------------------------
+
+
+def test_loss_that_is_not_finite(tmp_path, refused):
+    """The learning rate rises to 1e30 in the third epoch; the run stops with a good checkpoint."""
+    folder = tmp_path / 'run'
+    options = (
+        '--dataset digits --depth 10 --lr 1e-3 --lr_decay_ratio 1e33 --epoch_step [3] --epochs 6 '
+        '--checkpoint_minutes 0.001'
+    )
+    words = ['of epoch 3', folder / 'model.pt7', 'epoch 2']
+    result = refused(1, words, train.main, *options.split(), '--save', folder)
+    found = checkpoint.load(folder)
+    assert found.position in result.err
+    assert all(tensor.isfinite().all() for tensor in found.params.values())
+    assert [line['epoch'] for line in read_log(folder)] == [1, 2]
+
+    again = tmp_path / 'again'
+    shutil.copytree(folder, again)  # it resumes to the same end
+    refused(1, ['of epoch 3', again], train.main, '--resume', again)
+
+
+@pytest.mark.parametrize('model', registry.MODELS)
+def test_parameters_of_deep_networks_are_counted_without_making_them(model):
+    depth = 122 if model in ('resnet', 'resnet-dirac') else 124
+    arguments = dict(model=model, depth=depth, width=0.25, dataset='digits')
+    _, params = registry.define(**arguments)
+    learned = (tensor.numel() for tensor in params.values() if tensor.requires_grad)
+    assert network.count_parameters(arguments) == sum(learned)
+    if model == 'diracnet':
+        assert network.count_parameters({**arguments, 'depth': 10_000, 'width': 1}) == 162_686_010
+
+
+@pytest.mark.parametrize('dtype, size', [('float', 4), ('double', 8)])
+def test_network_that_is_too_large(dtype, size, tmp_path, refused, monkeypatch):
+    """Parameters, gradients and momenta must fit the memory."""
+    n = 173_114
+    monkeypatch.setattr(network, 'total_memory', lambda: 3 * n * size - 1)
+    options = ('--dataset', 'digits', '--device', 'cpu', '--epochs', 1, '--dtype', dtype, '--save')
+    refused(2, f'{n:,} parameters', train.main, *options, tmp_path / 'run')
+    monkeypatch.setattr(network, 'total_memory', lambda: 3 * n * size)
+    train.main([*map(str, options), str(tmp_path / 'run')])
+
+
+@pytest.mark.parametrize('flag, value', [('--depth', 6 * 10**15 + 4), ('--width', '1e15')])
+@pytest.mark.parametrize('model', ['diracnet', 'diracnet-v1', 'repvgg', 'wrn'])
+def test_absurd_sizes(model, flag, value, tmp_path, refused, deadline):
+    options = ('--dataset', 'digits', '--model', model, flag, value, '--save', tmp_path / 'run')
+    refused(2, '', train.main, *options)
+
+
+def test_memory_that_runs_out(tmp_path):
+    """A limit on the process, which the check does not know: 500 MB more than after the imports."""
+    pytest.importorskip('resource')
+    script = """
+import resource, sys
+import train
+from lab.errors import run
+pages = int(open('/proc/self/statm').read().split()[0])
+limit = pages * resource.getpagesize() + 500_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+run(lambda: train.main(sys.argv[1:]), 'train.py')
+"""
+    options = '--dataset digits --device cpu --depth 10 --width 8 --batch_size 1400 --save'
+    one_thread = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    result = python('-c', script, *options.split(), tmp_path / 'run', env=one_thread)
+    assert result.status == 1 and '--batch_size' in result.err
+    assert result.err.count('\n') == 1, result.err
