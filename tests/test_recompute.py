@@ -132,7 +132,7 @@ def leaky_block(x, params, name, mode, norm):
     return diracnet.batch_norm(x, params, f'{name}.bn', mode, norm)
 
 
-def gated_block(x, params, name, mode, norm, block=diracnet.block):
+def gated_block(x, params, name, mode, norm, block=diracnet.relu_conv_bn):
     """Its gate is 0 until it is trained."""
     gate = params[f'{name}.bn.bias'].view(1, -1, 1, 1)
     return block(x.clone(), params, name, mode, norm) + gate * x[:, :1]
@@ -141,7 +141,7 @@ def gated_block(x, params, name, mode, norm, block=diracnet.block):
 @pytest.mark.parametrize('flag', ['--recompute', '--compile'])
 @pytest.mark.parametrize('block', [leaky_block, gated_block])
 def test_a_changed_block_is_refused(block, flag, monkeypatch, refused, tmp_path):
-    """As after an edit of `diracnet.block`."""
+    """As after an edit of `diracnet.relu_conv_bn`."""
     monkeypatch.setattr(diracnet.chain, '__defaults__', (F.batch_norm, block))
     command = ('--dataset', 'digits', '--depth', 10, flag, '--save', tmp_path / 'run')
     refused(2, flag, train.main, *command)

@@ -383,9 +383,6 @@ def check_combination(options):
         raise OptionError('--freeze needs --pretrained: new parameters have to be trained')
     if options['schedule'] != 'step' and options['epoch_step']:
         raise OptionError(f'--epoch_step excludes --schedule {options["schedule"]}: it needs step')
-    for name in ('recompute', 'compile'):
-        if options[name] and model not in CHAINS:
-            raise OptionError(f'--{name} is for {" and ".join(CHAINS)}, not for --model {model}')
     excluded = {  # by --compile
         '--recompute': options['recompute'],  # a compiled block decides itself what to recompute
         '--bn_momentum cumulative': options['bn_momentum'] == 'cumulative',  # recompiles each step
