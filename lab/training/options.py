@@ -365,7 +365,7 @@ def scaled_falls(options):
 
 def check_combination(options):
     """Raise OptionError for options that exclude each other, or that together are out of range."""
-    dataset, model, form = options['dataset'], options['model'], form_of(options)
+    dataset, form = options['dataset'], form_of(options)
     is_small = form == 'cifar'
     if dataset != 'folder' and form != DATASETS[dataset][0]:
         raise OptionError(f'--form {form} is impossible for {dataset}: only folder can choose')
