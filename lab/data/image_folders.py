@@ -1,6 +1,5 @@
 """Folders of image files: their splits, the lists of their files, and small images in memory."""
 
-import contextlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -8,13 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.data.image_files import image_size, prepare, read_bytes, read_image
+from lab.data.image_files import prepare, read_image
 from lab.distributed import rank
 from lab.errors import UserError, printable
 
 SUFFIXES = ('.jpg', '.jpeg', '.jfif', '.png', '.gif', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 TEST_FOLDERS = ('val', 'validation', 'valid', 'test')  # the first that exists is the test set
-SMALL = 64  # pixels: images up to this width are better kept in memory
 
 
 def find_images(path):
@@ -133,15 +131,6 @@ def _refusal(folder, problem):
         f'{printable(str(folder))} {problem}: put images ({", ".join(SUFFIXES)}) into train/CLASS '
         'and val/CLASS, or pass another folder with --dataroot'
     )
-
-
-def has_small_images(paths):
-    """Whether the first hundred images, as far as they can be read, are small."""
-    widths = []
-    for path in paths[:100]:
-        with contextlib.suppress(UserError):
-            widths += (image_size(read_bytes(os.fsdecode(path))) or ())[1:]
-    return bool(widths) and max(widths) <= SMALL
 
 
 def read_into_memory(paths, targets, preprocessing):

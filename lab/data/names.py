@@ -57,13 +57,6 @@ def read_names(path):
     return names
 
 
-def class_names(root, folders):
-    """The names of the classes in `folders`: those that root/classes.txt gives them, or the folders
-    themselves. Raises UserError."""
-    names = read_names(root / CLASS_NAMES)
-    return tuple(names.get(folder, folder) for folder in folders)
-
-
 def display_name(dataset, root):
     """What to call a data set in `root`: a folder of images has the name of the folder."""
     name = Path(os.path.expanduser(root)).resolve().name

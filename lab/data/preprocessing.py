@@ -134,8 +134,7 @@ def _read_cache(path):
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is None:  # torch does not look at the checksums
-                whitening = torch.load(path, weights_only=True)
-                return {'mean': whitening['mean'], 'matrix': whitening['matrix']}
+                return torch.load(path, weights_only=True)
     except Exception:  # zipfile and torch raise many types for broken files
         pass
     print(f'{path} is broken: fitting the whitening again', file=sys.stderr)
