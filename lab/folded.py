@@ -142,11 +142,11 @@ def images_tested(checkpoint):
     return 'held-out' if checkpoint.options.get('holdout') else 'test'
 
 
-def preprocessing_of(source, dataset=None):
+def preprocessing_of(trained, dataset=None):
     """The Preprocessing of a network's images: the stored one, or that of its data set.
 
     Args:
-        source: a Checkpoint or an OnnxNetwork.
+        trained: a Checkpoint or an OnnxNetwork.
         dataset: name of the data set, for a file that does not store its preprocessing; one with
             a network of the ImageNet form needs none.
 
@@ -154,20 +154,20 @@ def preprocessing_of(source, dataset=None):
         UserError: the preprocessing is unknown, or gives another number of channels than the
             network expects.
     """
-    if source.preprocessing:
-        return Preprocessing.from_dict(source.preprocessing)
-    if not dataset and source.network.get('form') == 'imagenet':
+    if trained.preprocessing:
+        return Preprocessing.from_dict(trained.preprocessing)
+    if not dataset and trained.network.get('form') == 'imagenet':
         dataset = 'ImageNet'
     if not dataset:
         raise UserError(
-            f'{source.path} does not say how its images were prepared: name its data set with '
+            f'{trained.path} does not say how its images were prepared: name its data set with '
             '--dataset'
         )
-    preprocessing, expected = datasets.PREPROCESSING[dataset], source.network['in_channels']
+    preprocessing, expected = datasets.PREPROCESSING[dataset], trained.network['in_channels']
     if preprocessing.channels != expected:
         raise UserError(
-            f'{source.path} expects images with {expected} channels, not {preprocessing.channels}: '
-            'name the data set that it was trained on with --dataset'
+            f'{trained.path} expects images with {expected} channels, not '
+            f'{preprocessing.channels}: name the data set that it was trained on with --dataset'
         )
     return preprocessing
 

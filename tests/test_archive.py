@@ -13,7 +13,7 @@ import train
 from conftest import Malicious, same, without_times
 from lab.errors import UserError
 from lab.runs import checkpoint
-from tools import export, predict, quantize
+from tools import export, predict
 
 
 def programs_that_load(path, tmp_path):
@@ -22,7 +22,6 @@ def programs_that_load(path, tmp_path):
         (train.main, '--resume', path),
         (predict.main, path, __file__),
         (export.main, path, tmp_path / 'out.pth'),
-        (quantize.main, path, '--dataset', 'digits'),
     ]
 
 

@@ -70,13 +70,13 @@ CONTENTS = [
     # Tensors that are missing, or too many.
     ('run-no-alpha', lambda: {**run(), 'params': without(bare(), f'{BLOCK}.alpha')}, BLOCK),
     ('no-alpha', lambda: without(bare(), f'{BLOCK}.alpha'), BLOCK),
-    ('no-conv', lambda: without(bare(), 'group0.block1.conv'), 'group0.block1.conv'),
+    ('no-conv', lambda: without(bare(), 'group0.block1.conv'), 'depth'),
     ('no-bias', lambda: without(bare(), 'fc.bias'), 'fc.bias'),
     ('folded-no-bias', lambda: without(folded(), 'fc.bias'), 'fc.bias'),
     ('no-variance', lambda: without(bare(), 'bn.running_var'), 'bn.running_var'),
     ('extra', lambda: {**bare(), 'extra': torch.zeros(3)}, 'extra'),
     ('extra-folded', lambda: {**folded(), 'extra': torch.zeros(3)}, 'extra'),
-    ('none', lambda: {'params': {}}, 'conv'),
+    ('none', lambda: {'params': {}}, ''),
     ('no-ema', lambda: {**run(), 'ema': without(bare(), 'fc.bias')}, 'fc.bias'),
     # Tensors of other types and shapes.
     ('int', lambda: changed(f'{BLOCK}.alpha', torch.Tensor.long), BLOCK),
@@ -198,8 +198,8 @@ FILES = [
     ('folder', Path.mkdir, 'model.pt7'),
     ('run', lambda path: (path / 'model.pt7').mkdir(parents=True), 'regular'),
     ('loop', lambda path: path.symlink_to(path), 'loop'),
-    ('net.pt2', make_program, 'torch.export'),
-    ('net.pt', make_script, 'torch.jit'),
+    ('net.pt2', make_program, ''),
+    ('net.pt', make_script, ''),
 ]
 
 

@@ -11,6 +11,7 @@ from conftest import ROOT
 # A file may import from its own room and from the rooms before it.
 ROOMS = (
     'diracconv',
+    'diracparams',
     'diracnet',
     'diracify',
     'hubconf',
@@ -29,7 +30,7 @@ ROOMS = (
     'train',
     'tools',
 )
-STANDS_ALONE = ('diracconv', 'diracnet', 'diracify', 'hubconf')
+STANDS_ALONE = ('diracconv', 'diracparams', 'diracnet', 'diracify', 'hubconf')
 
 
 def find_files(root):

@@ -154,15 +154,10 @@ class Checkpoint:
 
 def network_flags(network):
     """The options of train.py that define a network, as on a command line."""
-    flags = []
-    shown = {name: value for name, value in network.items() if name != 'form'}
-    if network['dataset'] == 'folder':
-        shown['form'] = registry.form_of(network)
-    for name in registry.network_option_names(network['model']):
-        if name in shown:
-            value = f'{shown[name]:g}' if name == 'width' else shown[name]
-            flags.append(f'--{name} {value}')
-    return ' '.join(flags)
+    names = [name for name in registry.network_option_names(network['model']) if name in network]
+    if network['dataset'] != 'folder':
+        names.remove('form')  # the data set determines it
+    return ' '.join(f'--{name} {network[name]}' for name in names)
 
 
 # --- loading ---------------------------------------------------------------------------------
@@ -180,7 +175,7 @@ def load(path):
     """
     path = Path(os.path.expanduser(path))
     if str(path) in TRAINED_NAMES and not path.exists():
-        path = _find_trained(TRAINED_NAMES[str(path)])
+        path = Path(trained_path(TRAINED_NAMES[str(path)]))
     if os.path.isdir(path):
         path = path / FILE_NAME
     try:
@@ -197,16 +192,8 @@ def load(path):
         return checkpoint
 
 
-def _find_trained(dataset):
-    try:
-        return Path(trained_path(dataset))
-    except RuntimeError as error:
-        raise UserError(str(error)) from None
-
-
 def load_file(path):
     """The Checkpoint in one file. Raises UserError."""
-    path = Path(path)
     content = read_archive(path)
     with refusing(path):
         return Checkpoint(path, **_read_fields(content))
@@ -318,14 +305,10 @@ def run_metadata(options, network, data):
     }
 
 
-def save(path, content, keep_previous=True):
-    """Write a checkpoint, and keep the existing one as previous.pt7.
-
-    Raises:
-        OSError: both files are unchanged.
-    """
+def save(path, content, keep_previous):
+    """Write a checkpoint, and keep the existing one as previous.pt7 if `keep_previous`. Raises
+    OSError; then both files are unchanged."""
     # torch.save's own writer would turn the OSError of a full disk into other exceptions.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    previous = Path(path).with_name(PREVIOUS) if keep_previous else None
-    write_atomically(path, buffer.getbuffer(), previous)
+    write_atomically(path, buffer.getbuffer(), path.with_name(PREVIOUS) if keep_previous else None)

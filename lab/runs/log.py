@@ -27,7 +27,7 @@ def parse_line(line, place):
         return None
     try:
         stats = json.loads(line.removeprefix(PREFIX))
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     if not isinstance(stats, dict):
         raise UserError(f'{place} is not a line of a log: it has no dict after {PREFIX.strip()}')

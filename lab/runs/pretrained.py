@@ -53,11 +53,10 @@ def _download(name):
     """The path of a published file, downloaded to torch.hub's cache if needed."""
     url = PUBLISHED[name]
     path = Path(torch.hub.get_dir()) / 'checkpoints' / url.rsplit('/', 1)[1]
-    if path.exists():
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
     except (OSError, RuntimeError) as error:
         raise UserError(
             f'{url} cannot be downloaded ({error}): get it another way, and save it as {path}'
@@ -113,9 +112,8 @@ def start_from(module, pretrained, classes, batches):
     params = _split(pretrained.params, own) if pretrained.folded else pretrained.params
     same = pretrained.network['num_classes'] == len(classes)
     if same and pretrained.classes:
-        same = readable(list(pretrained.classes), len(classes)) == readable(
-            list(classes), len(classes)
-        )
+        theirs, ours = (readable(list(c), len(classes)) for c in (pretrained.classes, classes))
+        same = theirs == ours
     for key, tensor in own.items():
         if key in params and (same or not key.startswith('fc.')):
             tensor.copy_(params[key])
