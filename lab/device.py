@@ -23,10 +23,8 @@ DTYPES = {
 
 @functools.cache
 def has_bfloat16():
-    """Whether this machine has a CUDA GPU, or a CPU with instructions for bfloat16.
-
-    The instructions are known only on Linux; elsewhere, only a GPU counts.
-    """
+    """Whether this machine has a CUDA GPU, or a CPU with instructions for bfloat16, which are
+    known only on Linux."""
     try:
         flags = Path('/proc/cpuinfo').read_text().split()
     except OSError:
@@ -40,11 +38,8 @@ def autocast(device, short):
 
 
 def choose_device(cli_options):
-    """The torch device that the options device, cuda, gpu_id and ngpu ask for.
-
-    Raises:
-        OptionError: there is no such device, or the options contradict each other.
-    """
+    """The torch device that the options device, cuda, gpu_id and ngpu ask for. Raises OptionError
+    if there is none, or if they contradict each other."""
     dataset = cli_options.get('dataset', 'CIFAR10')
     if (cli_options.get('form') or DATASETS[dataset][0]) == 'imagenet':
         # Allocate large tensors in huge pages (Linux; torch reads this at its first allocation,

@@ -122,11 +122,7 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
 
 def load_data(checkpoint, dataset, preprocessing, dataroot=None):
     """The Data that a checkpoint was trained and tested on, or that of another `dataset` or
-    `dataroot`.
-
-    Raises:
-        UserError: it is missing or broken.
-    """
+    `dataroot`. Raises UserError if it is missing or broken."""
     data = datasets.load(
         dataset,
         dataroot or checkpoint.options.get('dataroot', './data'),
@@ -151,8 +147,7 @@ def preprocessing_of(trained, dataset=None):
             a network of the ImageNet form needs none.
 
     Raises:
-        UserError: the preprocessing is unknown, or gives another number of channels than the
-            network expects.
+        UserError: the preprocessing is unknown, or has other channels than the network.
     """
     if trained.preprocessing:
         return Preprocessing.from_dict(trained.preprocessing)
@@ -187,11 +182,8 @@ def check_classes(checkpoint, data):
 
 @torch.inference_mode()
 def compute_logits(net, inputs, batch_size=250):
-    """Logits of a module or an OnnxNetwork as an array (N, num_classes).
-
-    Raises:
-        UserError: a logit is not finite.
-    """
+    """Logits of a module or an OnnxNetwork as an array (N, num_classes). Raises UserError if one
+    is not finite."""
     logits = torch.cat([net(part) for part in inputs.split(batch_size)])
     if not logits.isfinite().all():
         raise UserError('the network computes logits that are not finite: its weights overflow')

@@ -19,11 +19,7 @@ PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 
 
 def require_onnx(packages=PACKAGES):
-    """Import the optional packages for .onnx files.
-
-    Raises:
-        UserError: one of them is not installed.
-    """
+    """Import the optional packages for .onnx files. Raises UserError if one is not installed."""
     try:
         for package in packages:
             importlib.import_module(package)
@@ -136,9 +132,6 @@ def to_onnx(net, shape, metadata):
         net: an image classifier in evaluation mode, such as a DiracNet.
         shape: (C, H, W).
         metadata: a dict of values that JSON can represent, for the model's metadata_props.
-
-    Raises:
-        UserError: a package is not installed.
     """
     require_onnx()
     import onnx

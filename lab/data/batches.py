@@ -159,10 +159,8 @@ class FolderBatches(Batches):
     """Batches of image files, decoded in `workers` processes and normalized on the device.
 
     In training, images are cropped at random, and the next intact image replaces a broken one.
-    Test batches leave out broken files.
-
-    Raises:
-        UserError: TRIES broken files in one training batch, or no other, while iterating.
+    Test batches leave out broken files. Iterating raises UserError if TRIES files of a training
+    batch are broken, or all.
     """
 
     def __init__(self, *args, workers=0, **kwargs):

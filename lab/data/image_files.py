@@ -35,9 +35,7 @@ def read_image(path):
     """An image file as RGB uint8 (H, W, 3), upright, with transparent parts white.
 
     Gray, palette, CMYK and 16-bit images are converted. Of an animation, this is the first frame.
-
-    Raises:
-        UserError: the file cannot be read, is not an image, is truncated, or is too large.
+    Raises UserError if the file cannot be read, is not an image, is truncated, or is too large.
     """
     return decode(read_bytes(path), path)
 

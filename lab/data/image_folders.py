@@ -17,10 +17,7 @@ TEST_FOLDERS = ('val', 'validation', 'valid', 'test')  # the first that exists i
 
 def find_images(path):
     """The image files that `path` names: itself, or the images under it, sorted, if it is a folder.
-
-    Raises:
-        UserError: the folder has no images, or a folder in it cannot be read.
-    """
+    Raises UserError if it has none, or if a folder in it cannot be read."""
     path = Path(path)
     if not os.path.isdir(path):
         return [path]
@@ -35,10 +32,7 @@ def walk_images(root):
     folders under it, without hidden ones.
 
     Links are followed, but no folder is walked twice, and none that contains one that is walked.
-    So links cannot form loops.
-
-    Raises:
-        UserError: a folder cannot be read.
+    So links cannot form loops. Raises UserError if a folder cannot be read.
     """
     walked = set()
     _add_folder(root, walked)

@@ -97,11 +97,7 @@ class Checkpoint:
         return 'averaged' if self.ema and self.params is self.ema else 'raw'
 
     def module(self):
-        """The network as a module in evaluation mode; a folded one as DiracNet.
-
-        Raises:
-            UserError: a folded tensor is not finite.
-        """
+        """The network as a module in evaluation mode; a folded one as `fold` returns it."""
         if self.folded:
             return self.fold()
         module = Network(*registry.define(**self.network)).to(self.dtype)
@@ -114,7 +110,8 @@ class Checkpoint:
         return self.params['fc.weight'].dtype
 
     def fold(self):
-        """The folded module in evaluation mode. Raises UserError if the network does not fold."""
+        """The folded module in evaluation mode. Raises UserError if the network does not fold, or
+        if a folded tensor is not finite."""
         model = self.network['model']
         if model not in registry.FOLDABLE:
             raise UserError(
@@ -130,13 +127,11 @@ class Checkpoint:
         return registry.folded_module(model, folded)
 
     def network_options(self, cli_options):
-        """The options model, depth, width, dataset, ... of its network.
+        """The options model, depth, width, dataset, ... of its network. Raises OptionError if one
+        in `cli_options` contradicts them.
 
         A bare state dict fits every data set with its form, channels and classes; `cli_options` may
         choose among them.
-
-        Raises:
-            OptionError: an option in `cli_options` contradicts the network.
         """
         network = {**registry.own_options(self.network['model']), **self.network}
         dataset = cli_options.get('dataset', network['dataset'])
@@ -168,10 +163,7 @@ def load(path):
     there is none of this name, the trained network called digits or fashion.
 
     If a run's newest checkpoint is missing or broken, the previous one is read, with a warning on
-    stderr.
-
-    Raises:
-        UserError: the file is missing, broken, not a checkpoint, or could run code.
+    stderr. Raises UserError if the file is missing, broken, not a checkpoint, or could run code.
     """
     path = Path(os.path.expanduser(path))
     if str(path) in TRAINED_NAMES and not path.exists():

@@ -66,10 +66,7 @@ def _download(name):
 
 def network_options(pretrained, cli_options):
     """The options of the pretrained network, for a training on the data set in `cli_options`.
-
-    Raises:
-        OptionError: an option contradicts them, or the images do not fit the network.
-    """
+    Raises OptionError if one contradicts them, or if the images do not fit the network."""
     network, dataset = pretrained.network, cli_options.get('dataset', 'CIFAR10')
     form, channels = registry.form_of({**cli_options, 'dataset': dataset}), DATASETS[dataset][1]
     if network['form'] != form:
@@ -121,13 +118,7 @@ def start_from(module, pretrained, classes, batches):
         _calibrate(module, own, params, batches)
     classifier = 'its classifier' if same else f'a new classifier for {len(classes)} classes'
     kind = 'folded ' if pretrained.folded else ''
-    frozen = sum(
-        tensor.numel()
-        for key, tensor in own.items()
-        if not tensor.requires_grad and 'running_' not in key
-    )
-    parts = f'; {frozen:,} parameters stay frozen' if frozen else ''
-    return f'starting from the {kind}network in {pretrained.path}, with {classifier}{parts}'
+    return f'starting from the {kind}network in {pretrained.path}, with {classifier}'
 
 
 def _split(folded, own):
