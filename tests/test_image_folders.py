@@ -43,7 +43,6 @@ def test_train_predict_and_evaluate(many_files, tmp_path, call, refused):
         (['--holdout', '0%'], '0%'),
         (['--holdout', 'half'], 'half'),
         (['--holdout', '150'], ['150', '149']),
-        (['--holdout', '149'], 'without'),
         (['--per_class', '76'], ['76', '75']),
         (['--form', 'vgg'], 'vgg'),
         (['--form', 'cifar', '--image_size', '7'], '7'),

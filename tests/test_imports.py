@@ -2,7 +2,6 @@
 
 import ast
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -137,54 +136,3 @@ def test_no_files_import_each_other():
 @pytest.mark.parametrize('name', STANDS_ALONE)
 def test_method_needs_torch_alone(name):
     assert foreign_imports(FILES[name]) <= set(STANDS_ALONE)
-
-
-# --- the functions above find what they look for ---------------------------------------------
-
-
-@pytest.fixture
-def tree(tmp_path):
-    """tree(name=text): a checkout with these files; `__` stands for the dot in a name."""
-
-    def tree(**texts):
-        for name, text in texts.items():
-            path = Path(tmp_path, *name.split('__')).with_suffix('.py')
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        return find_files(tmp_path)
-
-    return tree
-
-
-def test_upward_import_is_found(tree):
-    files = tree(
-        diracnet='import torch\nfrom lab import errors\n',
-        lab__errors='',
-        lab__files='def f():\n    from lab.runs.log import LOG\n    return LOG\n',
-        lab__runs__log='import lab.errors\n',
-        tools__plot='import train\n',
-        train='def main():\n    if True:\n        import tools.plot as plot\n    return plot\n',
-    )
-    assert sorted(upward_imports(find_imports(files))) == [
-        'diracnet imports lab.errors',
-        'lab.files imports lab.runs.log',
-        'train imports tools.plot',
-    ]
-
-
-def test_circle_is_found(tree):
-    texts = {
-        'lab__data__a': 'from lab.data import b\n',
-        'lab__data__b': 'def f():\n    from lab.data.c import g\n    return g\n',
-        'lab__data__c': 'import lab.data.a\n',
-        'lab__data__d': 'from lab.data import a, c\n',
-    }
-    circle = find_circle(find_imports(tree(**texts)))
-    assert sorted(circle) == ['lab.data.a', 'lab.data.b', 'lab.data.c']
-    texts['lab__data__c'] = 'import json\n'
-    assert find_circle(find_imports(tree(**texts))) == []
-
-
-def test_foreign_import_is_found(tree):
-    files = tree(diracconv='import math\nimport torch.nn\ndef f():\n    import numpy as np\n')
-    assert foreign_imports(files['diracconv']) == {'numpy'}

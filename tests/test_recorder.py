@@ -18,9 +18,9 @@ def test_loss_that_is_not_finite(tmp_path, refused):
     )
     words = ['the loss is', 'of epoch 3', folder / 'model.pt7', 'epoch 2']
     result = refused(1, words, train.main, *options.split(), '--save', folder)
-    found = checkpoint.load(folder)
-    assert found.position in result.err
-    assert all(tensor.isfinite().all() for tensor in found.params.values())
+    loaded = checkpoint.load(folder)
+    assert loaded.position in result.err
+    assert all(tensor.isfinite().all() for tensor in loaded.params.values())
     assert [line['epoch'] for line in read_log(folder)] == [1, 2]
 
     again = tmp_path / 'again'
