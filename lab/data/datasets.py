@@ -101,9 +101,7 @@ class Data:
 
     def tested_on(self, holdout):
         """This data set, with `holdout` of the training samples as its test set if that is not 0.
-
-        Raises UserError if there are no test images.
-        """
+        Raises UserError if there are no test images."""
         if holdout:
             return self.holdout(holdout)
         if self.test is None:
@@ -165,10 +163,8 @@ class Data:
         return replace(self, preprocessing=replace(self.preprocessing, mean=mean, std=std))
 
     def whitened(self, root):
-        """This data set with ZCA whitening as its preprocessing, fitted to the training images.
-
-        The whitening is cached under `root`. Raises OptionError for a folder of image files.
-        """
+        """This data set with ZCA whitening as its preprocessing, fitted to the training images, and
+        cached under `root`. Raises OptionError for a folder of image files."""
         if not self.in_memory:
             raise self._needs_memory('--preprocess zca')
         whitening = cached_whitening(self.train[0], Path(os.path.expanduser(root)))
@@ -181,7 +177,7 @@ def _select(part, indices):
 
 
 def load(name, root, *, download=True, form=None, image_size=None):
-    """Read a data set.
+    """The Data of a data set.
 
     Args:
         name: a key of DATA_SETS.
@@ -189,9 +185,6 @@ def load(name, root, *, download=True, form=None, image_size=None):
         form: for a folder of image files, 'imagenet' (the default), whose images stay in their
             files, or 'cifar', whose small images are read into memory.
         image_size: the network's input in pixels, for image files; None: 224, or 32 for form cifar.
-
-    Returns:
-        Data
 
     Raises:
         OptionError: an unknown name.

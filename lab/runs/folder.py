@@ -134,10 +134,8 @@ class RunFolder:
         parameters, and its log up to where it resumes. Returns the lines of that log."""
         if rank() == 0:
             self._make()
-            starts = [
-                *(read_commands(self.path / COMMANDS) or []),
-                describe_start(arguments, device),
-            ]
+            earlier = read_commands(self.path / COMMANDS) or []
+            starts = [*earlier, describe_start(arguments, device)]
             self.write(COMMANDS, json.dumps(starts, indent=1) + '\n')
         table = parameter_table(module, options['weight_decay'], options['model'])
         self.write(PARAMETERS, '\n'.join(table) + '\n')
@@ -155,7 +153,7 @@ class RunFolder:
             self._check_content()  # another process may have started one in the meantime
         for name in (checkpoint.FILE_NAME, LOG, COMMANDS):  # left by a killed process
             for leftover in self.path.glob(f'{name}.*.tmp'):
-                leftover.unlink()
+                self._try(leftover.name, leftover.unlink)
 
     def close(self):
         if self.handle is not None:
@@ -175,12 +173,9 @@ class RunFolder:
             if not self.last_save:
                 raise UserError(f'{fault}, and there is no checkpoint yet: the run stops') from None
             self.faults.append(fault)
-            with contextlib.suppress(OSError):  # the same disk may have the output
-                print(
-                    f'{fault}; training continues; the last checkpoint is {self.last_save}',
-                    file=sys.stderr,
-                    flush=True,
-                )
+            message = f'{fault}; training continues; the last checkpoint is {self.last_save}'
+            with contextlib.suppress(OSError):  # the output may be on the same disk
+                print(message, file=sys.stderr, flush=True)
             return False
         return True
 

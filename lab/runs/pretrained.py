@@ -144,8 +144,7 @@ def _split(folded, own):
 
 def _calibrate(module, own, params, batches):
     """Set all batch norms so that they add the folded biases and nothing else, with the statistics
-    of training images: the network computes what the folded one does, and can train.
-    """
+    of training images: the network computes what the folded one does, and can train."""
     done = 0  # images
     batches.epoch, batches.start = 1, 0
 
