@@ -214,8 +214,8 @@ def test_many_broken_images_end_the_run_with_a_checkpoint(
     words = [f'2 of {total}', '--resume']
     result = refused(1, words, train.main, *run_folder(many_files, run))
     assert all(str(folder / name) in result.out for name in ('001.png', '002.png'))
-    [line] = read_log(run)
-    assert (line['train_broken'], line['test_broken']) == ((2, 0) if part == 'train' else (0, 2))
+    broken = [(line['train_broken'], line['test_broken']) for line in read_log(run)]
+    assert broken == ([(2, 0)] if part == 'train' else [])  # the test of an epoch is repeated
     for name in ('001.png', '002.png'):
         shutil.copy(folder / '003.png', folder / name)
     train.main(['--resume', str(run)])

@@ -44,9 +44,8 @@ def read_archive(path):
             ) from None
         reason = getattr(error, 'strerror', None) or type(error).__name__
         raise BrokenFile(
-            f'{path} is not a PyTorch checkpoint that can be read ({reason}): pass a run folder, '
-            'its model.pt7, a .pth file, or digits or fashion for the networks in weights/; only '
-            'tools.predict reads .onnx files'
+            f'{path} cannot be read as a PyTorch checkpoint ({reason}): pass a run folder, a .pth '
+            'file, digits or fashion (only tools.predict reads .onnx)'
         ) from None
 
 
