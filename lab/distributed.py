@@ -174,19 +174,17 @@ def from_first(function):
 
     The other processes may not have the files that it reads.
     """
-    result = None
+    results = [None]
     if rank() == 0:
         try:
-            result = function()
+            results = [function()]
         except UserError as error:
-            result = error
+            results = [error]
     if world() > 1:
-        results = [result]
         dist.broadcast_object_list(results, 0)
-        [result] = results
-    if isinstance(result, UserError):
-        raise result
-    return result
+    if isinstance(results[0], UserError):
+        raise results[0]
+    return results[0]
 
 
 # --- training together -----------------------------------------------------------------------

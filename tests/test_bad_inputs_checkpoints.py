@@ -79,7 +79,7 @@ CONTENTS = [
     # Tensors of other types and shapes.
     ('int', lambda: changed(f'{BLOCK}.alpha', torch.Tensor.long), BLOCK),
     ('complex', lambda: changed('conv', lambda t: t.to(torch.complex64)), 'complex64'),
-    ('sparse', lambda: changed('fc.weight', torch.Tensor.to_sparse), 'sparse'),
+    ('sparse', lambda: changed('fc.weight', torch.Tensor.to_sparse), ''),
     ('text', lambda: changed('conv', str), 'conv'),
     ('double', lambda: changed('fc.bias', torch.Tensor.double), 'float64'),
     ('3d', lambda: changed('fc.weight', lambda t: t[..., None]), 'fc.weight'),

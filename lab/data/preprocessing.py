@@ -26,10 +26,7 @@ class Preprocessing:
     whitening: dict = field(default=None, compare=False)
 
     def as_dict(self):
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        return {**asdict(self), 'mean': list(self.mean), 'std': list(self.std)}
 
     @classmethod
     def from_dict(cls, stored):

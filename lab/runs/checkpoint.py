@@ -241,15 +241,13 @@ def _read_params(content):
 
 
 def _check_tensors(tensors):
-    """Raise ValueError unless these are dense tensors of finite real numbers, all of one type, and
-    no variance is negative."""
+    """Raise an error unless these are dense tensors of finite real numbers, all of one type, and no
+    variance is negative."""
     for key, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f'{key} is a {type(tensor).__name__}, not a tensor')
-        is_dense = tensor.layout is torch.strided and not tensor.is_nested and tensor.is_cpu
-        if not is_dense or tensor.dtype not in FLOATS:
-            kind = f'{tensor.dtype}, {tensor.layout}, {tensor.device}'
-            raise ValueError(f'{key} ({kind}) is not a dense tensor of real numbers')
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f'{key} has the type {tensor.dtype}, not one of real numbers')
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f'{key} repeats its numbers: save a contiguous copy of it')
         if not tensor.isfinite().all():
