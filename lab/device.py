@@ -23,10 +23,8 @@ DTYPES = {
 
 @functools.cache
 def has_bfloat16():
-    """Whether this machine has a CUDA GPU, or a CPU with instructions for bfloat16.
-
-    The instructions are known only on Linux; elsewhere, only a GPU counts.
-    """
+    """Whether this machine has a CUDA GPU, or a CPU with instructions for bfloat16, which are
+    known only on Linux."""
     try:
         flags = Path('/proc/cpuinfo').read_text().split()
     except OSError:
@@ -39,30 +37,25 @@ def autocast(device, short):
     return torch.autocast(device.type, short) if short else contextlib.nullcontext()
 
 
-def choose_device(given):
-    """The torch device that the options device, cuda, gpu_id and ngpu ask for.
-
-    Raises:
-        OptionError: there is no such device, or the options contradict each other.
-    """
-    dataset = given.get('dataset', 'CIFAR10')
-    if (given.get('form') or DATASETS[dataset][0]) == 'imagenet':
+def choose_device(cli_options):
+    """The torch device that the options device, cuda, gpu_id and ngpu ask for. Raises OptionError
+    if there is none, or if they contradict each other."""
+    dataset = cli_options.get('dataset', 'CIFAR10')
+    if (cli_options.get('form') or DATASETS[dataset][0]) == 'imagenet':
         # Allocate large tensors in huge pages (Linux; torch reads this at its first allocation,
         # below). Otherwise the page faults of a batch of 224 x 224 images take several times as
         # long as its normalization. Small images do not gain, and would use more memory.
         os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
-    name, n_devices = _device_name(given), torch.cuda.device_count()
-    kind, _, number = name.partition(':')
-    if kind == 'cpu' and (given.get('cuda') or 'gpu_id' in given):
+    name, n_devices = _device_name(cli_options), torch.cuda.device_count()
+    kind = name.partition(':')[0]
+    if kind == 'cpu' and (cli_options.get('cuda') or 'gpu_id' in cli_options):
         raise OptionError(f'--cuda and --gpu_id contradict --device {name}; use one of the two')
-    _check_processes(given.get('ngpu', distributed.local_world()), name, n_devices)
+    _check_processes(cli_options.get('ngpu', distributed.local_world()), name, n_devices)
     if name == 'cuda':
         name = f'cuda:{distributed.local_rank()}'
     try:
         if kind in ('cpu', 'cuda'):
-            device = torch.device(name)
-            torch.empty(1, device=device).add_(1)
-            return device
+            return torch.ones(1, device=name).device
     except (RuntimeError, AssertionError):
         pass
     raise OptionError(
@@ -71,10 +64,10 @@ def choose_device(given):
     )
 
 
-def _device_name(given):
-    uses_gpu = given.get('cuda') or 'gpu_id' in given or torch.cuda.is_available()
-    name = given.get('device', 'cuda' if uses_gpu else 'cpu')
-    return f'cuda:{given["gpu_id"]}' if name == 'cuda' and 'gpu_id' in given else name
+def _device_name(cli_options):
+    uses_gpu = cli_options.get('cuda') or 'gpu_id' in cli_options or torch.cuda.is_available()
+    name = cli_options.get('device', 'cuda' if uses_gpu else 'cpu')
+    return f'cuda:{cli_options["gpu_id"]}' if name == 'cuda' and 'gpu_id' in cli_options else name
 
 
 def _check_processes(n, name, n_devices):

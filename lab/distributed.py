@@ -10,7 +10,6 @@ import os
 import signal
 import warnings
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -60,26 +59,18 @@ def say(text):
         print(text, flush=True)
 
 
-def stop_with_parent():
-    """From now on the death of torchrun, even by SIGKILL, is a SIGTERM to this process: the run
-    saves and stops, so that it can be started again (on Linux)."""
-    prctl = libc_function('prctl')
-    if prctl:
-        prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG of sys/prctl.h
-
-
 def start(device):
     """Connect to the other processes if torchrun started this one."""
-    if not under_torchrun() or dist.is_initialized():
+    if not under_torchrun():
         return
-    stop_with_parent()
+    prctl = libc_function('prctl')
+    if prctl:
+        # The death of torchrun, even by SIGKILL, becomes a SIGTERM to this process: the run saves
+        # and stops, so that it can be started again (on Linux).
+        prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG of sys/prctl.h
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-    # torchrun's store is there already, unless torchrun was killed: waiting would not help.
-    has_store = os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True'
-    patience = timedelta(seconds=15) if has_store else dist.default_pg_timeout
-    store, number, count = next(dist.rendezvous('env://', timeout=patience))
-    store.set_timeout(dist.default_pg_timeout)
+    store, number, count = next(dist.rendezvous('env://', timeout=dist.default_pg_timeout))
     if os.environ['GROUP_WORLD_SIZE'] == '1':
         # torchrun's store outlives a restart (torch 2.14), and with it the addresses of dead
         # processes: the new ones would wait for them. On several machines, restart counts may
@@ -164,18 +155,18 @@ def agree(*numbers):
     """The maximum of each number over all processes."""
     if world() == 1:
         return numbers
-    found = torch.tensor(numbers)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return tuple(found.tolist())
+    largest = torch.tensor(numbers)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return tuple(largest.tolist())
 
 
 def union(mapping):
     """The union of the dicts of all processes, in the order of ranks."""
     if world() == 1:
         return dict(mapping)
-    found = [None] * world()
-    dist.all_gather_object(found, mapping)
-    return {key: value for part in found for key, value in part.items()}
+    mappings = [None] * world()
+    dist.all_gather_object(mappings, mapping)
+    return {key: value for part in mappings for key, value in part.items()}
 
 
 def from_first(function):
@@ -183,17 +174,17 @@ def from_first(function):
 
     The other processes may not have the files that it reads.
     """
-    found = [None]
+    results = [None]
     if rank() == 0:
         try:
-            found = [function()]
+            results = [function()]
         except UserError as error:
-            found = [error]
+            results = [error]
     if world() > 1:
-        dist.broadcast_object_list(found, 0)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    return found[0]
+        dist.broadcast_object_list(results, 0)
+    if isinstance(results[0], UserError):
+        raise results[0]
+    return results[0]
 
 
 # --- training together -----------------------------------------------------------------------

@@ -27,12 +27,10 @@ def path_argument(text):
 
 
 def size_of(path):
-    """The size of a regular file in bytes.
+    """The size of a regular file in bytes. Raises OSError if it is missing, or is a folder, a pipe
+    or a device.
 
     Ask for it before opening a file that a user names: opening a pipe would wait for its writer.
-
-    Raises:
-        OSError: the file is missing, or it is a folder, a pipe or a device.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -44,13 +42,11 @@ def write_atomically(path, content, keep_previous_as=None):
     """Write bytes to a file so that at any moment it has its old or its new content.
 
     The bytes go to a temporary file in the same folder, which is synced to disk and then renamed.
+    After an OSError, the file is unchanged, and the temporary file is removed.
 
     Args:
         keep_previous_as: the path to rename the existing file to, just before; for a moment, only
             that path exists.
-
-    Raises:
-        OSError: the file is unchanged, and the temporary file is removed.
     """
     path = Path(path)
     # Several processes may write the same file at once.
@@ -73,11 +69,7 @@ def write_atomically(path, content, keep_previous_as=None):
 
 
 def write_output(path, content):
-    """`write_atomically` to a file that a user named; its folders are made.
-
-    Raises:
-        UserError: it cannot be written.
-    """
+    """`write_atomically` to a file that a user named; its folders are made. Raises UserError."""
     path = Path(path).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

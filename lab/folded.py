@@ -122,11 +122,7 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
 
 def load_data(checkpoint, dataset, preprocessing, dataroot=None):
     """The Data that a checkpoint was trained and tested on, or that of another `dataset` or
-    `dataroot`.
-
-    Raises:
-        UserError: it is missing or broken.
-    """
+    `dataroot`. Raises UserError if it is missing or broken."""
     data = datasets.load(
         dataset,
         dataroot or checkpoint.options.get('dataroot', './data'),
@@ -142,32 +138,31 @@ def images_tested(checkpoint):
     return 'held-out' if checkpoint.options.get('holdout') else 'test'
 
 
-def preprocessing_of(source, dataset=None):
+def preprocessing_of(trained, dataset=None):
     """The Preprocessing of a network's images: the stored one, or that of its data set.
 
     Args:
-        source: a Checkpoint or an OnnxNetwork.
+        trained: a Checkpoint or an OnnxNetwork.
         dataset: name of the data set, for a file that does not store its preprocessing; one with
             a network of the ImageNet form needs none.
 
     Raises:
-        UserError: the preprocessing is unknown, or gives another number of channels than the
-            network expects.
+        UserError: the preprocessing is unknown, or has other channels than the network.
     """
-    if source.preprocessing:
-        return Preprocessing.from_dict(source.preprocessing)
-    if not dataset and source.network.get('form') == 'imagenet':
+    if trained.preprocessing:
+        return Preprocessing.from_dict(trained.preprocessing)
+    if not dataset and trained.network.get('form') == 'imagenet':
         dataset = 'ImageNet'
     if not dataset:
         raise UserError(
-            f'{source.path} does not say how its images were prepared: name its data set with '
+            f'{trained.path} does not say how its images were prepared: name its data set with '
             '--dataset'
         )
-    preprocessing, expected = datasets.PREPROCESSING[dataset], source.network['in_channels']
+    preprocessing, expected = datasets.PREPROCESSING[dataset], trained.network['in_channels']
     if preprocessing.channels != expected:
         raise UserError(
-            f'{source.path} expects images with {expected} channels, not {preprocessing.channels}: '
-            'name the data set that it was trained on with --dataset'
+            f'{trained.path} expects images with {expected} channels, not '
+            f'{preprocessing.channels}: name the data set that it was trained on with --dataset'
         )
     return preprocessing
 
@@ -187,11 +182,8 @@ def check_classes(checkpoint, data):
 
 @torch.inference_mode()
 def compute_logits(net, inputs, batch_size=250):
-    """Logits of a module or an OnnxNetwork as an array (N, num_classes).
-
-    Raises:
-        UserError: a logit is not finite.
-    """
+    """Logits of a module or an OnnxNetwork as an array (N, num_classes). Raises UserError if one
+    is not finite."""
     logits = torch.cat([net(part) for part in inputs.split(batch_size)])
     if not logits.isfinite().all():
         raise UserError('the network computes logits that are not finite: its weights overflow')

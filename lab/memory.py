@@ -13,13 +13,13 @@ LIMITS = ('/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_by
 
 def total_memory():
     """The bytes of memory of this machine, or of this container."""
-    found = [sys.maxsize]
+    sizes = [sys.maxsize]
     with contextlib.suppress(AttributeError, OSError, ValueError):  # not on every system
-        found.append(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
+        sizes.append(os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES'))
     for path in LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
-            found.append(int(Path(path).read_text()))
-    return min(found)
+            sizes.append(int(Path(path).read_text()))
+    return min(sizes)
 
 
 def libc_function(name):

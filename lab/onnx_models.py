@@ -19,11 +19,7 @@ PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 
 
 def require_onnx(packages=PACKAGES):
-    """Import the optional packages for .onnx files.
-
-    Raises:
-        UserError: one of them is not installed.
-    """
+    """Import the optional packages for .onnx files. Raises UserError if one is not installed."""
     try:
         for package in packages:
             importlib.import_module(package)
@@ -75,10 +71,14 @@ class OnnxNetwork:
         import onnxruntime
 
         self.path = 'the ONNX model' if isinstance(model, bytes) else Path(model).expanduser()
-        content = model if isinstance(model, bytes) else _read(self.path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are reported below
         try:
+            if isinstance(model, bytes):
+                content = model
+            else:
+                size_of(self.path)
+                content = self.path.read_bytes()
             self.session = onnxruntime.InferenceSession(
                 content, options, providers=['CPUExecutionProvider']
             )
@@ -94,8 +94,8 @@ class OnnxNetwork:
             check_metadata(self.network, self.classes, self.preprocessing)
         except Exception as error:  # ONNX Runtime's errors have no common class
             raise UserError(
-                f'{self.path} is broken or not an ONNX image classifier ({_reason(error)}): '
-                'export it again'
+                f'{self.path} is not an ONNX image classifier that can be read ({_reason(error)}): '
+                'pass a file that tools.export wrote'
             ) from None
 
     def __call__(self, inputs):
@@ -114,17 +114,9 @@ class OnnxNetwork:
 
 def _reason(error):
     """Our own message, or the name of an error of ONNX Runtime, whose messages fill a page."""
+    if isinstance(error, OSError):
+        return error.strerror
     return error if isinstance(error, ValueError) else type(error).__name__
-
-
-def _read(path):
-    try:
-        size_of(path)
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f'{path} cannot be read ({error.strerror}): pass a file that tools.export wrote'
-        ) from None
 
 
 # --- exporting -------------------------------------------------------------------------------
@@ -140,9 +132,6 @@ def to_onnx(net, shape, metadata):
         net: an image classifier in evaluation mode, such as a DiracNet.
         shape: (C, H, W).
         metadata: a dict of values that JSON can represent, for the model's metadata_props.
-
-    Raises:
-        UserError: a package is not installed.
     """
     require_onnx()
     import onnx

@@ -24,12 +24,12 @@ def saved(content, path, old=True):
 
 def identities(params):
     """What the original stored next to the parameters: an identity per shape of convolution."""
-    found = {}
+    stored = {}
     for key, tensor in params.items():
         if key.endswith('.conv'):
             name = 'eye' + '_'.join(map(str, tensor.shape))
-            found[name] = nn.init.dirac_(torch.empty_like(tensor))
-    return found
+            stored[name] = nn.init.dirac_(torch.empty_like(tensor))
+    return stored
 
 
 def published(params):
@@ -80,8 +80,8 @@ def test_every_layout_evaluates_folds_and_predicts(
         result = call(predict.main, path, image, '--dataset', 'digits', '--top', 1)
         assert result.status == 0, (name, result.err)
         answers.add(result.out)
-        found = checkpoint.load(path)
-        assert found.fold().architecture.depth == 16 and found.network['depth'] == 16
+        loaded = checkpoint.load(path)
+        assert loaded.fold().architecture.depth == 16 and loaded.network['depth'] == 16
     assert len(answers) == 1
 
 
@@ -112,8 +112,8 @@ def test_published_imagenet_layout(tmp_path):
     f, params = define_diracnet(18, 0.25, 'ImageNet')
     params = {key: tensor.detach() for key, tensor in params.items()}
     path = saved(published(params), tmp_path / 'diracnet18-v2_checkpoint.pth')
-    found = checkpoint.load(path)
-    assert found.network == {
+    loaded = checkpoint.load(path)
+    assert loaded.network == {
         'model': 'diracnet',
         'depth': 18,
         'width': 0.25,
@@ -124,10 +124,10 @@ def test_published_imagenet_layout(tmp_path):
     }
     x = torch.randn(2, 3, 64, 64)
     expected = f(x, params, False)
-    assert torch.equal(found.module()(x), expected)
-    torch.testing.assert_close(found.fold()(x), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(loaded.module()(x), expected)
+    torch.testing.assert_close(loaded.fold()(x), expected, rtol=1e-4, atol=1e-5)
     folded = checkpoint.load(saved(fold(params), tmp_path / 'diracnet18v2folded-00000000.pth'))
-    assert folded.folded and torch.equal(folded.fold()(x), found.fold()(x))
+    assert folded.folded and torch.equal(folded.fold()(x), loaded.fold()(x))
 
 
 @pytest.mark.parametrize(

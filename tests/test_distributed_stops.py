@@ -22,13 +22,13 @@ def test_ngpu_stops_at_a_signal_and_resumes_in_one_process(tmp_path):
     assert f'    python train.py --resume {folder} --device cpu --ngpu 2\n' in text
     assert text.count('stopped by SIGTERM') == 1
 
-    found = checkpoint.load(folder)
-    assert found.progress and found.epoch >= 2
+    loaded = checkpoint.load(folder)
+    assert loaded.progress and loaded.epoch >= 2
     resume = ['--resume', str(folder), '--device', 'cpu', '--epochs']
-    train.main([*resume, str(found.epoch + 1)])
-    train.main([*resume, str(found.epoch + 2), '--sync_bn'])  # for one process, the same
+    train.main([*resume, str(loaded.epoch + 1)])
+    train.main([*resume, str(loaded.epoch + 2), '--sync_bn'])  # for one process, the same
     log = read_log(folder)
-    assert [line['epoch'] for line in log] == list(range(1, found.epoch + 3))
+    assert [line['epoch'] for line in log] == list(range(1, loaded.epoch + 3))
     assert (log[0]['ngpu'], log[-1]['ngpu']) == (2, 1)
 
     text = end(torchrun('train.py', '--evaluate', folder, '--device', 'cpu', n=3))
@@ -77,7 +77,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path):
     assert process.returncode == 1 and not processes_of(folder)
     lines = err.splitlines()  # of the other rank, and of the one that started both
     assert 1 <= len(lines) <= 2 and all(line.startswith('train.py') for line in lines), err
-    assert checkpoint.load(folder).epoch >= 1
+    assert checkpoint.load(folder).is_run
 
 
 @needs_proc

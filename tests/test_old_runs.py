@@ -63,8 +63,8 @@ def test_finished_run_trains_further(old_run):
 def test_interrupted_run_resumes(old_run, tmp_path, one_thread):
     """It ends as an undisturbed run of today's code with the same options."""
     folder = old_run(INTERRUPTED)
-    found = checkpoint.load(folder)
-    assert (found.epoch, found.progress['step']) == (1, 9)
+    loaded = checkpoint.load(folder)
+    assert (loaded.epoch, loaded.progress['step']) == (1, 9)
     train.main(['--resume', str(folder), '--device', 'cpu'])
     train_digits(tmp_path / 'whole', f'{OPTIONS} --device cpu')
     log, expected = without_times(folder), without_times(tmp_path / 'whole')
@@ -94,8 +94,8 @@ def test_run_without_its_optimizer(tmp_path, call):
 
 
 def test_interrupted_run_folds(old_run):
-    found = checkpoint.load(old_run(INTERRUPTED))
-    module, folded = found.module(), found.fold()
+    loaded = checkpoint.load(old_run(INTERRUPTED))
+    module, folded = loaded.module(), loaded.fold()
     inputs, _ = next(iter(datasets.load('digits', '.').batches(False, batch_size=360)))
     with torch.no_grad():
         assert relative_error(folded(inputs), module(inputs)) <= 1e-5

@@ -1,6 +1,5 @@
 """Small data sets: what is known about them, and files that are missing or broken."""
 
-import gzip
 import os
 import socket
 
@@ -90,14 +89,11 @@ def test_broken_cifar_and_svhn(cifar, svhn, refuse):
 IMAGES, LABELS = IDX_FILES[2:]
 FAULTS = {
     'missing': ('', LABELS, lambda path: path.unlink()),
-    'truncated': ('', LABELS, lambda path: os.truncate(path, 20)),
-    'header alone': ('', IMAGES, lambda path: os.truncate(path, 6)),
     'too few labels': ('', LABELS, lambda path: write_idx(path, np.zeros(7))),
     'too many classes': ('', LABELS, lambda path: write_idx(path, np.full(20, 11))),
     'another size': ('', IMAGES, lambda path: write_idx(path, np.zeros((20, 27, 28)))),
     'other data': ('', IMAGES, lambda path: write_idx(path, np.zeros(20))),
     'truncated gzip': ('.gz', IMAGES, lambda path: os.truncate(path, path.stat().st_size // 2)),
-    'other gzip': ('.gz', IMAGES, lambda path: path.write_bytes(gzip.compress(b'abc'))),
     'no gzip': ('.gz', IMAGES, lambda path: path.write_bytes(b'\x1f\x8bnothing')),
 }
 

@@ -61,7 +61,8 @@ def test_batches_are_those_of_the_same_images_in_memory(small_files):
     assert np.allclose(known.std, pixels.std(0), rtol=1e-9)
 
     files = data.batches(True, batch_size=16, seed=3, pad=4)
-    memory = MemoryBatches(*data.train, known, 16, train=True, mirrored=True, seed=3, pad=4)
+    choices = {'train': True, 'mirrored': True, 'device': 'cpu', 'seed': 3, 'shard': (0, 1)}
+    memory = MemoryBatches(*data.train, known, 16, pad=4, **choices)
     for ours, theirs in zip(epoch_of(files, 5), epoch_of(memory, 5)):
         assert torch.equal(ours, theirs)
 
@@ -182,17 +183,3 @@ def test_images_that_do_not_fit_into_memory(small_files, tmp_path, refused, monk
     monkeypatch.setattr(datasets, 'total_memory', lambda: 10**5)  # 150 x 16 x 16 x 3 bytes are more
     words = ['150 images', '0.0 GB', '16 x 16']
     refused(1, words, train.main, *run_small(small_files, tmp_path / 'run'))
-
-
-# --- what a person sees -----------------------------------------------------------------------
-
-
-def test_small_images_suggest_the_form(small_files, tmp_path, call):
-    command = run_small(small_files, tmp_path / 'run', '--epochs', 1)
-    form = command.index('--form')
-    plain = [*command[:form], *command[form + 2 :], '--image_size', 64, '--depth', 18]
-    plain += ['--nthread', 0]
-    assert call(train.main, *plain).out.count('--form cifar') == 1
-    assert '--form' not in call(train.main, *command, '--save', tmp_path / 'other').out
-    Image.new('RGB', (65, 50)).save(small_files / 'train' / 'dark' / '00.png')
-    assert datasets.load('folder', small_files).notes == ()

@@ -41,7 +41,7 @@ def until(condition, process, seconds=60):
 
 def processes_of(folder):
     """Ids of the training processes of a run, by rank."""
-    found = {}
+    processes = {}
     for entry in Path('/proc').glob('[0-9]*'):
         try:
             command = (entry / 'cmdline').read_bytes().split(b'\0')
@@ -50,8 +50,8 @@ def processes_of(folder):
             continue
         ranks = [int(line[5:]) for line in environment if line.startswith(b'RANK=')]
         if ranks and os.fsencode(folder) in command:
-            found[ranks[0]] = int(entry.name)
-    return found
+            processes[ranks[0]] = int(entry.name)
+    return processes
 
 
 needs_proc = pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='finds processes in /proc')

@@ -19,7 +19,9 @@ from lab.data.image_files import prepare, read_image, training_crop
 from lab.data.preprocessing import normalize, whiten
 from lab.errors import OptionError, UserError
 
+PREFETCH = 2  # batches that DataLoader prepares per worker
 TRIES = 20  # this many broken files in a row, or in a batch: something else must be wrong
+CAN_WAIT_FOR_SIGNALS = hasattr(signal, 'sigwaitinfo')  # not on macOS and Windows
 
 
 class Batches:
@@ -44,17 +46,7 @@ class Batches:
     """
 
     def __init__(
-        self,
-        images,
-        targets,
-        preprocessing,
-        batch_size,
-        *,
-        train,
-        mirrored=False,
-        device='cpu',
-        seed=0,
-        shard=(0, 1),
+        self, images, targets, preprocessing, batch_size, *, train, mirrored, device, seed, shard
     ):
         self.images, self.targets, self.preprocessing = images, targets, preprocessing
         self.n, self.batch_size, self.seed, self.train = len(images), batch_size, seed, train
@@ -85,7 +77,7 @@ class MemoryBatches(Batches):
 
     Args (for Batches, and):
         pad: pad training images by this many reflected pixels, then crop them at random.
-        cutout: side of the square that is set to the mean, 0, around a random pixel.
+        cutout: side of the square around a random pixel that is set to 0, the mean.
         broken: {path: message} of the image files that are not among the images.
 
     Raises:
@@ -167,19 +159,15 @@ class FolderBatches(Batches):
     """Batches of image files, decoded in `workers` processes and normalized on the device.
 
     In training, images are cropped at random, and the next intact image replaces a broken one.
-    Test batches leave out broken files.
-
-    Raises:
-        UserError: TRIES broken files in one training batch, or no other, while iterating.
+    Test batches leave out broken files. Iterating raises UserError if TRIES files of a training
+    batch are broken, or all.
     """
-
-    PREFETCH = 2  # batches that DataLoader prepares per worker
 
     def __init__(self, *args, workers=0, **kwargs):
         super().__init__(*args, **kwargs)
         _use_one_opencv_thread()
         # One slot for each prefetched batch, and one for the batch that is being read.
-        size, self.n_slots = self.preprocessing.image_size, self.PREFETCH * workers + 1
+        size, self.n_slots = self.preprocessing.image_size, PREFETCH * workers + 1
         share = -(-min(self.batch_size, self.n) // self.world)
         self.slots = torch.empty(self.n_slots, share, size, size, 3, dtype=torch.uint8)
         # More workers than cores are the user's choice (--nthread).
@@ -190,7 +178,7 @@ class FolderBatches(Batches):
             sampler=_SlotOrder(self),
             num_workers=workers,
             persistent_workers=workers > 0,
-            prefetch_factor=self.PREFETCH if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_set_up_worker,
         )
 
@@ -206,14 +194,10 @@ class FolderBatches(Batches):
                     f'{next(iter(problems.values()))}'
                 )
             if targets or self.world > 1:  # all processes need the same number of batches
-                images = self.slots[slot, : len(targets)]
-                images, targets = self._to_device(images, torch.tensor(targets, dtype=torch.int64))
+                send = cuda.send if self.device.type == 'cuda' else torch.Tensor.to
+                images = send(self.slots[slot, : len(targets)], self.device)
+                targets = send(torch.tensor(targets, dtype=torch.int64), self.device)
                 yield normalize(images, self.preprocessing), targets
-
-    def _to_device(self, images, targets):
-        if self.device.type == 'cuda':
-            return cuda.send(images, self.device), cuda.send(targets, self.device)
-        return images.to(self.device), targets.to(self.device)
 
 
 class _Reader(torch.utils.data.Dataset):
@@ -271,12 +255,11 @@ class _SlotOrder(torch.utils.data.Sampler):
 def _blocked_signals():
     """A context in which signals that stop a run wait until its end. A process that is started in
     it goes on blocking them."""
-    if not hasattr(signal, 'sigwaitinfo'):  # such as on macOS and Windows
+    if not CAN_WAIT_FOR_SIGNALS:
         yield
         return
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-    )
+    stopping = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
     try:
         yield
     finally:
@@ -287,7 +270,7 @@ def _set_up_worker(_):
     """Set up a worker process. It leaves signals, which are blocked, to the main process, which may
     have to save first: schedulers and terminals send them to all processes."""
     _use_one_opencv_thread()
-    if hasattr(signal, 'sigwaitinfo'):
+    if CAN_WAIT_FOR_SIGNALS:
         threading.Thread(target=_end_at_the_signal_of_the_parent, daemon=True).start()
 
 

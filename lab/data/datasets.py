@@ -15,14 +15,8 @@ import numpy as np
 import torch
 
 from lab.data.batches import FolderBatches, MemoryBatches
-from lab.data.image_folders import (
-    TEST_FOLDERS,
-    find_splits,
-    has_small_images,
-    list_images,
-    read_into_memory,
-)
-from lab.data.names import class_names, display_name
+from lab.data.image_folders import TEST_FOLDERS, find_splits, list_images, read_into_memory
+from lab.data.names import CLASS_NAMES, display_name, read_names
 from lab.data.preprocessing import Preprocessing, cached_whitening, mean_and_std
 from lab.data.readers import read_cifar, read_digits, read_fashion_mnist, read_svhn
 from lab.errors import OptionError, UserError, printable
@@ -85,25 +79,19 @@ class Data:
     ):
         """Batches of the training set, shuffled and augmented, or of the unchanged test set.
 
-        Args:
-            batch_size: of all processes together.
-            pad, cutout: for images in memory, see MemoryBatches.
-            workers: processes that decode image files.
-            shard: (rank, number of processes).
+        Args: those of MemoryBatches (pad and cutout) and FolderBatches (workers).
 
-        Returns:
-            MemoryBatches or FolderBatches. Raises OptionError for options that do not fit them.
+        Raises:
+            OptionError: an option does not fit the images.
         """
         args = *(self.train if train else self.test), self.preprocessing, batch_size
-        shared = {'train': train, 'mirrored': self.mirrored, 'device': device, 'seed': seed}
+        kwargs = dict(train=train, mirrored=self.mirrored, device=device, seed=seed, shard=shard)
         if self.in_memory:
             broken = self.broken[0 if train else 1]
-            return MemoryBatches(
-                *args, pad=pad, cutout=cutout, broken=broken, shard=shard, **shared
-            )
+            return MemoryBatches(*args, pad=pad, cutout=cutout, broken=broken, **kwargs)
         if cutout:
             raise self._needs_memory('--cutout')
-        return FolderBatches(*args, workers=workers, shard=shard, **shared)
+        return FolderBatches(*args, workers=workers, **kwargs)
 
     def _needs_memory(self, option):
         return OptionError(
@@ -113,9 +101,7 @@ class Data:
 
     def tested_on(self, holdout):
         """This data set, with `holdout` of the training samples as its test set if that is not 0.
-
-        Raises UserError if there are no test images.
-        """
+        Raises UserError if there are no test images."""
         if holdout:
             return self.holdout(holdout)
         if self.test is None:
@@ -129,19 +115,18 @@ class Data:
     def holdout(self, amount):
         """This data set with a part of the training samples as its test set, to choose options on.
 
-        These are the last ones, as long as they are not sorted by class: of image files, they are
-        drawn at random, always the same.
+        These are the last ones. Image files are sorted by class: of them, they are drawn at random,
+        always the same.
 
         Args:
             amount: a number of samples, or a share such as '20%'.
 
         Raises:
-            OptionError: the number is out of range, or a class has no sample left.
+            OptionError: the number is out of range.
         """
-        targets = np.asarray(self.train[1])
-        total = len(targets)
-        is_share = isinstance(amount, str)
-        n = round(total * float(amount.rstrip('%')) / 100) if is_share else amount
+        n, total = amount, len(self.train[1])
+        if isinstance(amount, str):
+            n = round(total * float(amount.rstrip('%')) / 100)
         if not 0 < n < total:
             raise OptionError(
                 f'--holdout {amount} is impossible: that is {n} of the {total} training samples of '
@@ -151,21 +136,12 @@ class Data:
         if self.from_files:
             order = np.random.default_rng(0).permutation(total)
             rest, held_out = np.sort(order[n:]), np.sort(order[:n])
-            left = np.bincount(targets[rest], minlength=len(self.classes))
-            if not left.all():
-                raise OptionError(
-                    f'--holdout {amount} leaves {printable(self.classes[left.argmin()])} without '
-                    'training samples: choose fewer'
-                )
         test = _select(self.train, held_out)
         return self._with_train(rest, test=test, broken=(self.broken[0], {}))
 
     def per_class(self, n):
-        """This data set with the first n training samples of each class alone.
-
-        Raises:
-            OptionError: a class has fewer.
-        """
+        """This data set with the first n training samples of each class alone. Raises OptionError
+        if a class has fewer."""
         targets = np.asarray(self.train[1])
         indices = [np.flatnonzero(targets == c)[:n] for c in range(len(self.classes))]
         for label, own in zip(self.classes, indices):
@@ -187,13 +163,11 @@ class Data:
         return replace(self, preprocessing=replace(self.preprocessing, mean=mean, std=std))
 
     def whitened(self, root):
-        """This data set with ZCA whitening as its preprocessing, fitted to the training images.
-
-        The whitening is cached under `root`. Raises OptionError for a folder of image files.
-        """
+        """This data set with ZCA whitening as its preprocessing, fitted to the training images, and
+        cached under `root`. Raises OptionError for a folder of image files."""
         if not self.in_memory:
             raise self._needs_memory('--preprocess zca')
-        whitening = cached_whitening(self.train[0], _expanded(root))
+        whitening = cached_whitening(self.train[0], Path(os.path.expanduser(root)))
         return replace(self, preprocessing=replace(self.preprocessing, whitening=whitening))
 
 
@@ -203,7 +177,7 @@ def _select(part, indices):
 
 
 def load(name, root, *, download=True, form=None, image_size=None):
-    """Read a data set.
+    """The Data of a data set.
 
     Args:
         name: a key of DATA_SETS.
@@ -212,26 +186,18 @@ def load(name, root, *, download=True, form=None, image_size=None):
             files, or 'cifar', whose small images are read into memory.
         image_size: the network's input in pixels, for image files; None: 224, or 32 for form cifar.
 
-    Returns:
-        Data
-
     Raises:
         OptionError: an unknown name.
         UserError: files are missing or broken; the message says what to put where.
     """
     if name not in DATA_SETS:
         raise OptionError(f'unknown data set {name}: choose from {", ".join(DATA_SETS)}')
-    known, root = DATA_SETS[name], _expanded(root)
+    # Unlike Path.expanduser, this keeps the name of a user that does not exist.
+    known, root = DATA_SETS[name], Path(os.path.expanduser(root))
     if known.read is None:
         return _load_folder(name, root, form, image_size)
     train, test, classes = known.read(name, root, download)
     return Data(name, train, test, tuple(classes), known.preprocessing, known.mirrored)
-
-
-def _expanded(root):
-    """A path with ~ replaced by the home folder. Path.expanduser raises an error for other users
-    that do not exist."""
-    return Path(os.path.expanduser(root))
 
 
 def _load_folder(name, root, form, image_size):
@@ -258,21 +224,17 @@ def _load_folder(name, root, form, image_size):
             f'{ignored.total():,} files are ignored, because their suffixes are not those of '
             f'images, such as {", ".join(counts)}'
         )
-    if name == 'folder' and form is None and has_small_images(train[0]):
-        notes.append(
-            'the images are at most 64 pixels wide: consider --form cifar, whose networks are made '
-            'for small images'
-        )
     if form == 'cifar':
         size = resize = image_size or CIFAR.image_size
     else:
         size = image_size or PHOTOGRAPHS.image_size
         resize = round(size * 256 / 224)
+    names = read_names(root / CLASS_NAMES)
     data = Data(
         display_name(name, root),
         train,
         test,
-        class_names(root, classes),
+        tuple(names.get(folder, folder) for folder in classes),
         replace(PHOTOGRAPHS, image_size=size, resize=resize),
         mirrored=True,
         from_files=True,

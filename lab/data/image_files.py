@@ -35,9 +35,7 @@ def read_image(path):
     """An image file as RGB uint8 (H, W, 3), upright, with transparent parts white.
 
     Gray, palette, CMYK and 16-bit images are converted. Of an animation, this is the first frame.
-
-    Raises:
-        UserError: the file cannot be read, is not an image, is truncated, or is too large.
+    Raises UserError if the file cannot be read, is not an image, is truncated, or is too large.
     """
     return decode(read_bytes(path), path)
 
@@ -47,10 +45,13 @@ def read_bytes(path):
     try:
         if size_of(path) <= MAX_BYTES:
             return np.fromfile(path, np.uint8)
-        problem = 'has 2 GiB or more'
     except OSError as error:
-        problem = f'cannot be read ({error.strerror})'
-    raise UserError(f'{printable(str(path))} {problem}: replace it or remove it')
+        raise _refusal(path, f'cannot be read ({error.strerror})') from None
+    raise _refusal(path, 'has 2 GiB or more')
+
+
+def _refusal(path, problem):
+    return UserError(f'{printable(str(path))} {problem}: replace it or remove it')
 
 
 def decode(content, path, reduce=1):
@@ -63,10 +64,7 @@ def decode(content, path, reduce=1):
     with _opencv_errors(path), _silent_stderr():
         image = _decode_bgr(content, path, reduce) if _is_whole(content) else None
     if image is None:
-        raise UserError(
-            f'{printable(str(path))} is not an image that OpenCV can read, or is truncated: '
-            'replace it or remove it'
-        )
+        raise _refusal(path, 'is not an image that OpenCV can read, or is truncated')
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
 
 
@@ -78,23 +76,16 @@ def _opencv_errors(path):
     try:
         yield
     except cv2.error as error:
-        limit = re.search(r'CV_IO_MAX_IMAGE_\w+', error.err or '')
-        problem, remedy = f'cannot be decoded ({error.err or error})', 'replace it or remove it'
+        problem, limit = error.err or error, re.search(r'CV_IO_MAX_IMAGE_\w+', error.err or '')
         if limit:
-            problem = f'is larger than the environment variable OPEN{limit[0]} allows'
-            remedy += ', or set a higher limit'
-        raise UserError(f'{printable(str(path))} {problem}: {remedy}') from None
+            problem = f'it is larger than the environment variable OPEN{limit[0]} allows'
+        raise _refusal(path, f'cannot be decoded ({problem})') from None
 
 
 @contextlib.contextmanager
 def _silent_stderr():
     """Drop what OpenCV and its libraries print about broken images: it does not name the file."""
-    try:
-        stderr = os.dup(2)
-    except OSError:  # closed from the start
-        yield
-        return
-    null = os.open(os.devnull, os.O_WRONLY)
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:
         yield
@@ -119,10 +110,7 @@ def _decode_bgr(content, path, reduce):
     if image is None:
         return None
     if image.dtype not in (np.uint8, np.uint16):
-        raise UserError(
-            f'{printable(str(path))} has pixels of the type {image.dtype}: save it with 8 or 16 '
-            'bits, or remove it'
-        )
+        raise _refusal(path, f'has pixels of the type {image.dtype}, not of 8 or 16 bits')
     if image.ndim == 3 and image.shape[2] == 4:
         return _over_white(image)
     return cv2.imdecode(content, cv2.IMREAD_COLOR)

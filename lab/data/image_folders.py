@@ -1,6 +1,5 @@
 """Folders of image files: their splits, the lists of their files, and small images in memory."""
 
-import contextlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -8,21 +7,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.data.image_files import image_size, prepare, read_bytes, read_image
+from lab.data.image_files import prepare, read_image
 from lab.distributed import rank
 from lab.errors import UserError, printable
 
 SUFFIXES = ('.jpg', '.jpeg', '.jfif', '.png', '.gif', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 TEST_FOLDERS = ('val', 'validation', 'valid', 'test')  # the first that exists is the test set
-SMALL = 64  # pixels: images up to this width are better kept in memory
 
 
 def find_images(path):
     """The image files that `path` names: itself, or the images under it, sorted, if it is a folder.
-
-    Raises:
-        UserError: the folder has no images, or a folder in it cannot be read.
-    """
+    Raises UserError if it has none, or if a folder in it cannot be read."""
     path = Path(path)
     if not os.path.isdir(path):
         return [path]
@@ -37,10 +32,7 @@ def walk_images(root):
     folders under it, without hidden ones.
 
     Links are followed, but no folder is walked twice, and none that contains one that is walked.
-    So links cannot form loops.
-
-    Raises:
-        UserError: a folder cannot be read.
+    So links cannot form loops. Raises UserError if a folder cannot be read.
     """
     walked = set()
     _add_folder(root, walked)
@@ -133,15 +125,6 @@ def _refusal(folder, problem):
         f'{printable(str(folder))} {problem}: put images ({", ".join(SUFFIXES)}) into train/CLASS '
         'and val/CLASS, or pass another folder with --dataroot'
     )
-
-
-def has_small_images(paths):
-    """Whether the first hundred images, as far as they can be read, are small."""
-    widths = []
-    for path in paths[:100]:
-        with contextlib.suppress(UserError):
-            widths += (image_size(read_bytes(os.fsdecode(path))) or ())[1:]
-    return bool(widths) and max(widths) <= SMALL
 
 
 def read_into_memory(paths, targets, preprocessing):

@@ -12,11 +12,8 @@ IMAGENET = Path(__file__).with_name('imagenet_classes.txt')
 
 
 def readable(classes, n):
-    """The names of n classes. ImageNet's names replace WordNet's ids, such as n01440764, of any of
-    its 1,000 classes, and stand for 1,000 classes without names.
-
-    Args:
-        classes: a list, or None.
+    """The names of n classes, from a list `classes` or None. ImageNet's names replace WordNet's
+    ids, such as n01440764, of any of its 1,000 classes, and stand for 1,000 classes without names.
     """
     names = imagenet_names()
     if not classes:
@@ -32,10 +29,7 @@ def imagenet_names():
 
 def read_names(path):
     """{folder: name} in a file with a line FOLDER<TAB>NAME for each class; {} if it is missing.
-
-    Raises:
-        UserError: the file cannot be read, or a line has another form.
-    """
+    Raises UserError if it cannot be read, or if a line has another form."""
     try:
         lines = path.read_text('utf-8-sig').splitlines()
     except FileNotFoundError:
@@ -55,13 +49,6 @@ def read_names(path):
             )
         names[label] = name
     return names
-
-
-def class_names(root, folders):
-    """The names of the classes in `folders`: those that root/classes.txt gives them, or the folders
-    themselves. Raises UserError."""
-    names = read_names(root / CLASS_NAMES)
-    return tuple(names.get(folder, folder) for folder in folders)
 
 
 def display_name(dataset, root):

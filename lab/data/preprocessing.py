@@ -26,10 +26,7 @@ class Preprocessing:
     whitening: dict = field(default=None, compare=False)
 
     def as_dict(self):
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        return {**asdict(self), 'mean': list(self.mean), 'std': list(self.std)}
 
     @classmethod
     def from_dict(cls, stored):
@@ -134,8 +131,7 @@ def _read_cache(path):
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is None:  # torch does not look at the checksums
-                whitening = torch.load(path, weights_only=True)
-                return {'mean': whitening['mean'], 'matrix': whitening['matrix']}
+                return torch.load(path, weights_only=True)
     except Exception:  # zipfile and torch raise many types for broken files
         pass
     print(f'{path} is broken: fitting the whitening again', file=sys.stderr)

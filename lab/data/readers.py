@@ -31,10 +31,8 @@ IDX_FOLDERS = ('', 'FashionMNIST/raw', 'fashion-mnist', 'datasets/fashion-mnist'
 def read_digits(name, root, download):
     """The 1,797 digits of 8 x 8: the first 1,437 for training, the last 360 for testing. Most of
     the latter are by writers who are not in the training set. scikit-learn contains the files."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError(f'{name} is part of scikit-learn: pip install scikit-learn') from None
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 becomes 0..255
     images, targets = _tensors(pixels[..., None], digits.target)
@@ -94,13 +92,19 @@ def _open(reader, root, download, files, **part):
 
 def read_fashion_mnist(name, root, download):
     """28 x 28 pixels, from its four IDX files, plain or gzipped."""
-    paths, failure = _idx_paths(root), ''
+    from torchvision.datasets import FashionMNIST
+
+    problem, paths = f'{name} is incomplete under {root}', _idx_paths(root)
     if None in paths and download:
-        failure = _download_fashion_mnist(root)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            FashionMNIST(root, download=True)
+        except (OSError, RuntimeError) as error:
+            problem += f' and the download failed ({error})'
         paths = _idx_paths(root)
     missing = [file for file, path in zip(IDX_FILES, paths) if path is None]
     if missing:
-        raise _missing(f'{name} is incomplete under {root}{failure}', ', '.join(missing))
+        raise _missing(problem, ', '.join(missing))
     train, test = (_read_part(*pair) for pair in (paths[:2], paths[2:]))
     return train, test, FASHION_CLASSES
 
@@ -112,18 +116,6 @@ def _idx_paths(root):
         next((p for path in paths for p in (path, path.with_suffix('.gz')) if p.is_file()), None)
         for paths in places
     ]
-
-
-def _download_fashion_mnist(root):
-    """Download it with torchvision. Returns '', or why that failed, as part of a message."""
-    from torchvision.datasets import FashionMNIST
-
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        FashionMNIST(root, download=True)
-    except (OSError, RuntimeError) as error:
-        return f' and the download failed ({error})'
-    return ''
 
 
 def _read_part(images_path, labels_path):

@@ -97,11 +97,7 @@ class Checkpoint:
         return 'averaged' if self.ema and self.params is self.ema else 'raw'
 
     def module(self):
-        """The network as a module in evaluation mode; a folded one as DiracNet.
-
-        Raises:
-            UserError: a folded tensor is not finite.
-        """
+        """The network as a module in evaluation mode; a folded one as `fold` returns it."""
         if self.folded:
             return self.fold()
         module = Network(*registry.define(**self.network)).to(self.dtype)
@@ -114,7 +110,8 @@ class Checkpoint:
         return self.params['fc.weight'].dtype
 
     def fold(self):
-        """The folded module in evaluation mode. Raises UserError if the network does not fold."""
+        """The folded module in evaluation mode. Raises UserError if the network does not fold, or
+        if a folded tensor is not finite."""
         model = self.network['model']
         if model not in registry.FOLDABLE:
             raise UserError(
@@ -130,13 +127,11 @@ class Checkpoint:
         return registry.folded_module(model, folded)
 
     def network_options(self, cli_options):
-        """The options model, depth, width, dataset, ... of its network.
+        """The options model, depth, width, dataset, ... of its network. Raises OptionError if one
+        in `cli_options` contradicts them.
 
         A bare state dict fits every data set with its form, channels and classes; `cli_options` may
         choose among them.
-
-        Raises:
-            OptionError: an option in `cli_options` contradicts the network.
         """
         network = {**registry.own_options(self.network['model']), **self.network}
         dataset = cli_options.get('dataset', network['dataset'])
@@ -154,15 +149,10 @@ class Checkpoint:
 
 def network_flags(network):
     """The options of train.py that define a network, as on a command line."""
-    flags = []
-    shown = {name: value for name, value in network.items() if name != 'form'}
-    if network['dataset'] == 'folder':
-        shown['form'] = registry.form_of(network)
-    for name in registry.network_option_names(network['model']):
-        if name in shown:
-            value = f'{shown[name]:g}' if name == 'width' else shown[name]
-            flags.append(f'--{name} {value}')
-    return ' '.join(flags)
+    names = [name for name in registry.network_option_names(network['model']) if name in network]
+    if network['dataset'] != 'folder':
+        names.remove('form')  # the data set determines it
+    return ' '.join(f'--{name} {network[name]}' for name in names)
 
 
 # --- loading ---------------------------------------------------------------------------------
@@ -173,14 +163,11 @@ def load(path):
     there is none of this name, the trained network called digits or fashion.
 
     If a run's newest checkpoint is missing or broken, the previous one is read, with a warning on
-    stderr.
-
-    Raises:
-        UserError: the file is missing, broken, not a checkpoint, or could run code.
+    stderr. Raises UserError if the file is missing, broken, not a checkpoint, or could run code.
     """
     path = Path(os.path.expanduser(path))
     if str(path) in TRAINED_NAMES and not path.exists():
-        path = _find_trained(TRAINED_NAMES[str(path)])
+        path = Path(trained_path(TRAINED_NAMES[str(path)]))
     if os.path.isdir(path):
         path = path / FILE_NAME
     try:
@@ -197,16 +184,8 @@ def load(path):
         return checkpoint
 
 
-def _find_trained(dataset):
-    try:
-        return Path(trained_path(dataset))
-    except RuntimeError as error:
-        raise UserError(str(error)) from None
-
-
 def load_file(path):
     """The Checkpoint in one file. Raises UserError."""
-    path = Path(path)
     content = read_archive(path)
     with refusing(path):
         return Checkpoint(path, **_read_fields(content))
@@ -262,15 +241,13 @@ def _read_params(content):
 
 
 def _check_tensors(tensors):
-    """Raise ValueError unless these are dense tensors of finite real numbers, all of one type, and
-    no variance is negative."""
+    """Raise an error unless these are dense tensors of finite real numbers, all of one type, and no
+    variance is negative."""
     for key, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f'{key} is a {type(tensor).__name__}, not a tensor')
-        is_dense = tensor.layout is torch.strided and not tensor.is_nested and tensor.is_cpu
-        if not is_dense or tensor.dtype not in FLOATS:
-            kind = f'{tensor.dtype}, {tensor.layout}, {tensor.device}'
-            raise ValueError(f'{key} ({kind}) is not a dense tensor of real numbers')
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f'{key} has the type {tensor.dtype}, not one of real numbers')
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f'{key} repeats its numbers: save a contiguous copy of it')
         if not tensor.isfinite().all():
@@ -318,14 +295,10 @@ def run_metadata(options, network, data):
     }
 
 
-def save(path, content, keep_previous=True):
-    """Write a checkpoint, and keep the existing one as previous.pt7.
-
-    Raises:
-        OSError: both files are unchanged.
-    """
+def save(path, content, keep_previous):
+    """Write a checkpoint, and keep the existing one as previous.pt7 if `keep_previous`. Raises
+    OSError; then both files are unchanged."""
     # torch.save's own writer would turn the OSError of a full disk into other exceptions.
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    previous = Path(path).with_name(PREVIOUS) if keep_previous else None
-    write_atomically(path, buffer.getbuffer(), previous)
+    write_atomically(path, buffer.getbuffer(), path.with_name(PREVIOUS) if keep_previous else None)

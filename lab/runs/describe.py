@@ -27,11 +27,9 @@ def describe_run(options, data, n_parameters, device, resumed):
 
 
 def describe_rate(options):
-    if options['schedule'] != 'step':
-        return f'learning rate {options["lr"]:g}, schedule {options["schedule"]}'
-    if not options['epoch_step']:
-        return f'learning rate {options["lr"]:g} in all epochs'
     falls = ', '.join(map(str, options['epoch_step']))
+    if not falls:
+        return f'learning rate {options["lr"]:g}, schedule {options["schedule"]}'
     factor = f'times {options["lr_decay_ratio"]:g}'
     return f'learning rate {options["lr"]:g}, {factor} when these epochs begin: {falls}'
 

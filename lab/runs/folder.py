@@ -25,7 +25,6 @@ from lab.files import size_of, write_atomically
 from lab.runs import checkpoint
 from lab.runs.log import LOG, read_lines
 from lab.runs.provenance import CHECKOUT, describe_start
-from lab.runs.signals import try_to_print
 from lab.runs.tensorboard import write_events
 from lab.training.optimizers import parameter_table
 
@@ -48,12 +47,11 @@ class RunFolder:
 
     def __init__(self, cli_options):
         """cli_options: the options of the command line; `save` or `resume` names the folder."""
-        resume = cli_options.get('resume')
         self.path = None
         if 'save' in cli_options:
             self.path = Path(cli_options['save']).expanduser()
-        elif resume:
-            path = Path(resume).expanduser()
+        elif 'resume' in cli_options:
+            path = Path(cli_options['resume']).expanduser()
             self.path = path if path.is_dir() else path.parent
         self.faults = []  # messages about files that could not be written
         self.last_save = None  # the newest good checkpoint, in words
@@ -136,7 +134,9 @@ class RunFolder:
         parameters, and its log up to where it resumes. Returns the lines of that log."""
         if rank() == 0:
             self._make()
-        self.record_command(arguments, device)
+            earlier = read_commands(self.path / COMMANDS) or []
+            starts = [*earlier, describe_start(arguments, device)]
+            self.write(COMMANDS, json.dumps(starts, indent=1) + '\n')
         table = parameter_table(module, options['weight_decay'], options['model'])
         self.write(PARAMETERS, '\n'.join(table) + '\n')
         log = log_lines(resumed)
@@ -153,8 +153,7 @@ class RunFolder:
             self._check_content()  # another process may have started one in the meantime
         for name in (checkpoint.FILE_NAME, LOG, COMMANDS):  # left by a killed process
             for leftover in self.path.glob(f'{name}.*.tmp'):
-                with contextlib.suppress(OSError):
-                    leftover.unlink()
+                self._try(leftover.name, leftover.unlink)
 
     def close(self):
         if self.handle is not None:
@@ -175,7 +174,8 @@ class RunFolder:
                 raise UserError(f'{fault}, and there is no checkpoint yet: the run stops') from None
             self.faults.append(fault)
             message = f'{fault}; training continues; the last checkpoint is {self.last_save}'
-            try_to_print(message, sys.stderr)
+            with contextlib.suppress(OSError):  # the output may be on the same disk
+                print(message, file=sys.stderr, flush=True)
             return False
         return True
 
@@ -195,16 +195,6 @@ class RunFolder:
         """Write the numbers of an epoch for TensorBoard."""
         self._try('events.out.tfevents', lambda: write_events(self.path, stats))
 
-    def record_command(self, arguments, device):
-        """Add the command, versions and machine of this start to run.json."""
-        if rank() > 0:
-            return
-        entries = read_commands(self.path / COMMANDS)
-        if entries is None and (self.path / COMMANDS).exists():
-            try_to_print(f'{self.path / COMMANDS} is broken: it starts anew', sys.stderr)
-        entries = [*(entries or []), describe_start(arguments, device)]
-        self.write(COMMANDS, json.dumps(entries, indent=1) + '\n')
-
     def finish(self, stop):
         """Say that the run is done. Raises UserError if anything could not be written."""
         if self.faults:
@@ -223,10 +213,9 @@ def read_commands(path):
     try:
         size_of(path)
         entries = json.loads(path.read_text('utf-8'))
-        is_ours = isinstance(entries, list) and all('command' in entry for entry in entries)
-    except (OSError, ValueError, TypeError, RecursionError):
+        return entries if all('command' in entry for entry in entries) else None
+    except (OSError, ValueError, TypeError):
         return None
-    return entries if is_ours else None
 
 
 def write_report(path, dataroot):
@@ -253,7 +242,7 @@ def _try_to_lock(handle):
     except BlockingIOError:
         return False
     except (ImportError, OSError):
-        return True
+        pass
     return True
 
 
@@ -267,7 +256,6 @@ def _own_folder(resumed):
 def _new_name(options):
     """DATASET-MODEL-DEPTH-WIDTH-TIME."""
     data = display_name(options['dataset'], options['dataroot'])
-    data = os.fsdecode(os.fsencode(data)[:100])  # the name of a file has at most 255 bytes
     name = f'{data}-{options["model"]}-{options["depth"]}-{options["width"]:g}'
     return f'{name}-{datetime.now():%Y%m%d-%H%M%S}'
 

@@ -16,18 +16,16 @@ def format_line(stats):
 
 
 def parse_line(line, place):
-    """The dict in a line of a log; None for other lines, and for a truncated one.
+    """The dict in a line of a log; None for other lines, and for a truncated one. Raises UserError,
+    which names the `place`, for another content.
 
     If a value is a list of top-1 and top-5, as in logs of the original code, it is top-1.
-
-    Raises:
-        UserError: a line with another content; the message names the `place`.
     """
     if not line.startswith(PREFIX):
         return None
     try:
         stats = json.loads(line.removeprefix(PREFIX))
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     if not isinstance(stats, dict):
         raise UserError(f'{place} is not a line of a log: it has no dict after {PREFIX.strip()}')
@@ -64,11 +62,8 @@ def log_file(path):
 
 
 def read_lines(path):
-    """The lines of a log.txt as pairs: the text, and the dict that `parse_line` finds in it.
-
-    Raises:
-        UserError: the file cannot be read, or a line has another form.
-    """
+    """The lines of a log.txt as pairs: the text, and the dict that `parse_line` finds in it. Raises
+    UserError if the file cannot be read, or if a line has another form."""
     path = Path(path)
     try:
         size_of(path)
@@ -80,12 +75,10 @@ def read_lines(path):
 
 
 def read_log(path):
-    """The epochs of a log as a list of dicts. `path` is a run folder or its log.txt.
+    """The epochs of a log as a list of dicts. `path` is a run folder or its log.txt. Raises
+    UserError if there is none.
 
     Logs of the original code can be read too: their other lines are ignored.
-
-    Raises:
-        UserError: the file cannot be read, has no epoch, or has a line of another form.
     """
     path = log_file(path)
     epochs = [stats for _, stats in read_lines(path) if stats is not None]

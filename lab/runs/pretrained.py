@@ -53,11 +53,10 @@ def _download(name):
     """The path of a published file, downloaded to torch.hub's cache if needed."""
     url = PUBLISHED[name]
     path = Path(torch.hub.get_dir()) / 'checkpoints' / url.rsplit('/', 1)[1]
-    if path.exists():
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
     except (OSError, RuntimeError) as error:
         raise UserError(
             f'{url} cannot be downloaded ({error}): get it another way, and save it as {path}'
@@ -67,10 +66,7 @@ def _download(name):
 
 def network_options(pretrained, cli_options):
     """The options of the pretrained network, for a training on the data set in `cli_options`.
-
-    Raises:
-        OptionError: an option contradicts them, or the images do not fit the network.
-    """
+    Raises OptionError if one contradicts them, or if the images do not fit the network."""
     network, dataset = pretrained.network, cli_options.get('dataset', 'CIFAR10')
     form, channels = registry.form_of({**cli_options, 'dataset': dataset}), DATASETS[dataset][1]
     if network['form'] != form:
@@ -113,9 +109,8 @@ def start_from(module, pretrained, classes, batches):
     params = _split(pretrained.params, own) if pretrained.folded else pretrained.params
     same = pretrained.network['num_classes'] == len(classes)
     if same and pretrained.classes:
-        same = readable(list(pretrained.classes), len(classes)) == readable(
-            list(classes), len(classes)
-        )
+        theirs, ours = (readable(list(c), len(classes)) for c in (pretrained.classes, classes))
+        same = theirs == ours
     for key, tensor in own.items():
         if key in params and (same or not key.startswith('fc.')):
             tensor.copy_(params[key])
@@ -123,13 +118,7 @@ def start_from(module, pretrained, classes, batches):
         _calibrate(module, own, params, batches)
     classifier = 'its classifier' if same else f'a new classifier for {len(classes)} classes'
     kind = 'folded ' if pretrained.folded else ''
-    frozen = sum(
-        tensor.numel()
-        for key, tensor in own.items()
-        if not tensor.requires_grad and 'running_' not in key
-    )
-    parts = f'; {frozen:,} parameters stay frozen' if frozen else ''
-    return f'starting from the {kind}network in {pretrained.path}, with {classifier}{parts}'
+    return f'starting from the {kind}network in {pretrained.path}, with {classifier}'
 
 
 def _split(folded, own):
@@ -155,8 +144,7 @@ def _split(folded, own):
 
 def _calibrate(module, own, params, batches):
     """Set all batch norms so that they add the folded biases and nothing else, with the statistics
-    of training images: the network computes what the folded one does, and can train.
-    """
+    of training images: the network computes what the folded one does, and can train."""
     done = 0  # images
     batches.epoch, batches.start = 1, 0
 

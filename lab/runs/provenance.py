@@ -51,8 +51,9 @@ def _commit():
 def _git(*arguments):
     """What a git command prints."""
     command = ['git', *arguments]
-    found = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True)
-    return found.stdout.strip()
+    return subprocess.check_output(
+        command, cwd=CHECKOUT, text=True, stderr=subprocess.DEVNULL
+    ).strip()
 
 
 def _version(name):

@@ -62,11 +62,8 @@ class Recorder:
             self._exit(number, train_pass)
 
     def save(self, epochs_done, progress=None):
-        """Write a checkpoint, with the `progress` in the next epoch if it has begun.
-
-        Raises:
-            UserError: a parameter is not finite, so no run could resume from it.
-        """
+        """Write a checkpoint, with the `progress` in the next epoch if it has begun. Raises
+        UserError if a parameter is not finite: no run could resume from it."""
         content = {**self.state.content(), 'epoch': epochs_done, **self.metadata, 'log': self.log}
         position = describe_position(epochs_done, progress)
         if not all(tensor.isfinite().all() for tensor in content['params'].values()):

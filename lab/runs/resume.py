@@ -39,8 +39,8 @@ def find_start(cli_options):
 
 
 def started_anew(cli_options):
-    """The given options, or, if --resume names a run that was stopped before its first checkpoint,
-    those that it was last started with."""
+    """`cli_options`, or, if --resume names a run that was stopped before its first checkpoint, the
+    options that it was last started with."""
     folder = Path(cli_options.get('resume', 'auto')).expanduser()
     if _has_checkpoint(folder):
         return cli_options
@@ -91,17 +91,17 @@ def resume_command(options, folder):
 def options_to_train(resumed, cli_options, pretrained):
     """All options of a run: a new one if `resumed` is None, else one that resumes from it.
 
-    From a file that is not a run of train.py, training starts with the given options, the file's
+    From a file that is not a run of train.py, training starts with `cli_options`, the file's
     tensors and a new optimizer.
 
     Raises:
-        OptionError: a given option contradicts the run, its network, or the pretrained one.
+        OptionError: an option contradicts the run, its network, or the pretrained one.
         UserError: the file is folded.
     """
     if not resumed:
         network = network_options(pretrained, cli_options) if pretrained else {}
         return complete({**network, **cli_options})
-    network = resumed.network_options(cli_options)  # raises OptionError for another network
+    network = resumed.network_options(cli_options)
     if resumed.is_run:
         dropped = {*MACHINE_OPTIONS, 'save'}
         if resumed.options.get('ngpu', 1) == 1:

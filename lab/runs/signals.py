@@ -67,8 +67,3 @@ class Stop:
             self.signal = self.signal or signal.SIGPIPE
         except OSError as error:
             self.lost_output = error.strerror
-
-
-def try_to_print(text, file):
-    with contextlib.suppress(OSError):
-        print(text, file=file, flush=True)
