@@ -10,6 +10,7 @@ import os
 import signal
 import warnings
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -70,7 +71,11 @@ def start(device):
         prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG of sys/prctl.h
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-    store, number, count = next(dist.rendezvous('env://', timeout=dist.default_pg_timeout))
+    # torchrun's store is there already, unless torchrun was killed: waiting would not help.
+    has_store = os.environ['TORCHELASTIC_USE_AGENT_STORE'] == 'True'
+    patience = timedelta(seconds=15) if has_store else dist.default_pg_timeout
+    store, number, count = next(dist.rendezvous('env://', timeout=patience))
+    store.set_timeout(dist.default_pg_timeout)
     if os.environ['GROUP_WORLD_SIZE'] == '1':
         # torchrun's store outlives a restart (torch 2.14), and with it the addresses of dead
         # processes: the new ones would wait for them. On several machines, restart counts may

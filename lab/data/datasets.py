@@ -15,7 +15,13 @@ import numpy as np
 import torch
 
 from lab.data.batches import FolderBatches, MemoryBatches
-from lab.data.image_folders import TEST_FOLDERS, find_splits, list_images, read_into_memory
+from lab.data.image_folders import (
+    TEST_FOLDERS,
+    find_splits,
+    has_small_images,
+    list_images,
+    read_into_memory,
+)
 from lab.data.names import CLASS_NAMES, display_name, read_names
 from lab.data.preprocessing import Preprocessing, cached_whitening, mean_and_std
 from lab.data.readers import read_cifar, read_digits, read_fashion_mnist, read_svhn
@@ -122,7 +128,7 @@ class Data:
             amount: a number of samples, or a share such as '20%'.
 
         Raises:
-            OptionError: the number is out of range.
+            OptionError: the number is out of range, or a class has no sample left.
         """
         n, total = amount, len(self.train[1])
         if isinstance(amount, str):
@@ -136,6 +142,12 @@ class Data:
         if self.from_files:
             order = np.random.default_rng(0).permutation(total)
             rest, held_out = np.sort(order[n:]), np.sort(order[:n])
+            left = np.bincount(np.asarray(self.train[1])[rest], minlength=len(self.classes))
+            if not left.all():
+                raise OptionError(
+                    f'--holdout {amount} leaves {printable(self.classes[left.argmin()])} without '
+                    'training samples: choose fewer'
+                )
         test = _select(self.train, held_out)
         return self._with_train(rest, test=test, broken=(self.broken[0], {}))
 
@@ -223,6 +235,10 @@ def _load_folder(name, root, form, image_size):
         notes.append(
             f'{ignored.total():,} files are ignored, because their suffixes are not those of '
             f'images, such as {", ".join(counts)}'
+        )
+    if name == 'folder' and form is None and has_small_images(train[0]):
+        notes.append(
+            'the images are small: consider --form cifar, whose networks are made for them'
         )
     if form == 'cifar':
         size = resize = image_size or CIFAR.image_size

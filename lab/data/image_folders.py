@@ -1,5 +1,6 @@
 """Folders of image files: their splits, the lists of their files, and small images in memory."""
 
+import contextlib
 import os
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from lab.data.image_files import prepare, read_image
 from lab.distributed import rank
 from lab.errors import UserError, printable
 
+SMALL = 64  # pixels: larger images are for networks of the ImageNet form
 SUFFIXES = ('.jpg', '.jpeg', '.jfif', '.png', '.gif', '.bmp', '.ppm', '.webp', '.tif', '.tiff')
 TEST_FOLDERS = ('val', 'validation', 'valid', 'test')  # the first that exists is the test set
 
@@ -125,6 +127,15 @@ def _refusal(folder, problem):
         f'{printable(str(folder))} {problem}: put images ({", ".join(SUFFIXES)}) into train/CLASS '
         'and val/CLASS, or pass another folder with --dataroot'
     )
+
+
+def has_small_images(paths):
+    """Whether the first images, as far as they can be read, have at most SMALL pixels a side."""
+    sides = []
+    for path in paths[:20]:
+        with contextlib.suppress(UserError):
+            sides.append(max(read_image(os.fsdecode(path)).shape[:2]))
+    return bool(sides) and max(sides) <= SMALL
 
 
 def read_into_memory(paths, targets, preprocessing):
