@@ -1,6 +1,7 @@
 """ONNX files that are broken, hostile or of another network: each is refused in one line."""
 
 import json
+import math
 import os
 
 import numpy as np
