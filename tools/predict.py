@@ -41,7 +41,10 @@ class Classifier:
     path: Path  # of its file
     net: Callable  # from normalized images (N, C, H, W) to logits (N, num_classes)
     preprocessing: Preprocessing
-    classes: list  # names
+    classes: list  # names, or None
+
+    def name(self, index):
+        return self.classes[index] if self.classes else str(index)
 
     def normalize(self, images):
         """Prepared images, uint8 (N, H, W, C), as inputs (N, C, H, W)."""
@@ -77,8 +80,7 @@ def load(args):
             print(f'{loaded.path}: the raw weights; --ema takes their averages', file=sys.stderr)
         net = loaded.fold().float()
     preprocessing = preprocessing_of(loaded, args.dataset)
-    n = loaded.network['num_classes']
-    classes = readable(loaded.classes, n) or list(map(str, range(n)))
+    classes = readable(loaded.classes, loaded.network['num_classes'])
     return Classifier(loaded.path, net, preprocessing, classes)
 
 
@@ -120,7 +122,7 @@ def read_images(paths, preprocessing):
 def describe(classifier, file, probabilities, args, picture):
     """The line of output about an image; `picture` is the path of its explanation, or None."""
     values, indices = probabilities.topk(min(args.top, len(probabilities)))
-    values, names = values.tolist(), [classifier.classes[index] for index in indices]
+    values, names = values.tolist(), list(map(classifier.name, indices.tolist()))
     if args.json:
         line = {'image': str(file), 'classes': names, 'probabilities': values}
         return json.dumps({**line, 'explanation': str(picture)} if picture else line)
@@ -134,7 +136,7 @@ def explain(classifier, image, probabilities):
     maps, _ = class_maps(classifier.net, classifier.normalize(image[None]))
     picture = add_caption(
         draw(image, maps[0, index]),
-        f'{classifier.classes[index]}: {100 * probabilities[index]:.1f} %',
+        f'{classifier.name(index)}: {100 * probabilities[index]:.1f} %',
         'red: evidence for it, blue: against it',
     )
     return encode_png(picture)
