@@ -33,7 +33,7 @@ from lab.folded import (
 from lab.runs import checkpoint
 from lab.runs.folder import COMMANDS, read_commands
 from lab.runs.log import parse_line
-from tools.propagation import is_chain
+from tools import propagation
 from tools.report import sections
 
 TEMPLATE = Path(__file__).with_name('page.html')
@@ -89,7 +89,7 @@ def describe(source, starts, dataroot):
     else:
         parts += [sections.Section('Images', f'What needs images is missing: {missing}')]
     parts += [sections.filters(source.params), sections.scales(source.params)]
-    if tests and is_chain(source.network['model']) and not source.folded:
+    if tests and source.network['model'] in propagation.MODELS and not source.folded:
         parts += [sections.signal(source, tests)]
     network, options = source.network, sorted(source.options.items())
     name = display_name(network['dataset'], source.options.get('dataroot', '.'))

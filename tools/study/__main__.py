@@ -91,7 +91,7 @@ def draw(study, rows, runs, folder, dataroot):
         return
     folders = [one.folder for one in runs if one.seed == runs[0].seed and not one.failed]
     if all((path / 'model.pt7').exists() for path in folders):
-        propagation.report(folders, out, dataroot)
+        propagation.report(list(map(propagation.read_run, folders)), out, dataroot)
     else:
         print(
             f'{out}.png is not drawn again: it needs the checkpoints of all runs, and the '
