@@ -63,10 +63,6 @@ class Run:
         except OptionError as error:
             raise OptionError(f'{study.path}: {" ".join(flags(options))}: {error}') from None
         self.n_epochs = self.all_options['epochs']
-        if max(self.keep, default=0) > self.n_epochs:
-            raise UserError(
-                f'{study.path} keeps epoch {max(self.keep)}, but trains {self.n_epochs} epochs'
-            )
         name = '-'.join(map(str, self.row.values())) or study.name
         name = name.replace('/', '_').replace('..', '_').replace(' ', '')
         self.folder = folder / name / f'seed{seed}'
@@ -90,15 +86,17 @@ class Run:
         Raises:
             UserError: the run in its folder has other options.
         """
-        last = self.log()[-1:]  # nothing, or the last epoch
+        log = self.log()
+        if not log:
+            return bool(self.failed)
+        last = log[-1]
         for name, value in self.options.items():
-            for line in last:
-                if name not in CHANGEABLE_ON_RESUME and line.get(name) != value:
-                    raise UserError(
-                        f'{self.folder} was run with --{name} {line.get(name)}, but the study has '
-                        f'{value}: move the folder away, or change the study'
-                    )
-        return bool(self.failed) or any(line['epoch'] >= self.n_epochs for line in last)
+            if name not in CHANGEABLE_ON_RESUME and last.get(name) != value:
+                raise UserError(
+                    f'{self.folder} was run with --{name} {last.get(name)}, but the study has '
+                    f'{value}: move the folder away, or change the study'
+                )
+        return bool(self.failed) or last['epoch'] >= self.n_epochs
 
     def next_stop(self):
         """The epoch to train to next: one whose checkpoint is kept, or the last."""
@@ -129,12 +127,9 @@ def all_runs(study, seeds, dataset, folder):
 
     Raises:
         OptionError: train.py would not accept the options of a run.
-        UserError: a list is empty, no run has an option of the table, or two runs would have the
-            same row of the table or the same folder.
+        UserError: no run has an option of the table, or two runs would have the same row of the
+            table or the same folder.
     """
-    for options in study.runs:
-        if not expand(options):
-            raise UserError(f'{study.path}: a run has an empty list: {options}')
     rows = [(row, options.get('seeds', seeds)) for options in study.runs for row in expand(options)]
     runs = [
         Run(study, row, seed, dataset, folder)
