@@ -37,10 +37,10 @@ class Page:
         self.headings = set(re.findall('<h2>(.*?)</h2>', text))
         self.metadata = dict(re.findall('<tr><th>(.*?)</th><td>(.*?)</td>', text))
         images = re.findall('<img src="data:image/png;base64,(.*?)" alt="(.*?)"', text)
-        self.pictures = {alt: self.decode(base64.b64decode(content)) for content, alt in images}
-
-    def decode(self, content):
-        return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        self.pictures = {}
+        for content, alt in images:
+            png = np.frombuffer(base64.b64decode(content), np.uint8)
+            self.pictures[alt] = cv2.imdecode(png, cv2.IMREAD_COLOR)
 
 
 def make(call, tmp_path, network, *options):
