@@ -25,7 +25,8 @@ def code_cells(notebook):
 
 
 def printed(cell):
-    return ''.join(output.text for output in cell.outputs if output.output_type == 'stream')
+    """What a cell prints; torch.hub names the file that it downloads on stderr."""
+    return ''.join(output.text for output in cell.outputs if output.get('name') == 'stdout')
 
 
 def pictures(cell):
