@@ -25,8 +25,9 @@ def code_cells(notebook):
 
 
 def printed(cell):
-    """What a cell prints; torch.hub names the file that it downloads on stderr."""
-    return ''.join(output.text for output in cell.outputs if output.get('name') == 'stdout')
+    """What a cell prints, without torch.hub's line about a download, which has a local path."""
+    text = ''.join(output.text for output in cell.outputs if output.output_type == 'stream')
+    return re.sub('^Downloading: .*\n', '', text, flags=re.MULTILINE)
 
 
 def pictures(cell):

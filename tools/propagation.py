@@ -10,12 +10,11 @@ All write PNG, SVG and CSV. A run is measured before its training, at its kept c
 convolution of the chain and the batch norm after it, the CSV has
 
     alpha, beta   means of the absolute scales of the convolution
-    identity      share of the energy (sum of squares) of the folded weight at the taps of the
-                  identity
+    identity      share of the energy (sum of squares) of the folded weight at the identity's taps
     active        share of the outputs of the batch norm that the activation does not set to zero;
                   NCReLU keeps all
-    neighbour     share of the images whose nearest other image has their class. Nearest means the
-                  least Euclidean distance between the activations of this layer.
+    neighbour     share of the images whose nearest other image, by the Euclidean distance of the
+                  activations of this layer, has their class
     kept          how much of the first layer the identity has carried here: the squared correlation
                   of a channel with the same channel of the first layer, after ReLU, over images and
                   positions; the mean over the channels of the first layer. Max-pooling brings the
