@@ -57,14 +57,6 @@ def test_runs_are_grouped_by_the_options_in_which_they_differ():
     assert list(plot.group_by_options({'logs/a': logs['a']})) == ['a (n = 1)']
 
 
-def test_a_copy_of_a_run_is_refused(tmp_path, refused):
-    """A copy counts as a run with the same seed, which would narrow the spread."""
-    (tmp_path / 'copy').symlink_to(SEEDS[0])
-    runs = (SEEDS[0], SEEDS[1], tmp_path / 'copy')
-    words = [SEEDS[0], tmp_path / 'copy']
-    refused(1, words, plot.main, *runs, '--median', '--out', tmp_path / 'curves.png')
-
-
 def test_epochs_are_aligned():
     """A log may begin later than others, or have an epoch again."""
     logs = [

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from lab.data.names import display_name
-from lab.errors import OneLineParser, OptionError, UserError, printable, run
+from lab.errors import OneLineParser, OptionError, printable, run
 from lab.files import path_argument
 from lab.runs.log import read_log, seconds, test_error, test_loss
 from tools import figures
@@ -114,31 +114,20 @@ def group_by_options(logs):
     """Group runs that differ only in their seed.
 
     Args:
-        logs: maps the path of a run to its log.
+        logs: {path of a run: its log}.
 
     Returns:
         {label: [log, ...]}; a label has the options in which the groups differ, or the name of the
         first run if there is one group, and the number of runs.
-
-    Raises:
-        UserError: two runs of a group have the same seed, so that one may be a copy.
     """
-    options = {path: options_of(log) for path, log in logs.items()}
-    differing = differing_options(options.values())
+    options = [options_of(log) for log in logs.values()]
+    differing = differing_options(options)
     groups = {}
-    for path, log in logs.items():
-        own = [name for name in differing if name in options[path]]
-        label = ', '.join(f'{name} {options[path][name]}' for name in own)
-        group = groups.setdefault(label, {})
-        # Logs of the original code have no seed.
-        other = group.setdefault(log[-1].get('seed', path), path)
-        if other != path:
-            raise UserError(f'{other} and {path} are runs with the same options and the same seed')
+    for log, own in zip(logs.values(), options):
+        label = ', '.join(f'{name} {own[name]}' for name in differing if name in own)
+        groups.setdefault(label, []).append(log)
     first = Path(next(iter(logs))).name
-    return {
-        f'{label or first} (n = {len(group)})': [logs[path] for path in group.values()]
-        for label, group in groups.items()
-    }
+    return {f'{label or first} (n = {len(group)})': group for label, group in groups.items()}
 
 
 def options_of(log):

@@ -77,11 +77,6 @@ def study_folder(study, dataset):
     return ROOT / 'logs' / f'study-{study.name}'
 
 
-def seeds_in(folder):
-    """The seeds of all runs in a study's folder."""
-    return {int(path.name.removeprefix('seed')) for path in folder.glob('*/seed[0-9]*')}
-
-
 def draw(study, rows, runs, folder, dataroot):
     """Draw the figure that the study asks for."""
     out = folder / 'figure'
@@ -91,11 +86,8 @@ def draw(study, rows, runs, folder, dataroot):
     elif all((path / FILE_NAME).exists() for path in folders):
         propagation.report(list(map(propagation.read_run, folders)), out, dataroot)
     else:
-        print(
-            f'{out}.png is not drawn again: it needs the checkpoints of all runs, and the '
-            'repository has only their logs',
-            file=sys.stderr,
-        )
+        reason = 'it needs the checkpoints of all runs, and the repository has only their logs'
+        print(f'{out}.png is not drawn again: {reason}', file=sys.stderr)
 
 
 def main(arguments=None):
@@ -111,9 +103,10 @@ def main(arguments=None):
         # End as after Ctrl-C, so that `execute` stops the trainings.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         execute(runs, args.jobs, args.device)
-    seeds = sorted({*study.seeds, *seeds, *seeds_in(folder)})
-    runs = all_runs(study, seeds, dataset, folder)
-    runs = [one for one in runs if one.is_done()]
+    # The table has the runs of all seeds, also if fewer were asked for.
+    others = {int(path.name.removeprefix('seed')) for path in folder.glob('*/seed[0-9]*')}
+    seeds = sorted({*study.seeds, *seeds, *others})
+    runs = [one for one in all_runs(study, seeds, dataset, folder) if one.is_done()]
     if not runs:
         raise UserError(f'{folder} has no finished runs yet')
     rows = collect(study, runs)
