@@ -210,12 +210,12 @@ def workspace(interrupted_run, tmp_path, monkeypatch):
 
 def runnable(path):
     """The (language, text) of what runs here: python blocks, and lines of sh blocks."""
-    found = []
+    runs = []
     for language, block in fenced_blocks(path.read_text()):
         parts = commands(block) if language == 'sh' else [block]
         if language in NOT_RUN:
-            found += [(language, part) for part in parts if not NOT_RUN[language].search(part)]
-    return found
+            runs += [(language, part) for part in parts if not NOT_RUN[language].search(part)]
+    return runs
 
 
 @each_doc
