@@ -60,13 +60,10 @@ def file_content(network, out):
 
 
 def pt2_content(network):
-    file = io.BytesIO()
+    file, images = io.BytesIO(), torch.zeros(2, *network.input_shape)
+    any_batch = ({0: torch.export.Dim('batch')},)
     with quiet():
-        program = torch.export.export(
-            network.folded,
-            (torch.zeros(2, *network.input_shape),),
-            dynamic_shapes=({0: torch.export.Dim('batch')},),
-        )
+        program = torch.export.export(network.folded, (images,), dynamic_shapes=any_batch)
         metadata = {'metadata.json': json.dumps(network.metadata)}
         torch.export.save(program, file, extra_files=metadata)
     return file.getvalue()
