@@ -64,8 +64,6 @@ class OnnxNetwork:
             classifier.
     """
 
-    dtype = torch.float32  # of its input
-
     def __init__(self, model):
         require_onnx(['onnxruntime'])
         import onnxruntime

@@ -56,6 +56,7 @@ def test_a_sound_file(tmp_path, call, digit_files):
         {'classes': '[1, 2]'},
         {'classes': '{"a": 1}'},
         {'classes': 'a, b'},
+        {'preprocessing': 'null'},  # and no --dataset
         {'preprocessing': '[]'},
         {'preprocessing': json.dumps({**DIGITS, 'channels': 3})},
         {'preprocessing': json.dumps({**DIGITS, 'mean': [math.nan]})},

@@ -77,25 +77,8 @@ ROWS = [
 ]
 
 
-@pytest.fixture
-def nothing_is_built(monkeypatch):
-    """Fail instead of filling the memory, if a network or a batch of an impossible size is made."""
-    make_batches = train.make_batches
-
-    def build_network(options, *_):
-        pytest.fail(f'builds a network of {options["depth"]} layers')
-
-    def make_small_batches(data, training, options, device):
-        if data.preprocessing.image_size > 1000:
-            pytest.fail(f'makes batches of {data.preprocessing.image_size} pixels')
-        return make_batches(data, options, device, train=training)
-
-    monkeypatch.setattr(train, 'build_network', build_network)
-    monkeypatch.setattr(train, 'make_batches', make_small_batches)
-
-
 @pytest.mark.parametrize('arguments, words', ROWS, ids=[row[0][:40] for row in ROWS])
-def test_refused(arguments, words, refused, nothing_is_built, tmp_path, monkeypatch):
+def test_refused(arguments, words, refused, tmp_path, monkeypatch):
     arguments = shlex.split(arguments)
     others = [] if '--save' in arguments else ['--save', tmp_path / 'run']
     data = [] if '--dataset' in arguments else ['--dataset', 'digits']
@@ -103,14 +86,6 @@ def test_refused(arguments, words, refused, nothing_is_built, tmp_path, monkeypa
     result = refused(2, words, train.main, *data, *arguments, *others)
     assert len(result.err) < 1500
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize('options', ['', '--batch_size 1', '--recompute', '--nthread 0'])
-def test_images_that_are_too_large(options, image_folder, nothing_is_built, tmp_path, refused):
-    data = ('--dataset', 'folder', '--dataroot', image_folder, '--save', tmp_path / 'run')
-    words = ['100000 x 100000', '--image_size', 'GB']
-    refused(2, words, train.main, *data, '--image_size', 100_000, *options.split())
-    assert not (tmp_path / 'run').exists()
 
 
 # --- the folder of --save --------------------------------------------------------------------

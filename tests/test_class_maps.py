@@ -88,12 +88,6 @@ def test_a_picture_for_each_image(digits_run, digit_files, tmp_path, call):
         assert abs(run - float_onnx).max() <= 1
 
 
-def test_a_folder_that_cannot_be_written(digits_run, digit_files, tmp_path, refused):
-    (tmp_path / 'file').write_text('')
-    arguments = (next(digit_files.iterdir()), '--explain', tmp_path / 'file' / 'new')
-    refused(1, tmp_path / 'file' / 'new', predict.main, digits_run, *arguments)
-
-
 def test_another_kind_of_network_is_refused(digit_files, tmp_path, refused):
     onnx = pytest.importorskip('onnx')
     pytest.importorskip('onnxscript')

@@ -210,12 +210,12 @@ def workspace(interrupted_run, tmp_path, monkeypatch):
 
 def runnable(path):
     """The (language, text) of what runs here: python blocks, and lines of sh blocks."""
-    found = []
+    runs = []
     for language, block in fenced_blocks(path.read_text()):
         parts = commands(block) if language == 'sh' else [block]
         if language in NOT_RUN:
-            found += [(language, part) for part in parts if not NOT_RUN[language].search(part)]
-    return found
+            runs += [(language, part) for part in parts if not NOT_RUN[language].search(part)]
+    return runs
 
 
 @each_doc
@@ -249,13 +249,3 @@ def test_recipes_are_those_of_the_options():
         falls = ', '.join(map(str, options['epoch_step']))
         rate = f'{options["lr"]:g}, times {options["lr_decay_ratio"]:g} at epochs {falls}'
         assert recipe == (str(options['depth']), f'{options["epochs"]}; {rate}')
-
-
-def test_citation():
-    yaml = pytest.importorskip('yaml')
-    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
-    assert citation['cff-version'] == '1.2.0'
-    assert {'message', 'title', 'authors', 'license'} <= set(citation)
-    paper = citation['preferred-citation']
-    assert [author['family-names'] for author in paper['authors']] == ['Zagoruyko', 'Komodakis']
-    assert paper['year'] == 2017 and '1706.00388' in paper['url']

@@ -57,22 +57,6 @@ def test_runs_are_grouped_by_the_options_in_which_they_differ():
     assert list(plot.group_by_options({'logs/a': logs['a']})) == ['a (n = 1)']
 
 
-def test_a_run_counts_once(tmp_path, monkeypatch, call, refused):
-    """Under whatever names it is given; a copy is refused."""
-    groups = []
-    draw = plot.draw_curves
-    monkeypatch.setattr(plot, 'draw_curves', lambda found: groups.append(found) or draw(found))
-    (tmp_path / 'link').symlink_to(SEEDS[0])
-    names = (SEEDS[0], SEEDS[0] / 'log.txt', f'{SEEDS[0]}/', tmp_path / 'link', SEEDS[1])
-    out = ('--median', '--out', tmp_path / 'curves.png')
-    assert call(plot.main, *names, *out).status == 0
-    assert groups == [{f'{SEEDS[0].name} (n = 2)': [read_log(SEEDS[0]), read_log(SEEDS[1])]}]
-
-    (tmp_path / 'copy').mkdir()
-    (tmp_path / 'copy' / 'log.txt').write_text((SEEDS[0] / 'log.txt').read_text())
-    refused(1, [SEEDS[0], tmp_path / 'copy'], plot.main, SEEDS[0], tmp_path / 'copy', *out)
-
-
 def test_epochs_are_aligned():
     """A log may begin later than others, or have an epoch again."""
     logs = [
@@ -120,7 +104,6 @@ def test_labels_are_written_as_they_are(name, tmp_path, call):
         (b'', 'json_stats'),
         (b'json_stats: \xff\xfe', 'text'),
         (b'json_stats: [1, 2]', 'line 1'),
-        (f'{GOOD}\n{GOOD.replace("70.0", "NaN")}'.encode(), 'line 2'),
         (GOOD.replace('train_acc', 'train_error').encode(), 'train_acc'),
     ],
 )

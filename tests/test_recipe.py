@@ -115,7 +115,7 @@ def test_evaluate_predict_and_export_take_either(full_run, digit_files, tmp_path
         assert (line['weights'], line['test_acc'], line['tta']) == (weights, accuracy, 'flip')
         out = tmp_path / f'{weights}.pth'
         assert f'{weights} weights' in call(export.main, full_run, out, *flags).out
-        found = predict.load(full_run, ema=bool(flags))
+        found = predict.load(predict.parse_arguments([str(full_run), '.', *flags]))
         images = torch.randn(3, 1, 8, 8)
         expected = compute_logits(checkpoint.load(out).fold(), images)
         np.testing.assert_allclose(compute_logits(found.net, images), expected, atol=1e-6)

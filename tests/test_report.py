@@ -29,18 +29,18 @@ HEADINGS = {
 
 
 class Page:
-    """Headings, facts and pictures of a report, which needs nothing else."""
+    """Headings, metadata and pictures of a report, which needs nothing else."""
 
     def __init__(self, path):
         text = path.read_text()
         assert len(text) < 3e6 and not re.search('<(script|link|iframe)|href=|src="(?!data:)', text)
         self.headings = set(re.findall('<h2>(.*?)</h2>', text))
-        self.facts = dict(re.findall('<tr><th>(.*?)</th><td>(.*?)</td>', text))
+        self.metadata = dict(re.findall('<tr><th>(.*?)</th><td>(.*?)</td>', text))
         images = re.findall('<img src="data:image/png;base64,(.*?)" alt="(.*?)"', text)
-        self.pictures = {alt: self.decode(base64.b64decode(content)) for content, alt in images}
-
-    def decode(self, content):
-        return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        self.pictures = {}
+        for content, alt in images:
+            png = np.frombuffer(base64.b64decode(content), np.uint8)
+            self.pictures[alt] = cv2.imdecode(png, cv2.IMREAD_COLOR)
 
 
 def make(call, tmp_path, network, *options):
@@ -56,9 +56,11 @@ def test_a_run(digits_run, tmp_path, call):
     assert page.headings == HEADINGS - {'Images'} and result.err == ''
     evaluated = call(train.main, '--evaluate', digits_run).out
     accuracy = json.loads(evaluated.split('json_stats: ')[1])['test_acc']
-    assert page.facts['test accuracy'] == f'{accuracy:.2f} % of 360 test images'
-    assert page.facts['parameters'] == '173,114' and page.facts['<code>--depth</code>'] == '16'
-    assert 'train.py' in page.facts['command'] and {'commit', 'versions'} <= page.facts.keys()
+    assert page.metadata['test accuracy'] == f'{accuracy:.2f} % of 360 test images'
+    assert (
+        page.metadata['parameters'] == '173,114' and page.metadata['<code>--depth</code>'] == '16'
+    )
+    assert 'train.py' in page.metadata['command'] and {'commit', 'versions'} <= page.metadata.keys()
     mistakes = [alt for alt in page.pictures if 'truly' in alt]
     assert 1 <= len(mistakes) <= min(12, round(360 * (1 - accuracy / 100)))
     shares = [float(re.search(r'\((.*) %\)', alt)[1]) for alt in mistakes]
@@ -75,7 +77,7 @@ def test_files_without_a_run(digits_run, tmp_path, call):
     torch.save(fold(checkpoint.load(digits_run).params), tmp_path / 'folded.pth')
     page, _ = make(call, tmp_path, tmp_path / 'folded.pth')
     absent = {'Scales of the Dirac weights', 'Signal over depth', 'Options', 'Images'}
-    assert page.headings == HEADINGS - absent and 'command' not in page.facts
+    assert page.headings == HEADINGS - absent and 'command' not in page.metadata
 
 
 @pytest.mark.parametrize('model', ['diracnet-v1', 'repvgg', 'resnet-dirac'])
@@ -104,7 +106,7 @@ def test_without_the_data(digits_run, tmp_path, call):
     assert 'Images' in page.headings and 'Confusion' not in page.headings
     assert {'Training', 'First filters', 'Scales of the Dirac weights'} <= page.headings
     assert str(tmp_path) in result.err
-    assert 'from the log' in page.facts['test accuracy']
+    assert 'from the log' in page.metadata['test accuracy']
 
 
 def test_a_folder_of_images_with_hostile_names(photographs, tmp_path, call):
@@ -122,7 +124,7 @@ def test_a_folder_of_images_with_hostile_names(photographs, tmp_path, call):
     assert call(train.main, *options).status == 0
     (tmp_path / 'val' / names[0] / 'broken.png').write_bytes(b'no image')
     page, result = make(call, tmp_path, tmp_path / 'run')
-    assert page.facts['test accuracy'].endswith('of 8 test images')
+    assert page.metadata['test accuracy'].endswith('of 8 test images')
     assert 'broken.png' in result.err
 
 

@@ -121,8 +121,8 @@ def add_caption(picture, *lines):
     """A picture, uint8 (H, W, 3), with lines of text below it. OpenCV's font has ASCII only."""
     height, size = 22, 0.5
     strip = np.full((height * len(lines) + 6, picture.shape[1], 3), 255, np.uint8)
-    for i, line in enumerate(lines):
-        place = (6, height * (i + 1) - 4)
+    for i, line in enumerate(lines, 1):
+        place = (6, height * i - 4)
         cv2.putText(strip, line, place, cv2.FONT_HERSHEY_SIMPLEX, size, (0, 0, 0), 1, cv2.LINE_AA)
     return np.vstack([picture, strip])
 

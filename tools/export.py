@@ -13,30 +13,30 @@ The suffix chooses the format:
                 `logits`; metadata_props has the same three
     .int8.onnx  the same in int8, calibrated on training images; see tools.int8
 
-Each file is loaded in a new process and compared with the unfolded network on test images. If the
-logits of a float format are off by more than 1e-4 of the largest, or int8 loses more than 0.5
-points of top-1, the file is not written, and the exit status is 1.
+Each file is loaded again and compared with the unfolded network on test images. If the logits of a
+float format are off by more than 1e-4 of the largest, or int8 loses more than 0.5 points of top-1,
+the file is not written, and the exit status is 1.
 """
 
 import io
 import json
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from lab.data.datasets import PREPROCESSING
 from lab.errors import OneLineParser, OptionError, UserError, printable, run
 from lab.files import path_argument, write_atomically
-from lab.folded import images_tested, load_folded, top1
+from lab.folded import compute_logits, images_tested, load_folded, top1
 from lab.models.diracnet_v1 import DiracNetV1
-from lab.onnx_models import quiet, require_onnx, to_onnx
+from lab.onnx_models import OnnxNetwork, quiet, require_onnx, to_onnx
 from lab.runs import checkpoint
 from tools import int8
-from tools.measure_file import LATENCIES, measure, measure_content
+from tools.checkpoint_arguments import add_checkpoint, load_checkpoint
 
-SUFFIXES = ('.pth', '.unfolded.pth', '.pt2', '.onnx', '.int8.onnx')
 INT8, UNFOLDED = '.int8.onnx', '.unfolded.pth'
+SUFFIXES = ('.pth', UNFOLDED, '.pt2', '.onnx', INT8)
 FLOAT_LIMIT, INT8_LIMIT = 1e-4, 0.5  # relative error of the logits; points of top-1
 TEST_IMAGES, RANDOM_IMAGES = 10_000, 64  # compare on at most this many; on noise without data
 
@@ -60,16 +60,26 @@ def file_content(network, out):
 
 
 def pt2_content(network):
-    file = io.BytesIO()
+    file, images = io.BytesIO(), torch.zeros(2, *network.input_shape)
+    any_batch = ({0: torch.export.Dim('batch')},)
     with quiet():
-        program = torch.export.export(
-            network.folded,
-            (torch.zeros(2, *network.input_shape),),
-            dynamic_shapes=({0: torch.export.Dim('batch')},),
-        )
+        program = torch.export.export(network.folded, (images,), dynamic_shapes=any_batch)
         metadata = {'metadata.json': json.dumps(network.metadata)}
         torch.export.save(program, file, extra_files=metadata)
     return file.getvalue()
+
+
+def load_exported(path):
+    """The network in an exported file: a function from images (N, C, H, W) to logits.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    if path.name.endswith('.pth'):
+        return checkpoint.load(path).module()
+    if path.name.endswith('.pt2'):
+        return torch.export.load(path).module()
+    return OnnxNetwork(path)
 
 
 def export_file(network, out, inputs, targets, expected):
@@ -83,14 +93,17 @@ def export_file(network, out, inputs, targets, expected):
         Why the file was not written, or None.
 
     Raises:
-        UserError: a new process cannot use the file.
-        OSError: the file cannot be written.
+        UserError: the file cannot be loaded again.
+        OSError: it cannot be written.
     """
     content = file_content(network, out)
-    logits, times = measure_content(content, out, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / out.name
+        trial.write_bytes(content)
+        logits = compute_logits(load_exported(trial), inputs)
     error = relative_error(logits, expected)
     before, after = top1(expected, targets), top1(logits, targets)
-    print_row(out, f'{error:.1e}', after, before, len(content), times)
+    print_row(out, f'{error:.1e}', after, before, len(content))
     if out.name.endswith(INT8):
         if before - after > INT8_LIMIT:
             return f'{out} loses {before - after:.2f} points of top-1, more than {INT8_LIMIT}'
@@ -117,26 +130,15 @@ def comparison_images(network):
 
 
 def relative_error(logits, expected):
-    """The largest difference between two logits, relative to the largest logit of its image.
-
-    NaN counts as infinite.
-    """
-    difference = np.abs(logits - expected).max(1)
-    scale = np.maximum(np.abs(expected).max(1), np.finfo(np.float32).tiny)
-    return float(np.nan_to_num(difference / scale, nan=np.inf).max())
+    """The largest difference between two logits, relative to the largest logit of its image."""
+    differences = np.abs(logits - expected).max(1)
+    scales = np.maximum(np.abs(expected).max(1), np.finfo(np.float32).tiny)
+    return float((differences / scales).max())
 
 
-def print_header():
-    times = [f'ms for {n} {"image" if n == 1 else "images"}' for n in LATENCIES]
-    columns = ['file', 'largest relative error', 'top-1', 'unfolded', 'bytes', *times]
-    print(f'| {" | ".join(columns)} |')
-    print(f'| {" | ".join("---" for _ in columns)} |')
-
-
-def print_row(name, error, after, before, size, times):
-    percents = [f'{value:.2f} %' if value is not None else '-' for value in (after, before)]
-    cells = [printable(str(name)), error, *percents, f'{size:,}', *(f'{ms:.2f}' for ms in times)]
-    print(f'| {" | ".join(cells)} |', flush=True)
+def print_row(name, error, after, before, size):
+    percents = ['-' if value is None else f'{value:.2f} %' for value in (after, before)]
+    print(f'| {printable(str(name))} | {error} | {" | ".join(percents)} | {size:,} |', flush=True)
 
 
 # --- command line ----------------------------------------------------------------------------
@@ -144,29 +146,12 @@ def print_row(name, error, after, before, size, times):
 
 def parse_arguments(arguments):
     parser = OneLineParser(prog='-m tools.export', description=__doc__)
+    add_checkpoint(parser)
     parser.add_argument(
-        'checkpoint',
-        metavar='CHECKPOINT',
-        type=path_argument,
-        help='a run folder, its model.pt7 or a state dict',
-    )
-    parser.add_argument(
-        'outs',
-        metavar='OUT',
-        type=path_argument,
-        nargs='+',
-        help='files to write: .pth, .unfolded.pth, .pt2, .onnx or .int8.onnx',
+        'outs', metavar='OUT', type=path_argument, nargs='+', help=f'a file: {", ".join(SUFFIXES)}'
     )
     parser.add_argument('--force', action='store_true', help='replace OUT if it exists')
-    parser.add_argument(
-        '--dataset', choices=PREPROCESSING, help='the data set, if CHECKPOINT does not record it'
-    )
-    parser.add_argument(
-        '--dataroot', help='folder of the data set, if it is not where the training had it'
-    )
-    parser.add_argument(
-        '--ema', action='store_true', help="take the moving averages of train.py's --ema"
-    )
+    parser.add_argument('--dataroot', help='folder of the data set, if it has moved')
     args = parser.parse_args(arguments)
     args.outs = [Path(out) for out in args.outs]
     for out in args.outs:
@@ -193,24 +178,23 @@ def check_format(network, out):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    if any(out.suffix == '.onnx' for out in args.outs):
+    if any(out.name.endswith('.onnx') for out in args.outs):
         require_onnx()
-    source = checkpoint.load(args.checkpoint)
-    if args.ema:
-        source = source.averaged()
-    network = load_folded(source, args.dataset, args.dataroot)
+    loaded = load_checkpoint(args)
+    network = load_folded(loaded, args.dataset, args.dataroot)
     for out in args.outs:
         check_format(network, out)
     inputs, targets, what = comparison_images(network)
-    expected, times = measure(network.unfolded, inputs)
+    expected = compute_logits(network.unfolded, inputs)
     n_parameters = sum(parameter.numel() for parameter in network.folded.parameters())
-    which = f', {source.weights} weights' if source.ema else ''
+    which = f', {loaded.weights} weights' if loaded.ema else ''
     print(
         f'{printable(str(args.outs[0]))}: {n_parameters:,} parameters{which}; compared on {what}\n'
     )
-    print_header()
+    print('| file | largest relative error | top-1 | unfolded | bytes |')
+    print('| --- | --- | --- | --- | --- |')
     accuracy = top1(expected, targets)
-    print_row('(unfolded)', '', accuracy, accuracy, source.path.stat().st_size, times)
+    print_row('(unfolded)', '', accuracy, accuracy, loaded.path.stat().st_size)
     failures = []
     try:
         for out in args.outs:

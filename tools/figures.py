@@ -32,13 +32,8 @@ def new_figure(rows=1, columns=1, width=6.0, height=4.0):
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(
-        rows,
-        columns,
-        figsize=(width * columns, height * rows),
-        layout='constrained',
-        squeeze=False,
-    )
+    size = (width * columns, height * rows)
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout='constrained', squeeze=False)
     for ax in axes.flat:
         ax.grid(True, color='0.9')
         ax.spines[['top', 'right']].set_visible(False)

@@ -16,14 +16,17 @@ these steps with others.
 import copy
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch import nn
 
 from lab.onnx_models import quiet, require_onnx, to_onnx
 
 CALIBRATION = 512  # training images
+# The least activation that counts, relative to the largest of its layer. Without it, channels that
+# are nearly dead would get very large weights.
+LEAST = 0.01
 # The product and the sum of a SeparateConv2d are left out: in int8 they would round the activation
 # three times instead of once.
 INT8_OPERATIONS = ['Conv', 'Gemm', 'Relu', 'MaxPool', 'ReduceMean', 'Reshape']
@@ -43,6 +46,7 @@ def int8_onnx(net, inputs, metadata):
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
 
+    batches = ({'images': batch.contiguous().numpy()} for batch in inputs.split(64))
     model = to_onnx(separate(equalize(net, inputs)), inputs.shape[1:], metadata)
     layers = [node.name for node in model.graph.node if node.op_type in ('Conv', 'Gemm')]
     with quiet(), tempfile.TemporaryDirectory() as folder:
@@ -51,7 +55,7 @@ def int8_onnx(net, inputs, metadata):
         quantize_static(
             str(float_path),
             str(int8_path),
-            calibration_reader(inputs),
+            SimpleNamespace(get_next=lambda: next(batches, None)),
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -61,20 +65,6 @@ def int8_onnx(net, inputs, metadata):
         content = int8_path.read_bytes()
     onnx.checker.check_model(content)
     return content
-
-
-def calibration_reader(inputs):
-    """An object that feeds images to ONNX Runtime's quantizer, in batches of 64."""
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):
-        batches = iter(inputs.split(64))
-
-        def get_next(self):
-            batch = next(self.batches, None)
-            return None if batch is None else {'images': np.ascontiguousarray(batch.numpy())}
-
-    return Reader()
 
 
 # --- networks that lose less -----------------------------------------------------------------
@@ -108,25 +98,23 @@ def separate(net):
 
 
 @torch.no_grad()
-def equalize(net, inputs, power=0.5, least=0.01):
+def equalize(net, inputs):
     """A copy of a DiracNet that computes the same, with similar activation ranges in all channels.
 
-    The output channels of each layer are divided by their largest activation, to the power of
-    `power`; the weights of the next layer are multiplied by the same factors. With power 1 the
-    activation ranges become equal, but the next layer's weights differ more.
+    The output channels of each layer are divided by the root of their largest activation; the
+    weights of the next layer are multiplied by the same factors. Without the root the ranges would
+    become equal, but the next layer's weights would differ more.
 
     Args:
         inputs: images (N, C, H, W) to find the largest activations with.
-        least: the smallest activation that counts, relative to the layer's largest. Without it,
-            channels that are nearly dead would get very large weights.
     """
     net = copy.deepcopy(net)
     layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     largest = largest_activations(net, inputs, layers[:-1])
     for layer, following in zip(layers, layers[1:]):
         scale = largest[layer]  # (C,)
-        scale = scale.clamp(min=least * scale.max().clamp(min=1e-12))
-        scale = scale**power / (scale**power).log().mean().exp()
+        scale = scale.clamp(min=LEAST * scale.max().clamp(min=1e-12))
+        scale = scale**0.5 / (scale**0.5).log().mean().exp()
         layer.weight /= scale.view(-1, 1, 1, 1)
         layer.bias /= scale
         following.weight *= scale.view(1, -1, *[1] * (following.weight.ndim - 2))

@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 
 from lab.data.names import display_name
-from lab.errors import OneLineParser, OptionError, UserError, printable, run
+from lab.errors import OneLineParser, OptionError, printable, run
 from lab.files import path_argument
-from lab.runs.log import log_file, read_log, seconds, test_error, test_loss
+from lab.runs.log import read_log, seconds, test_error, test_loss
 from tools import figures
 
 # What a panel shows over the epochs: its label, and functions of a line of the log, for the test
@@ -31,17 +31,15 @@ def draw_curves(groups, errors_only=False, stacked=False, x='epoch'):
     """A figure of loss and error over the epochs or the seconds.
 
     Args:
-        groups: maps a label to the logs of some runs. Their median is drawn, and a band from the
-            minimum to the maximum.
+        groups: {label: logs of some runs}. Their median is drawn, and a band from the minimum to
+            the maximum.
         errors_only: draw only the test error.
         stacked: one panel below the other, for phones.
         x: 'epoch', or 'seconds' (of training and tests together, the median over the runs).
     """
     panels = [TEST_ERRORS] if errors_only else [LOSSES, ERRORS]
-    if stacked:
-        figure, axes = figures.new_figure(rows=len(panels), width=5.0, height=3.2)
-    else:
-        figure, axes = figures.new_figure(columns=len(panels))
+    n = len(panels)
+    figure, axes = figures.new_figure(n, 1, 5.0, 3.2) if stacked else figures.new_figure(1, n)
     for ax, panel in zip(axes.flat, panels):
         for g, (label, logs) in enumerate(groups.items()):
             draw_group(ax, g, label, logs, panel, x)
@@ -56,16 +54,11 @@ def draw_curves(groups, errors_only=False, stacked=False, x='epoch'):
 
 def title(logs):
     """What all logs have in common: the network and the data set."""
-    networks = {
-        f'{line["model"]}-{line["depth"]}-{line["width"]:g}'
-        for line, *_ in logs
-        if {'model', 'depth', 'width'} <= line.keys()
-    }
-    datasets = {
-        display_name(line['dataset'], line.get('dataroot', '.'))
-        for line, *_ in logs
-        if 'dataset' in line
-    }
+    networks, datasets = set(), set()
+    for line, *_ in logs:
+        if {'model', 'depth', 'width', 'dataset'} <= line.keys():  # not in all original logs
+            networks.add(f'{line["model"]}-{line["depth"]}-{line["width"]:g}')
+            datasets.add(display_name(line['dataset'], line.get('dataroot', '.')))
     network = networks.pop() if len(networks) == 1 else f'{len(networks)} networks'
     return figures.plain(f'{network} on {" and ".join(sorted(datasets))}' if datasets else network)
 
@@ -121,31 +114,20 @@ def group_by_options(logs):
     """Group runs that differ only in their seed.
 
     Args:
-        logs: maps the path of a run to its log.
+        logs: {path of a run: its log}.
 
     Returns:
         {label: [log, ...]}; a label has the options in which the groups differ, or the name of the
         first run if there is one group, and the number of runs.
-
-    Raises:
-        UserError: two runs of a group have the same seed, so that one may be a copy.
     """
-    options = {path: options_of(log) for path, log in logs.items()}
-    differing = differing_options(list(options.values()))
+    options = [options_of(log) for log in logs.values()]
+    differing = differing_options(options)
     groups = {}
-    for path, log in logs.items():
-        own = [name for name in differing if name in options[path]]
-        label = ', '.join(f'{name} {options[path][name]}' for name in own)
-        group = groups.setdefault(label, {})
-        # Logs of the original code have no seed.
-        other = group.setdefault(log[-1].get('seed', path), path)
-        if other != path:
-            raise UserError(f'{other} and {path} are runs with the same options and the same seed')
+    for log, own in zip(logs.values(), options):
+        label = ', '.join(f'{name} {own[name]}' for name in differing if name in own)
+        groups.setdefault(label, []).append(log)
     first = Path(next(iter(logs))).name
-    return {
-        f'{label or first} (n = {len(group)})': [logs[path] for path in group.values()]
-        for label, group in groups.items()
-    }
+    return {f'{label or first} (n = {len(group)})': group for label, group in groups.items()}
 
 
 def options_of(log):
@@ -176,12 +158,10 @@ def draw_checkpoint(path, out):
     from tools.network_graph import draw_graph
 
     checkpoint = load(path)
-    size = (checkpoint.preprocessing or {}).get('image_size')
-    if not size:
-        size = 224 if checkpoint.network['form'] == 'imagenet' else 32
-    return draw_graph(
-        checkpoint.module(), torch.zeros(2, checkpoint.network['in_channels'], size, size), out
-    )
+    usual = {'image_size': 224 if checkpoint.network['form'] == 'imagenet' else 32}
+    size = (checkpoint.preprocessing or usual)['image_size']
+    images = torch.zeros(2, checkpoint.network['in_channels'], size, size)
+    return draw_graph(checkpoint.module(), images, out)
 
 
 def main(arguments=None):
@@ -199,10 +179,7 @@ def main(arguments=None):
     if args.graph:
         files = draw_checkpoint(args.runs[0], args.out)
     else:
-        paths = {}  # a run counts once, under whatever names it is given
-        for path in args.runs:
-            paths.setdefault(log_file(path).resolve(), path)
-        logs = {path: read_log(path) for path in paths.values()}
+        logs = {path: read_log(path) for path in args.runs}
         by_path = {path: [log] for path, log in logs.items()}
         groups = group_by_options(logs) if args.median else by_path
         files = figures.save(draw_curves(groups), args.out)

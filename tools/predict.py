@@ -12,6 +12,7 @@ probable class: what speaks for the class (red), and what against it (blue).
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -19,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.data.datasets import PREPROCESSING
 from lab.data.image_files import prepare, read_image
 from lab.data.image_folders import find_images
 from lab.data.names import readable
@@ -28,56 +28,63 @@ from lab.errors import OneLineParser, OptionError, UserError, one_line, printabl
 from lab.files import path_argument, write_output
 from lab.folded import preprocessing_of
 from lab.onnx_models import OnnxNetwork
-from lab.runs import checkpoint
+from tools.checkpoint_arguments import add_checkpoint, load_checkpoint
 from tools.class_maps import add_caption, class_maps, draw, encode_png
+
+BATCH = 64
 
 
 @dataclass
 class Classifier:
     """A folded network, and what it needs to classify image files."""
 
-    path: object  # of its file
-    net: object  # from normalized images (N, C, H, W) to logits (N, num_classes)
-    dtype: torch.dtype  # of its input
+    path: Path  # of its file
+    net: Callable  # from normalized images (N, C, H, W) to logits (N, num_classes)
     preprocessing: Preprocessing
     classes: list  # names, or None
-
-    def normalize(self, images):
-        """Prepared images, uint8 (N, H, W, C), as inputs (N, C, H, W)."""
-        return normalize(torch.from_numpy(images), self.preprocessing, self.dtype)
 
     def name(self, index):
         return self.classes[index] if self.classes else str(index)
 
+    def normalize(self, images):
+        """Prepared images, uint8 (N, H, W, C), as inputs (N, C, H, W)."""
+        return normalize(torch.from_numpy(images), self.preprocessing)
 
-def load(path, dataset=None, ema=False):
-    """The Classifier in a checkpoint or in a file that ends in .onnx.
+    @torch.inference_mode()
+    def probabilities(self, images):
+        """Probabilities (N, num_classes) for prepared images, uint8 (N, H, W, C).
 
-    Args:
-        dataset: name of the data set, for a file that does not store its preprocessing.
-        ema: take the moving averages of train.py's --ema.
+        Raises:
+            UserError: the network's outputs are not finite.
+        """
+        logits = self.net(self.normalize(images))
+        if not logits.isfinite().all():
+            raise UserError(f'{self.path} gives outputs that are not finite: train it again')
+        return logits.softmax(1)
+
+
+def load(args):
+    """The Classifier that the arguments choose: in a checkpoint, or in a file that ends in .onnx.
 
     Raises:
         UserError: the file cannot be loaded, its network does not fold, or its preprocessing is
             unknown or does not fit the network.
     """
-    if str(path).endswith('.onnx'):
-        if ema:
-            raise OptionError(f'--ema: {path} has one network; pass the run')
-        source = net = OnnxNetwork(path)
+    if args.checkpoint.endswith('.onnx'):
+        if args.ema:
+            raise OptionError(f'--ema: {args.checkpoint} has one network; pass the run')
+        loaded = net = OnnxNetwork(args.checkpoint)
     else:
-        source = checkpoint.load(path)
-        if ema:
-            source = source.averaged()
-        elif source.ema:
-            print(f'{source.path}: the raw weights; --ema takes their averages', file=sys.stderr)
-        net = source.fold()
-    preprocessing = preprocessing_of(source, dataset)
-    classes = readable(source.classes, source.network['num_classes'])
-    return Classifier(source.path, net, source.dtype, preprocessing, classes)
+        loaded = load_checkpoint(args)
+        if loaded.weights == 'raw' and loaded.ema:
+            print(f'{loaded.path}: the raw weights; --ema takes their averages', file=sys.stderr)
+        net = loaded.fold().float()
+    preprocessing = preprocessing_of(loaded, args.dataset)
+    classes = readable(loaded.classes, loaded.network['num_classes'])
+    return Classifier(loaded.path, net, preprocessing, classes)
 
 
-def classify(classifier, paths, batch_size=64):
+def classify(classifier, paths):
     """Yield (file, image, probabilities) for each image file, with the image as prepared, uint8
     (H, W, C), and (num_classes,) probabilities. For one that cannot be read, yield
     (file, UserError, None).
@@ -86,22 +93,11 @@ def classify(classifier, paths, batch_size=64):
         UserError: the network's outputs are not finite.
     """
     images = read_images(paths, classifier.preprocessing)
-    while batch := list(islice(images, batch_size)):
+    while batch := list(islice(images, BATCH)):
         whole = [image for _, image in batch if not isinstance(image, UserError)]
-        rows = iter(compute_probabilities(classifier, np.stack(whole)) if whole else ())
+        rows = iter(classifier.probabilities(np.stack(whole)) if whole else ())
         for file, image in batch:
             yield file, image, None if isinstance(image, UserError) else next(rows)
-
-
-@torch.inference_mode()
-def compute_probabilities(classifier, images):
-    """Probabilities (N, num_classes) for prepared images, uint8 (N, H, W, C). Raises UserError."""
-    logits = classifier.net(classifier.normalize(images))
-    if not logits.isfinite().all():
-        raise UserError(
-            f'{classifier.path} gives outputs that are not finite: train or export it again'
-        )
-    return logits.softmax(1)
 
 
 def read_images(paths, preprocessing):
@@ -126,7 +122,7 @@ def read_images(paths, preprocessing):
 def describe(classifier, file, probabilities, args, picture):
     """The line of output about an image; `picture` is the path of its explanation, or None."""
     values, indices = probabilities.topk(min(args.top, len(probabilities)))
-    values, names = values.tolist(), [classifier.name(index) for index in indices.tolist()]
+    values, names = values.tolist(), list(map(classifier.name, indices.tolist()))
     if args.json:
         line = {'image': str(file), 'classes': names, 'probabilities': values}
         return json.dumps({**line, 'explanation': str(picture)} if picture else line)
@@ -159,25 +155,17 @@ def unused_path(folder, file, used):
 
 def parse_arguments(arguments):
     parser = OneLineParser(prog='-m tools.predict', description=__doc__)
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', type=path_argument)
+    add_checkpoint(parser)
     parser.add_argument('images', metavar='IMAGE', nargs='+', type=path_argument)
     parser.add_argument(
         '--top', type=int, default=5, metavar='K', help='classes to print of each image (default 5)'
     )
     parser.add_argument('--json', action='store_true', help='print one JSON line for each image')
     parser.add_argument(
-        '--dataset',
-        choices=PREPROCESSING,
-        help='the data set, if CHECKPOINT does not record how its images were prepared',
-    )
-    parser.add_argument(
-        '--ema', action='store_true', help="take the moving averages of train.py's --ema"
-    )
-    parser.add_argument(
         '--explain',
         metavar='DIR',
         type=path_argument,
-        help='write a picture for each image to this folder, with the map of its top class',
+        help='folder for a picture of each image with the map of its top class',
     )
     args = parser.parse_args(arguments)
     if args.top < 1:
@@ -187,7 +175,7 @@ def parse_arguments(arguments):
 
 def main(arguments=None):
     args = parse_arguments(arguments)
-    classifier = load(args.checkpoint, args.dataset, args.ema)
+    classifier = load(args)
     status, pictures = 0, set()
     for file, image, probabilities in classify(classifier, args.images):
         if probabilities is None:

@@ -10,12 +10,11 @@ All write PNG, SVG and CSV. A run is measured before its training, at its kept c
 convolution of the chain and the batch norm after it, the CSV has
 
     alpha, beta   means of the absolute scales of the convolution
-    identity      share of the energy (sum of squares) of the folded weight at the taps of the
-                  identity
+    identity      share of the energy (sum of squares) of the folded weight at the identity's taps
     active        share of the outputs of the batch norm that the activation does not set to zero;
                   NCReLU keeps all
-    neighbour     share of the images whose nearest other image has their class. Nearest means the
-                  least Euclidean distance between the activations of this layer.
+    neighbour     share of the images whose nearest other image, by the Euclidean distance of the
+                  activations of this layer, has their class
     kept          how much of the first layer the identity has carried here: the squared correlation
                   of a channel with the same channel of the first layer, after ReLU, over images and
                   positions; the mean over the channels of the first layer. Max-pooling brings the
@@ -27,7 +26,7 @@ first 256 training images of the first epoch. Batch norm uses its statistics.
 """
 
 import csv
-import re
+import io
 import shlex
 from dataclasses import dataclass, field
 from itertools import compress, count
@@ -39,7 +38,7 @@ import torch.nn.functional as F
 
 from lab.data import datasets
 from lab.errors import OneLineParser, OptionError, UserError, printable, run
-from lab.files import path_argument
+from lab.files import path_argument, write_output
 from lab.models import registry
 from lab.models.diracnet_v1 import ncrelu, tiled_delta
 from lab.models.registry import CHAINS, SCALES, VERSION_1
@@ -49,10 +48,13 @@ from lab.training.network import network_arguments
 from lab.training.options import check_combination, complete, parse
 from tools.propagation_figure import draw
 
+MODELS = CHAINS + VERSION_1  # which chains can be measured
 IMAGES = 256
 ALL_LAYERS = 100  # of longer chains, some are measured
-PLACE = ('run', 'epoch', 'layer', 'name')  # columns of the CSV, with the measurements
-MEASUREMENTS = ('alpha', 'beta', 'identity', 'active', 'neighbour', 'kept', 'gradient')
+COLUMNS = (
+    *('run', 'epoch', 'layer', 'name'),
+    *('alpha', 'beta', 'identity', 'active', 'neighbour', 'kept', 'gradient'),
+)
 DISTINGUISHING = ('width', 'init', *SCALES, 'seed')  # options that a label has if they differ
 
 
@@ -63,7 +65,6 @@ DISTINGUISHING = ('width', 'init', *SCALES, 'seed')  # options that a label has 
 class Chain:
     """A chain before, during and after its training."""
 
-    source: str  # the folder of its run, or its options
     options: dict
     checkpoints: dict  # Checkpoint by epoch; that of epoch 0 is untrained
     log: list = field(default_factory=list)
@@ -72,15 +73,12 @@ class Chain:
 def read_run(folder):
     """The Chain of a run. Raises UserError."""
     newest = load(folder)
-    if not newest.is_run or not is_chain(newest.network['model']):
-        raise UserError(f'{folder} is not a run of a chain ({", ".join(CHAINS + VERSION_1)})')
-    kept = {
-        int(path.stem.removeprefix('epoch')): load(path)
-        for path in Path(folder).glob('epoch*.pt7')
-        if re.fullmatch(r'epoch\d+', path.stem)
-    }
-    kept.update({0: untrained(newest.options, newest.network), newest.epoch: newest})
-    return Chain(str(folder), newest.options, dict(sorted(kept.items())), read_log(folder))
+    if not newest.is_run or newest.network['model'] not in MODELS:
+        raise UserError(f'{folder} is not a run of a chain ({", ".join(MODELS)})')
+    kept = [load(path) for path in Path(folder).glob('epoch*.pt7')]
+    checkpoints = [untrained(newest.options, newest.network), *kept, newest]
+    by_epoch = {checkpoint.epoch: checkpoint for checkpoint in checkpoints}
+    return Chain(newest.options, dict(sorted(by_epoch.items())), read_log(folder))
 
 
 def define_untrained(text, dataroot=None):
@@ -88,23 +86,19 @@ def define_untrained(text, dataroot=None):
     try:
         options = complete(parse(shlex.split(text)))
         check_combination(options)
-        if not is_chain(options['model']):
-            raise OptionError(f'--untrained {text} is none of {", ".join(CHAINS + VERSION_1)}')
-        network = network_arguments(options, load_images(options, dataroot))
-        return Chain(text, options, {0: untrained(options, network)})
+        if options['model'] not in MODELS:
+            raise OptionError(f'--untrained {text} is none of {", ".join(MODELS)}')
+        network = network_arguments(options, load_data(options, dataroot))
+        return Chain(options, {0: untrained(options, network)})
     except ValueError as error:  # an open quote, an impossible depth
         raise OptionError(f'--untrained {text} cannot be used: {error}') from None
 
 
-def load_images(options, dataroot):
+def load_data(options, dataroot):
     """The Data of a run's data set, in `dataroot` if it is given."""
     form, image_size = options.get('form'), options.get('image_size')
     root = dataroot or options['dataroot']
     return datasets.load(options['dataset'], root, form=form, image_size=image_size)
-
-
-def is_chain(model):
-    return model in CHAINS + VERSION_1
 
 
 def untrained(options, network):
@@ -124,14 +118,13 @@ def labels(chains):
     options = [{**registry.initial_scales(one.options['model']), **one.options} for one in chains]
     texts = [[option_text(name, one) for name in DISTINGUISHING] for one in options]
     differs = [len(set(values)) > 1 for values in zip(*texts)]
-    names = {}
-    for chain, text in zip(chains, texts):
-        parts = [f'{chain.options["model"]}-{chain.options["depth"]}', *compress(text, differs)]
-        name = ', '.join(filter(None, parts))
-        if name in names:
-            raise UserError(f'{chain.source} and {names[name]} are both {name}: pass one of them')
-        names[name] = chain.source
-    return list(names)
+    names = []
+    for one, text in zip(options, texts):
+        parts = [f'{one["model"]}-{one["depth"]}', *compress(text, differs)]
+        names.append(', '.join(filter(None, parts)))
+        if names.count(names[-1]) > 1:
+            raise UserError(f'two chains are both {names[-1]}: pass one of them')
+    return names
 
 
 def option_text(name, options):
@@ -153,8 +146,8 @@ def first_batch(chains, dataroot):
     names = sorted({chain.options['dataset'] for chain in chains})
     if len(names) > 1:
         raise UserError(f'{" and ".join(names)} cannot be measured together: pass chains of one')
-    source = load_images(options, dataroot)
-    return next(iter(source.batches(True, batch_size=IMAGES, seed=options['seed'])))
+    data = load_data(options, dataroot)
+    return next(iter(data.batches(True, batch_size=IMAGES, seed=options['seed'])))
 
 
 # --- the measurements ------------------------------------------------------------------------
@@ -163,7 +156,7 @@ def first_batch(chains, dataroot):
 def measure(checkpoint, images, targets):
     """The measurements of a checkpoint: one dict for each measured layer of its chain."""
     version_1 = checkpoint.network['model'] in VERSION_1
-    rows = {row['layer']: row for row in weight_rows(checkpoint, version_1)}
+    rows = weight_rows(checkpoint, version_1)
     layers, stem = count(1), None
 
     def norm(*args, **kwargs):  # of all layers, in order
@@ -203,21 +196,20 @@ def measured_layers(n):
 
 
 def weight_rows(checkpoint, version_1):
-    """For each measured layer of a checkpoint a dict of what its weight tells."""
+    """{number of a measured layer: dict of what its weight tells}."""
     names = [key for key in checkpoint.params if key.rpartition('.')[2] == 'conv']
     folded = registry.fold(checkpoint.network['model'], checkpoint.params)
     weights = [weight for key, weight in folded.items() if key.endswith('conv.weight')]
-    rows = []
+    rows = {}
     for layer in measured_layers(len(names)):
         name, weight = names[layer - 1], weights[layer - 1]
-        row = {'layer': layer, 'name': name}
+        row = rows[layer] = {'layer': layer, 'name': name}
         if layer > 1:  # the first convolution has no identity
             row['identity'] = identity_share(weight, version_1)
             for part in ('alpha', 'beta'):  # plain weights have none
                 scale = checkpoint.params.get(f'{name.removesuffix("conv")}{part}')
                 if scale is not None:
                     row[part] = scale.abs().mean().item()
-        rows.append(row)
     return rows
 
 
@@ -258,34 +250,28 @@ def kept(values, stem):
 # --- the report ------------------------------------------------------------------------------
 
 
-def write_csv(measured, path):
-    with open(path, 'w', newline='') as file:
-        writer = csv.writer(file)
-        columns = PLACE + MEASUREMENTS
-        writer.writerow(columns)
-        for label, epochs in measured.items():
-            for epoch, rows in epochs.items():
-                for row in rows:
-                    values = [label, epoch, *map(row.get, columns[2:])]
-                    writer.writerow(f'{v:.4g}' if isinstance(v, float) else v for v in values)
+def csv_text(measured):
+    """The table of {label: {epoch: rows}}, a line for each row."""
+    file = io.StringIO()
+    writer = csv.writer(file)
+    writer.writerow(COLUMNS)
+    for label, epochs in measured.items():
+        for epoch, rows in epochs.items():
+            for row in rows:
+                values = [label, epoch, *map(row.get, COLUMNS[2:])]
+                writer.writerow(f'{v:.4g}' if isinstance(v, float) else v for v in values)
+    return file.getvalue()
 
 
-def report(folders, out, dataroot=None, options=()):
+def report(chains, out, dataroot=None):
     """Measure chains on the same images; write the figure and the CSV next to it.
-
-    Args:
-        folders: of runs.
-        options: texts with options of train.py, for chains that are measured untrained.
 
     Returns:
         The paths.
 
     Raises:
-        UserError: see read_run, labels and first_batch.
-        OptionError: options do not define a chain.
+        UserError: see labels and first_batch; or a file cannot be written.
     """
-    chains = [read_run(folder) for folder in folders]
-    chains += [define_untrained(text, dataroot) for text in options]
     measured, logs = {}, {}
     batch = first_batch(chains, dataroot)
     for label, chain in zip(labels(chains), chains):
@@ -294,7 +280,7 @@ def report(folders, out, dataroot=None, options=()):
             epoch: measure(checkpoint, *batch) for epoch, checkpoint in chain.checkpoints.items()
         }
     table = Path(out).with_suffix('.csv')
-    write_csv(measured, table)
+    write_output(table, csv_text(measured).encode())
     return [*draw(measured, logs, out), str(table)]
 
 
@@ -306,14 +292,16 @@ def main(arguments=None):
         action='append',
         default=[],
         metavar='OPTIONS',
-        help='options of train.py for a network to measure before any training; may be repeated',
+        help='options of train.py for a chain to measure untrained; may be repeated',
     )
     parser.add_argument('--out', required=True, type=path_argument, help='where the figure goes')
     parser.add_argument('--dataroot', help='folder of the data set, if it has moved')
     args = parser.parse_args(arguments)
     if not args.runs and not args.untrained:
         raise OptionError('nothing to measure: pass a RUN, or --untrained OPTIONS')
-    files = report(args.runs, args.out, args.dataroot, args.untrained)
+    chains = [read_run(folder) for folder in args.runs]
+    chains += [define_untrained(text, args.dataroot) for text in args.untrained]
+    files = report(chains, args.out, args.dataroot)
     print(*(printable(str(file)) for file in files))
 
 

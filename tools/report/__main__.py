@@ -20,7 +20,7 @@ import torch
 from lab.data.datasets import Data
 from lab.data.names import display_name, readable
 from lab.data.preprocessing import Preprocessing, normalize
-from lab.errors import OneLineParser, UserError, printable, run
+from lab.errors import OneLineParser, UserError, one_line, printable, run
 from lab.files import path_argument, write_output
 from lab.folded import (
     check_classes,
@@ -33,7 +33,7 @@ from lab.folded import (
 from lab.runs import checkpoint
 from lab.runs.folder import COMMANDS, read_commands
 from lab.runs.log import parse_line
-from tools.propagation import is_chain
+from tools import propagation
 from tools.report import sections
 
 TEMPLATE = Path(__file__).with_name('page.html')
@@ -53,22 +53,22 @@ class Tests:
     probabilities: np.ndarray  # (N,), of what is predicted
 
 
-def test(source, dataroot):
+def test(loaded, dataroot):
     """The Tests of a Checkpoint. Raises UserError if the data set is missing or does not fit."""
-    preprocessing = preprocessing_of(source, source.network['dataset'])
-    data = load_data(source, source.network['dataset'], preprocessing, dataroot)
-    check_classes(source, data)
-    classes = readable(list(source.classes or data.classes), len(data.classes))
+    preprocessing = preprocessing_of(loaded, loaded.network['dataset'])
+    data = load_data(loaded, loaded.network['dataset'], preprocessing, dataroot)
+    check_classes(loaded, data)
+    classes = readable(list(loaded.classes or data.classes), len(data.classes))
     pixels, targets = sample_pixels(data.test, preprocessing)
-    net, batches = source.module().float(), torch.from_numpy(pixels).split(1000)
+    net, batches = loaded.module().float(), torch.from_numpy(pixels).split(1000)
     logits = [compute_logits(net, normalize(images, preprocessing)) for images in batches]
     answers = torch.from_numpy(np.concatenate(logits)).softmax(1).max(1)
     predicted, probabilities = answers.indices.numpy(), answers.values.numpy()
-    kind = images_tested(source)
+    kind = images_tested(loaded)
     return Tests(data, preprocessing, kind, classes, pixels, targets, predicted, probabilities)
 
 
-def describe(source, starts, dataroot):
+def describe(loaded, starts, dataroot):
     """What the page about a Checkpoint says.
 
     Args:
@@ -77,32 +77,31 @@ def describe(source, starts, dataroot):
     Returns:
         The variables of page.html, and the reason why the images could not be had, or ''.
     """
-    log = [parse_line(line, 'its log') for line in source.log or []]
+    log = [parse_line(line, 'its log') for line in loaded.log or []]
+    network, options = loaded.network, sorted(loaded.options.items())
+    parts = [sections.training(log)]
     try:
-        tests, missing = test(source, dataroot), ''
+        tests, missing = test(loaded, dataroot), ''
     except UserError as error:
         tests, missing = None, str(error)
-    parts = [sections.training(log)]
-    if tests:
-        parts += [sections.confusion(tests), sections.accuracies(tests)]
-        parts += [sections.mistakes(source, tests)]
-    else:
         parts += [sections.Section('Images', f'What needs images is missing: {missing}')]
-    parts += [sections.filters(source.params), sections.scales(source.params)]
-    if tests and is_chain(source.network['model']) and not source.folded:
-        parts += [sections.signal(source, tests)]
-    network, options = source.network, sorted(source.options.items())
-    name = display_name(network['dataset'], source.options.get('dataroot', '.'))
+    else:
+        parts += [sections.confusion(tests), sections.accuracies(tests)]
+        parts += [sections.mistakes(loaded, tests)]
+    parts += [sections.filters(loaded.params), sections.scales(loaded.params)]
+    if tests and network['model'] in propagation.MODELS and not loaded.folded:
+        parts += [sections.signal(loaded, tests)]
+    name = display_name(network['dataset'], loaded.options.get('dataroot', '.'))
     content = {
         'title': printable(f'{network["model"]}-{network["depth"]}-{network["width"]:g} on {name}'),
-        'facts': facts(source, starts or [{}], log, tests),
+        'metadata': metadata(loaded, starts or [{}], log, tests),
         'sections': filter(None, parts),
         'options': [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in options],
     }
     return content, missing
 
 
-def facts(source, starts, log, tests):
+def metadata(loaded, starts, log, tests):
     """{name: value} of what the page begins with, as far as it is known."""
     rows = {}
     if tests:
@@ -110,18 +109,16 @@ def facts(source, starts, log, tests):
         rows['test accuracy'] = f'{accuracy:.2f} % of {len(tests.targets):,} {tests.kind} images'
     elif log:
         rows['test accuracy'] = f'{log[-1]["test_acc"]:.2f} % (from the log)'
-    parameters = (tensor for key, tensor in source.params.items() if 'running_' not in key)
+    parameters = (tensor for key, tensor in loaded.params.items() if 'running_' not in key)
     rows['parameters'] = f'{sum(tensor.numel() for tensor in parameters):,}'
-    rows['file'] = printable(str(source.path))
-    if source.options:
-        rows['epochs'] = f'{source.epoch} of {source.options["epochs"]}'
-        rows['seed'] = str(source.options['seed'])
+    rows['file'] = printable(str(loaded.path))
+    if loaded.options:
+        rows['epochs'] = f'{loaded.epoch} of {loaded.options["epochs"]}'
+        rows['seed'] = str(loaded.options['seed'])
     for name in ('command', 'commit', 'time', 'device', 'python'):
         rows[name] = starts[-1].get(name)
-    versions = starts[-1].get('versions', {})
-    rows['versions'] = ', '.join(
-        f'{name} {version}' for name, version in versions.items() if version
-    )
+    versions = starts[-1].get('versions', {}).items()
+    rows['versions'] = ', '.join(f'{name} {version}' for name, version in versions if version)
     if len(starts) > 1:
         rows['starts'] = f'{len(starts)}; these are the facts of the last one'
     return {name: value for name, value in rows.items() if value}
@@ -131,21 +128,15 @@ def main(arguments=None):
     parser = OneLineParser(prog='-m tools.report', description=__doc__)
     parser.add_argument('checkpoint', metavar='RUN', type=path_argument)
     parser.add_argument('--out', required=True, type=path_argument, help='the HTML file to write')
-    parser.add_argument(
-        '--dataroot',
-        type=path_argument,
-        help='folder of the data set, if it is not where the training had it',
-    )
+    parser.add_argument('--dataroot', help='folder of the data set, if it has moved')
     args = parser.parse_args(arguments)
-    source = checkpoint.load(args.checkpoint)
-    starts = read_commands(source.path.with_name(COMMANDS))
-    content, missing = describe(source, starts, args.dataroot)
+    loaded = checkpoint.load(args.checkpoint)
+    starts = read_commands(loaded.path.with_name(COMMANDS))
+    content, missing = describe(loaded, starts, args.dataroot)
     template = jinja2.Template(TEMPLATE.read_text('utf-8'), autoescape=True, trim_blocks=True)
     write_output(args.out, template.render(content).encode())
     if missing:
-        print(
-            f'{printable(args.out)} lacks what needs images: {printable(missing)}', file=sys.stderr
-        )
+        print(one_line(f'{args.out} lacks what needs images: {missing}'), file=sys.stderr)
     print(printable(args.out))
 
 

@@ -139,15 +139,14 @@ def scales(params):
     curves = {}
     for part in ('alpha', 'beta'):
         tensors = [t.float() for key, t in params.items() if key.endswith(f'.{part}')]
+        if not tensors:
+            return None
         ends = [[getattr(t, end)().item() for t in tensors] for end in ('mean', 'min', 'max')]
-        if tensors:
-            curves[part] = (range(2, len(tensors) + 2), *ends)
+        curves[part] = (range(2, len(tensors) + 2), *ends)
     text = (
         'alpha scales the identity, beta the normalized weight: the mean over the channels of each '
         'convolution, and a band from the least to the largest.'
     )
-    if not curves:
-        return None
     return Section('Scales of the Dirac weights', text, draw_layers(curves, 'scale'))
 
 

@@ -33,14 +33,13 @@ The YAML file has
 Other keys, equal runs, and options that the study sets itself (seed, save, ...) are errors.
 """
 
-import os
-import re
 import signal
 import sys
 from pathlib import Path
 
 from lab.errors import OneLineParser, OptionError, UserError, run
 from lab.files import path_argument
+from lab.runs.checkpoint import FILE_NAME
 from tools import propagation
 from tools.study.definition import read
 from tools.study.execution import execute
@@ -53,7 +52,7 @@ def seed_list(text):
     return [int(seed) for seed in text.split(',')]
 
 
-def build_parser():
+def parse_arguments(arguments):
     parser = OneLineParser(prog='-m tools.study', description=__doc__)
     parser.add_argument('study', metavar='STUDY.yaml', type=path_argument)
     parser.add_argument('--dataset', help="the data set to use instead of the study's own")
@@ -63,7 +62,10 @@ def build_parser():
     parser.add_argument('--seeds', type=seed_list, help="such as 1,2,3, instead of the study's")
     parser.add_argument('--out', type=path_argument, help='folder for all output (see above)')
     parser.add_argument('--table', action='store_true', help='train nothing')
-    return parser
+    args = parser.parse_args(arguments)
+    if args.jobs < 1:
+        raise OptionError(f'--jobs {args.jobs} must be at least 1')
+    return args
 
 
 def study_folder(study, dataset):
@@ -75,35 +77,21 @@ def study_folder(study, dataset):
     return ROOT / 'logs' / f'study-{study.name}'
 
 
-def seeds_in(folder):
-    """The seeds of all runs in a study's folder."""
-    matches = [re.fullmatch(r'seed(\d+)', path.name) for path in folder.glob('*/seed*')]
-    return {int(match[1]) for match in matches if match}
-
-
 def draw(study, rows, runs, folder, dataroot):
-    """Draw the figure that the study asks for, if any."""
+    """Draw the figure that the study asks for."""
     out = folder / 'figure'
-    if not study.figure:
-        return
+    folders = [one.folder for one in runs if one.seed == runs[0].seed and not one.failed]
     if 'signal' not in study.figure:
         draw_study(study, rows, runs, out)
-        return
-    folders = [one.folder for one in runs if one.seed == runs[0].seed and not one.failed]
-    if all((path / 'model.pt7').exists() for path in folders):
-        propagation.report(folders, out, dataroot)
+    elif all((path / FILE_NAME).exists() for path in folders):
+        propagation.report(list(map(propagation.read_run, folders)), out, dataroot)
     else:
-        print(
-            f'{out}.png is not drawn again: it needs the checkpoints of all runs, and the '
-            'repository has only their logs',
-            file=sys.stderr,
-        )
+        reason = 'it needs the checkpoints of all runs, and the repository has only their logs'
+        print(f'{out}.png is not drawn again: {reason}', file=sys.stderr)
 
 
 def main(arguments=None):
-    args = build_parser().parse_args(arguments)
-    if args.jobs < 1:
-        raise OptionError(f'--jobs {args.jobs} must be at least 1')
+    args = parse_arguments(arguments)
     study = read(args.study)
     dataset = args.dataset or study.dataset
     folder = Path(args.out).resolve() if args.out else study_folder(study, dataset)
@@ -115,14 +103,16 @@ def main(arguments=None):
         # End as after Ctrl-C, so that `execute` stops the trainings.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         execute(runs, args.jobs, args.device)
-    seeds = sorted({*study.seeds, *seeds, *seeds_in(folder)})
-    runs = all_runs(study, seeds, dataset, folder)
-    runs = [one for one in runs if os.path.exists(one.folder) and one.is_done()]
+    # The table has the runs of all seeds, also if fewer were asked for.
+    others = {int(path.name.removeprefix('seed')) for path in folder.glob('*/seed[0-9]*')}
+    seeds = sorted({*study.seeds, *seeds, *others})
+    runs = [one for one in all_runs(study, seeds, dataset, folder) if one.is_done()]
     if not runs:
         raise UserError(f'{folder} has no finished runs yet')
     rows = collect(study, runs)
     write_tables(study, rows, dataset, folder)
-    draw(study, rows, runs, folder, args.dataroot)
+    if study.figure:
+        draw(study, rows, runs, folder, args.dataroot)
     print((folder / 'table.md').read_text())
 
 

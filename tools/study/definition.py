@@ -1,6 +1,6 @@
 """A study as its YAML file defines it. The options of its runs are checked by train.py's parser."""
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -8,8 +8,8 @@ import yaml
 from lab.errors import OptionError, UserError
 from lab.training.options import parse
 
-# Options that the study or its command line sets; help is none of a training.
-OWN = {'dataset', 'device', 'evaluate', 'help', 'resume', 'save', 'seed'}
+# Options that the study or its command line sets.
+OWN = {'dataset', 'device', 'evaluate', 'resume', 'save', 'seed'}
 FIGURES = ({'x'}, {'x', 'lines'}, {'x', 'y', 'panels'}, {'signal'})  # keys of each kind
 
 
@@ -44,63 +44,56 @@ def read(path):
     """
     try:
         content = yaml.safe_load(Path(path).read_bytes())
-        check_keys(content)
+        if not isinstance(content, dict):
+            raise ValueError('it has no keys such as title')
         study = Study(path=Path(path), **content)
+        check_types(study)
         check_options(study)
         check_figure(study)
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: text that is not UTF-8, bad dates
+    # TypeError: an unknown or missing key; ValueError: our own, or text that is not UTF-8
+    except (yaml.YAMLError, TypeError, ValueError) as error:
         raise UserError(f'{path} is not a study: {error}') from None
-    except UserError as error:
-        raise type(error)(f'{path} is not a study: {error}') from None
+    except OptionError as error:
+        raise OptionError(f'{path} is not a study: {error}') from None
     return study
 
 
-def check_keys(content):
-    """Raise UserError for a missing or unknown key, or a value of another type than its field."""
-    if not isinstance(content, dict):
-        raise UserError('it has no keys such as title')
-    known = {one.name: one for one in fields(Study) if one.name != 'path'}
-    if unknown := content.keys() - known.keys():
-        raise UserError(f'{min(map(str, unknown))} is none of its keys, {", ".join(known)}')
-    for name, one in known.items():
-        if name not in content and one.default is one.default_factory is MISSING:
-            raise UserError(f'it has no {name}')
-        if name in content and not isinstance(content[name], one.type):
-            raise UserError(f'{name} is {content[name]!r}, not a {one.type.__name__}')
-    for number in [*content['seeds'], *content.get('keep', [])]:
-        if type(number) is not int:
-            raise UserError(f'{number!r} in seeds or keep is not a whole number')
+def check_types(study):
+    """Raise ValueError for a value of another type than its field."""
+    for one in fields(Study):
+        value = getattr(study, one.name)
+        if not isinstance(value, one.type):
+            raise ValueError(f'{one.name} is {value!r}, not a {one.type.__name__}')
 
 
 def check_options(study):
-    """Raise UserError for what is not a mapping of options, or a run whose seeds are not some of
+    """Raise ValueError for what is not a mapping of options, or a run whose seeds are not some of
     the study's; OptionError for options that the study sets itself, or an unknown data set."""
     for options in [study.options, *study.recipes.values(), *study.runs]:
         if not isinstance(options, dict):
-            raise UserError(f'{options!r} is not a mapping from options to values')
+            raise ValueError(f'{options!r} is not a mapping from options to values')
         if own := OWN & options.keys():
             raise OptionError(f'{min(own)} is not for its options: the study sets it')
     for dataset in study.recipes:
         parse(['--dataset', str(dataset)])
     for run in study.runs:
-        seeds = run.get('seeds', study.seeds)
-        if not isinstance(seeds, list) or not all(seed in study.seeds for seed in seeds):
-            raise UserError(f'the seeds of a run are {seeds}, not some of {study.seeds}')
+        if not set(run.get('seeds', ())) <= set(study.seeds):
+            raise ValueError(f'the seeds of a run are {run["seeds"]}, not some of {study.seeds}')
 
 
 def check_figure(study):
-    """Raise UserError if the figure has other keys than one of FIGURES, or an option that is not
+    """Raise ValueError if the figure has other keys than one of FIGURES, or an option that is not
     in the table."""
     keys = study.figure.keys()
     if not keys or keys == {'signal'}:
         return
     if keys not in FIGURES:
         kinds = '; or '.join(', '.join(sorted(kind)) for kind in FIGURES)
-        raise UserError(f'its figure has {", ".join(map(str, keys))}, but must have {kinds}')
+        raise ValueError(f'its figure has {", ".join(map(str, keys))}, but must have {kinds}')
     possible = [*study.table, 'epoch', 'seconds'] if keys == {'x'} else study.table
     for names in study.figure.values():
         for name in names if isinstance(names, list) else [names]:
             if name not in possible:
-                raise UserError(f'its figure has {name!r}, which is none of {possible}')
+                raise ValueError(f'its figure has {name!r}, which is none of {possible}')

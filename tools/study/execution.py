@@ -53,10 +53,8 @@ def start(one, device, jobs):
     except OSError as error:
         raise UserError(f'{one.folder} cannot be created ({error.strerror})') from None
     one.keep_checkpoint()  # in case an earlier process was killed just before doing so
-    environment = dict(os.environ)
-    if jobs > 1:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        environment.setdefault('OMP_NUM_THREADS', str(threads))
+    threads = {'OMP_NUM_THREADS': str(max(1, os.cpu_count() // jobs))} if jobs > 1 else {}
+    environment = {**threads, **os.environ}
     with open(one.folder / OUTPUT, 'a') as output:
         return subprocess.Popen(
             one.command(device), cwd=ROOT, stdout=output, stderr=output, env=environment

@@ -89,5 +89,5 @@ def label_numbers(ax, ticks):
 def spans_decades(rows):
     """Whether the errors differ enough for a logarithmic axis."""
     trained = [row for row in rows if row['error'] is not None]
-    errors = [row[name] for row in trained for name in ('least', 'most')]
-    return bool(errors) and min(errors) > 0 and max(errors) > 3 * min(errors)
+    least = min((row['least'] for row in trained), default=0)
+    return least > 0 and max(row['most'] for row in trained) > 3 * least

@@ -2,6 +2,8 @@
 
 import textwrap
 
+import numpy as np
+
 from tools import figures
 from tools.study.table import text_of
 
@@ -26,9 +28,8 @@ def draw_heat_maps(study, rows, out):
         ax.set_yticks(range(len(lines)), lines)
         ax.set_xlabel(x)
     axes[0].set_ylabel(y)
-    figure.suptitle(
-        textwrap.fill(f'{figures.plain(study.title)}: median test error, %', 110), fontsize=10
-    )
+    title = textwrap.fill(f'{figures.plain(study.title)}: median test error, %', 110)
+    figure.suptitle(title, fontsize=10)
     return figures.save(figure, out)
 
 
@@ -42,10 +43,8 @@ def draw_cells(ax, cells, highest):
     and of None."""
     from matplotlib.colors import LogNorm
 
-    as_numbers = [
-        [float('nan') if cell is None else max(cell, 0.1) for cell in row] for row in cells
-    ]
-    ax.imshow(as_numbers, cmap='YlOrBr', norm=LogNorm(0.5, highest), aspect='auto')
+    colors = np.maximum(np.array(cells, float), 0.1)  # NaN for None
+    ax.imshow(colors, cmap='YlOrBr', norm=LogNorm(0.5, highest), aspect='auto')
     ax.grid(False)
     for y, row in enumerate(cells):
         for x, error in enumerate(row):

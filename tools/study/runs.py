@@ -63,13 +63,8 @@ class Run:
         except OptionError as error:
             raise OptionError(f'{study.path}: {" ".join(flags(options))}: {error}') from None
         self.n_epochs = self.all_options['epochs']
-        if max(self.keep, default=0) > self.n_epochs:
-            raise UserError(
-                f'{study.path} keeps epoch {max(self.keep)}, but trains {self.n_epochs} epochs'
-            )
-        name = '-'.join(str(value) for value in self.row.values()) or study.name
-        for unwanted, wanted in (('/', '_'), ('..', '_'), (' ', '')):
-            name = name.replace(unwanted, wanted)
+        name = '-'.join(map(str, self.row.values())) or study.name
+        name = name.replace('/', '_').replace('..', '_').replace(' ', '')
         self.folder = folder / name / f'seed{seed}'
 
     def log(self):
@@ -92,17 +87,16 @@ class Run:
             UserError: the run in its folder has other options.
         """
         log = self.log()
-        if log:
-            self._check_options(log[-1])
-        return bool(self.failed) or (bool(log) and log[-1]['epoch'] >= self.n_epochs)
-
-    def _check_options(self, line):
+        if not log:
+            return bool(self.failed)
+        last = log[-1]
         for name, value in self.options.items():
-            if name not in CHANGEABLE_ON_RESUME and line.get(name) != value:
+            if name not in CHANGEABLE_ON_RESUME and last.get(name) != value:
                 raise UserError(
-                    f'{self.folder} was run with --{name} {line.get(name)}, but the study has '
+                    f'{self.folder} was run with --{name} {last.get(name)}, but the study has '
                     f'{value}: move the folder away, or change the study'
                 )
+        return bool(self.failed) or last['epoch'] >= self.n_epochs
 
     def next_stop(self):
         """The epoch to train to next: one whose checkpoint is kept, or the last."""
@@ -121,13 +115,11 @@ class Run:
         options = dict(self.options)
         if self.keep:
             options['epochs'] = self.next_stop()
-        folder = self.folder
-        if folder.is_relative_to(ROOT):
-            folder = folder.relative_to(ROOT)
-        own = {'save': folder, 'resume': 'auto'}
         if device:
-            own = {'device': device, **own}
-        return [sys.executable, 'train.py', *flags(options), *flags(own)]
+            options['device'] = device
+        is_inside = self.folder.is_relative_to(ROOT)
+        options['save'] = self.folder.relative_to(ROOT) if is_inside else self.folder
+        return [sys.executable, 'train.py', *flags(options), '--resume', 'auto']
 
 
 def all_runs(study, seeds, dataset, folder):
@@ -135,12 +127,9 @@ def all_runs(study, seeds, dataset, folder):
 
     Raises:
         OptionError: train.py would not accept the options of a run.
-        UserError: a list is empty, no run has an option of the table, or two runs would have the
-            same row of the table or the same folder.
+        UserError: no run has an option of the table, or two runs would have the same row of the
+            table or the same folder.
     """
-    for options in study.runs:
-        if not expand(options):
-            raise UserError(f'{study.path}: a run has an empty list: {options}')
     rows = [(row, options.get('seeds', seeds)) for options in study.runs for row in expand(options)]
     runs = [
         Run(study, row, seed, dataset, folder)
@@ -151,12 +140,11 @@ def all_runs(study, seeds, dataset, folder):
     for name in study.table:
         if not any(name in one.all_options for one in runs):
             raise UserError(f'{study.path}: its table has {name}, an option that no run has')
-    found = {}
+    by_place = {}
     for one in runs:
-        cells = {name: one.all_options.get(name) for name in (*study.table, 'seed')}
-        for what, key in (('row of the table', cells), ('folder', str(one.folder))):
-            other = found.setdefault((what, json.dumps(key, sort_keys=True)), one)
+        cells = [one.all_options.get(name) for name in (*study.table, 'seed')]
+        for place, value in (('row of the table', str(cells)), ('folder', str(one.folder))):
+            other = by_place.setdefault((place, value), one)
             if other is not one:
-                first, second = (' '.join(flags(run.row)) or 'no options' for run in (other, one))
-                raise UserError(f'{study.path} has the same {what} twice: {first}; {second}')
+                raise UserError(f'{study.path} has the same {place} twice: {other.row}; {one.row}')
     return runs

@@ -87,12 +87,16 @@ def markdown_table(study, rows):
     columns = {name: [text_of(row[name]) for row in rows] for name in (*study.table, 'n')}
     if any(row['diverged'] for row in rows):
         columns['diverged'] = [str(row['diverged']) for row in rows]
-    columns['test error, %: median'] = [number(row['error']) for row in rows]
-    columns['min'] = [number(row['least']) for row in rows]
-    columns['max'] = [number(row['most']) for row in rows]
-    columns['training error, %'] = [number(row['train_error']) for row in rows]
-    columns['parameters'] = [thousands(row['parameters']) for row in rows]
-    columns['seconds per run'] = [number(row['seconds'], 0) for row in rows]
+    for heading, name, form in (
+        ('test error, %: median', 'error', '.2f'),
+        ('min', 'least', '.2f'),
+        ('max', 'most', '.2f'),
+        ('training error, %', 'train_error', '.2f'),
+        ('parameters', 'parameters', ','),
+        ('seconds per run', 'seconds', '.0f'),
+    ):
+        numbers = [row[name] for row in rows]
+        columns[heading] = ['' if value is None else format(value, form) for value in numbers]
     if any(row['reported'] for row in rows):
         columns[study.reported] = [str(row['reported']) for row in rows]
     lines = [columns, ['---'] * len(columns), *zip(*columns.values())]
@@ -104,11 +108,3 @@ def text_of(value):
     if isinstance(value, list):
         return ','.join(text_of(one) for one in value)
     return f'{value:g}' if isinstance(value, float) else str('' if value is None else value)
-
-
-def number(value, digits=2):
-    return '' if value is None else f'{value:.{digits}f}'
-
-
-def thousands(value):
-    return '' if value is None else f'{value:,}'
