@@ -64,8 +64,8 @@ ROWS = [
     ('--sync_bn --compile', ['--sync_bn', '--compile']),
     ('--recompute --compile', ['--recompute', '--compile']),
     ('--bn_momentum cumulative --compile', ['--bn_momentum cumulative', '--compile']),
-    ('--model resnet --recompute', ['--recompute', '--model resnet']),
-    ('--model wrn --compile', ['--compile', '--model wrn']),
+    ('--model resnet --recompute', ['--recompute', 'diracnet and plain']),
+    ('--model wrn --compile', ['--compile', 'diracnet and plain']),
     ('--block bn-add', ['--block', '--model diracnet', 'resnet-dirac']),
     ('--freeze stem', ['--freeze', '--pretrained']),
     ('--form imagenet', ['--form imagenet', 'digits']),
@@ -73,7 +73,7 @@ ROWS = [
     ('--dataset ImageNet --image_size 63', ['--image_size 63', '64']),
     # memory, which each of them would need 30 times over
     ('--depth 6000004', ['--depth 6000004', '97,663,977,786 parameters', 'GB']),
-    ('--width 1e9 --model resnet', ['--width 1e+09', 'parameters', 'GB']),
+    ('--width 1e9 --model resnet', ['width 1e+09', 'memory']),
 ]
 
 

@@ -67,8 +67,8 @@ def shapes(**network):
     try:
         with torch.device('meta'):
             return define(**network)[1]
-    except (RuntimeError, TypeError) as error:  # the size of a tensor overflows
-        raise ValueError(f'it is too large: {error}') from None
+    except (RuntimeError, TypeError):  # the size of a tensor overflows
+        raise ValueError(f'width {network["width"]:g} is too large for any memory') from None
 
 
 def own_options(model):
