@@ -41,11 +41,10 @@ from lab.runs.signals import Stop
 from lab.runs.state import State
 from lab.training.broken_images import BrokenImages
 from lab.training.inputs import load_data, make_batches
-from lab.training.meters import Meters
 from lab.training.network import Averages, build_network, count_parameters, network_arguments
 from lab.training.optimizers import clip_gradients, make_optimizer, set_rates
 from lab.training.options import parse
-from lab.training.passes import Pass
+from lab.training.passes import Meters, Pass
 from lab.training.recalibration import recalibrate
 
 

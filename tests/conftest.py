@@ -136,7 +136,7 @@ def train_digits(folder, options=''):
 def stop_at(monkeypatch):
     """stop_at(n, number): this process gets that signal in the n-th batch from now on, of training
     or test. stop_at(n, act=act): it calls act() instead."""
-    from lab.training.meters import Meters
+    from lab.training.passes import Meters
 
     add, left = Meters.add, {'n': 0}
 

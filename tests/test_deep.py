@@ -108,7 +108,9 @@ def function_calls(depth, folder):
     net = counted('module', lambda: Network(f, params).eval())
     counted('logits', lambda: compute_logits(net, digits()[:1]))
     counted('recognize', lambda: registry.recognize(params))
-    counted('save', lambda: checkpoint.save(path, {'params': net.state_dict()}))
+    counted(
+        'save', lambda: checkpoint.save(path, {'params': net.state_dict()}, keep_previous=False)
+    )
     loaded = counted('load', lambda: checkpoint.load(path))
     counted('load into a module', loaded.module)
     counted('fold', loaded.fold)

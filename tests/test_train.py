@@ -19,8 +19,7 @@ from lab.data import datasets
 from lab.models import registry
 from lab.runs import checkpoint
 from lab.training import network
-from lab.training.meters import Meters
-from lab.training.passes import ProgressBar
+from lab.training.passes import Meters, ProgressBar
 from test import relative_error
 from tools import export
 

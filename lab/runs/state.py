@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 from diracnet import Network
 from diracparams import copy_tensors
 from lab.runs.checkpoint import refusing
-from lab.training.meters import Meters
 from lab.training.network import Averages
+from lab.training.passes import Meters
 
 
 @dataclass
