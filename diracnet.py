@@ -63,9 +63,8 @@ def chain(
         x = batch_norm(x, params, 'bn', mode, norm)
     else:
         x = F.conv2d(inputs, params['conv'], stride=2, padding=3)
-        x = F.max_pool2d(
-            batch_norm(x, params, 'bn', mode, norm), 3, 2, 1
-        )  # (N, widths[0], H / 4, W / 4)
+        x = batch_norm(x, params, 'bn', mode, norm)
+        x = F.max_pool2d(x, 3, 2, 1)  # (N, widths[0], H / 4, W / 4)
     for g, group in enumerate(architecture.groups):
         if g > 0:
             x = F.max_pool2d(x, 2)  # H and W halve
@@ -286,8 +285,8 @@ class DiracNet(nn.Module):
     ) -> None:
         super().__init__()
         self.architecture = diracparams.make_architecture(depth, width, dataset, **choices)
-        layers = folded_layers(self.architecture, lambda: ('relu', nn.ReLU(inplace=True)))
-        layers.update(last_relu=nn.ReLU(inplace=True), avg_pool=nn.AdaptiveAvgPool2d(1))
+        layers = folded_layers(self.architecture, 'relu', ReLU)
+        layers.update(last_relu=ReLU(), avg_pool=nn.AdaptiveAvgPool2d(1))
         self.features = nn.Sequential(layers)
         self.fc = nn.Linear(self.architecture.widths[-1], self.architecture.num_classes)
 
@@ -303,14 +302,18 @@ class DiracNet(nn.Module):
         return self.fc(self.features(inputs).flatten(1))
 
 
-def folded_layers(
-    architecture: Architecture, activation: Callable[[], tuple[str, nn.Module]], factor: int = 1
-) -> OrderedDict:
-    """The layers of a folded network up to its last convolution: conv, group0, max_pool1, ...
+class ReLU(nn.ReLU):
+    """`relu` as a module."""
 
-    activation() is the name and the module of a block's activation, which makes `factor` times as
-    many channels: twice in version 1.
-    """
+    def forward(self, input: Tensor) -> Tensor:
+        return relu(input)
+
+
+def folded_layers(
+    architecture: Architecture, name: str, activation: type[nn.Module], factor: int = 1
+) -> OrderedDict:
+    """The layers of a folded network up to its last convolution: conv, group0, max_pool1, ... Each
+    block begins with an activation of that name, for `factor` times the channels."""
     in_channels, stem_width = architecture.in_channels, architecture.widths[0]
     layers = OrderedDict()
     if architecture.form == 'imagenet':
@@ -322,10 +325,10 @@ def folded_layers(
         if g > 0:
             layers[f'max_pool{g}'] = nn.MaxPool2d(2)
         group = OrderedDict()
-        for name, inside, out in blocks:
+        for block, inside, out in blocks:
             conv = nn.Conv2d(factor * inside, out, 3, padding=1)
-            parts = OrderedDict([activation(), ('conv', conv)])
-            group[name.removeprefix(f'group{g}.')] = nn.Sequential(parts)
+            parts = OrderedDict([(name, activation()), ('conv', conv)])
+            group[block.removeprefix(f'group{g}.')] = nn.Sequential(parts)
         layers[f'group{g}'] = nn.Sequential(group)
     return layers
 
@@ -386,8 +389,7 @@ def diracnet(
     content = diracparams.trained_weights(dataset, folded)
     own = content['network']
     for name, value in {'depth': depth, 'width': width, **kwargs}.items():
-        fits = value in (None, own.get(name))
-        check(fits, f'{name} {value!r} does not fit the pretrained network for {dataset}: {own}')
+        check(value in (None, own.get(name)), f'{name} {value!r} does not fit {dataset}: {own}')
     net = make(own['depth'], own['width'], dataset)
     copy_tensors(content['state_dict'], net)
     net.classes, net.preprocessing = content['classes'], content['preprocessing']

@@ -136,7 +136,8 @@ def read_network(tensors: Params, prefix: str = '') -> dict:
             'num_classes': num_classes,
         }
     except (KeyError, StopIteration, AttributeError, IndexError, ValueError) as error:
-        raise ValueError(f'not the parameters of a DiracNet ({error})') from None
+        reason = error.args[0] if error.args else f'no {prefix}conv'
+        raise ValueError(f'not the parameters of a DiracNet ({reason})') from None
 
 
 # --- initial values --------------------------------------------------------------------------

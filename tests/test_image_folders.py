@@ -242,7 +242,7 @@ def test_links_to_other_folders_are_followed_once(many_files, tmp_path):
         ('make', ['train/c'], ['train/c', '.jpg']),
         ('empty', ['train/a', 'train/b'], ['train/a', '.jpg']),
         ('remove', ['val'], ['val/', '--holdout']),
-        ('remove', ['train/b', 'val/b'], ['train', '1 folders']),
+        ('remove', ['train/b', 'val/b'], ['train', 'two or more']),
         ('remove', ['train/a', 'train/b'], ['train', 'train/CLASS', '--dataroot']),
         ('remove', [''], ['train', '--dataroot']),
     ],

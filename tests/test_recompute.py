@@ -132,6 +132,12 @@ def leaky_block(x, params, name, mode, norm):
     return diracnet.batch_norm(x, params, f'{name}.bn', mode, norm)
 
 
+def scaled_block(x, params, name, mode, norm):
+    """In training, batch norm hides the factor, but for the running statistics."""
+    x = 0.5 * F.conv2d(diracnet.relu(x), params[f'{name}.conv'], padding=1)
+    return diracnet.batch_norm(x, params, f'{name}.bn', mode, norm)
+
+
 def gated_block(x, params, name, mode, norm, block=diracnet.relu_conv_bn):
     """Its gate is 0 until it is trained."""
     gate = params[f'{name}.bn.bias'].view(1, -1, 1, 1)
@@ -139,7 +145,7 @@ def gated_block(x, params, name, mode, norm, block=diracnet.relu_conv_bn):
 
 
 @pytest.mark.parametrize('flag', ['--recompute', '--compile'])
-@pytest.mark.parametrize('block', [leaky_block, gated_block])
+@pytest.mark.parametrize('block', [leaky_block, scaled_block, gated_block])
 def test_a_changed_block_is_refused(block, flag, monkeypatch, refused, tmp_path):
     """As after an edit of `diracnet.relu_conv_bn`."""
     monkeypatch.setattr(diracnet.chain, '__defaults__', (F.batch_norm, block))

@@ -112,7 +112,7 @@ def list_images(folder):
         suffixes = (os.path.splitext(name)[1].lower() or 'without a suffix' for name in others)
         ignored.update((label, suffix) for suffix in suffixes)
     if len(classes) < 2:
-        raise _refusal(folder, f'has {len(classes)} folders of classes, but two are needed')
+        raise _refusal(folder, 'needs two or more folders of classes')
     targets = np.array(targets, np.int64)
     counts = np.bincount(targets, minlength=len(classes))
     if not counts.all():

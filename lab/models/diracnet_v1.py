@@ -17,6 +17,7 @@ from torch import nn
 
 from diracnet import (
     DiracNet,
+    ReLU,
     batch_norm,
     chain,
     fold_batch_norm,
@@ -165,11 +166,9 @@ class DiracNetV1(DiracNet):
         nn.Module.__init__(self)
         self.architecture = make_architecture(depth, width, dataset, **choices)
         # NCReLU doubles the channels.
-        for name, layer in folded_layers(
-            self.architecture, lambda: ('ncrelu', NCReLU()), 2
-        ).items():
+        for name, layer in folded_layers(self.architecture, 'ncrelu', NCReLU, 2).items():
             self.add_module(name, layer)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = ReLU()
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.view = nn.Flatten()
         self.fc = nn.Linear(self.architecture.widths[-1], self.architecture.num_classes)

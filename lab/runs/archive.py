@@ -44,8 +44,9 @@ def read_archive(path):
             ) from None
         reason = getattr(error, 'strerror', None) or type(error).__name__
         raise BrokenFile(
-            f'{path} cannot be read as a PyTorch checkpoint ({reason}): pass a run folder, a .pth '
-            'file, digits or fashion (only tools.predict reads .onnx)'
+            f'{path} cannot be read as a PyTorch checkpoint ({reason}): it may be truncated, '
+            'damaged or of another kind; pass a run folder, a .pth file, digits or fashion (only '
+            'tools.predict reads .onnx)'
         ) from None
 
 

@@ -245,7 +245,7 @@ def _check_tensors(tensors):
     variance is negative."""
     for key, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            raise ValueError(f'{key} is a {type(tensor).__name__}, not a tensor')
+            raise ValueError(f'{key} is not a tensor, but of the type {type(tensor).__name__}')
         if tensor.dtype not in FLOATS:
             raise ValueError(f'{key} has the type {tensor.dtype}, not one of real numbers')
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lab.data.names import display_name
-from lab.distributed import rank
+from lab.distributed import from_first, rank
 from lab.errors import OptionError, UserError, printable
 from lab.files import size_of, write_atomically
 from lab.runs import checkpoint
@@ -102,7 +102,7 @@ class RunFolder:
             self.last_save = f'{resumed.path}, saved after {resumed.position}'
             # A broken newest checkpoint must not replace the good previous one.
             self.keep_previous = resumed.path.name != checkpoint.PREVIOUS
-        self._check_content()
+        from_first(self._check_content)
         options.pop('resume', None)
         options['save'] = str(self.path)
 

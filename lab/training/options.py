@@ -319,7 +319,7 @@ def complete(cli_options, stored=None):
     options = {**defaults_for(chosen), **chosen}
     check_model_has(cli_options, options['model'])
     if stored is not None:
-        check_unchanged(cli_options, stored, options['schedule'])
+        check_unchanged(cli_options, stored, stored.get('schedule', 'step'))
     reads_imagenetpath = stored is None or 'imagenetpath' in cli_options
     if options['dataset'] == 'ImageNet' and 'dataroot' not in cli_options and reads_imagenetpath:
         options['dataroot'] = options['imagenetpath']
