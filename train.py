@@ -63,6 +63,7 @@ def main(arguments=None):
             resumed, pretrained, options = find_start(cli_options)
             if resumed and resumed.epoch >= options['epochs']:
                 return say(f'{resumed.path} has finished its {resumed.epoch} epochs: nothing to do')
+            folder.choose_path(options, resumed)
         set_up(options, device)
         if must_launch:  # only now that all options are known to be right
             return distributed.launch(options['ngpu'], [__file__, *arguments])
@@ -75,7 +76,6 @@ def main(arguments=None):
 def train(options, resumed, pretrained, device, folder, arguments):
     """Train to the last epoch: a run that was stopped, a pretrained network, or a new one. Write
     checkpoints, log and command line to `folder`."""
-    folder.choose_path(options, resumed)
     with Stop() as stop:
         # The data.
         data = load_data(options, resumed)
