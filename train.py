@@ -32,7 +32,7 @@ from lab.device import DTYPES, autocast, choose_device, set_up
 from lab.distributed import say, world
 from lab.errors import printable, run
 from lab.runs.checkpoint import run_metadata
-from lab.runs.describe import describe_epoch, describe_run, epoch_stats, print_evaluation
+from lab.runs.describe import describe_epoch, describe_run, print_evaluation
 from lab.runs.folder import RunFolder, write_report
 from lab.runs.pretrained import start_from
 from lab.runs.recorder import Recorder
@@ -41,7 +41,7 @@ from lab.runs.signals import Stop
 from lab.runs.state import State
 from lab.training.broken_images import BrokenImages
 from lab.training.inputs import load_data, make_batches
-from lab.training.network import Averages, build_network, count_parameters, network_arguments
+from lab.training.network import Averages, build_network, network_arguments
 from lab.training.optimizers import clip_gradients, make_optimizer, set_rates
 from lab.training.options import parse
 from lab.training.passes import Meters, Pass
@@ -80,7 +80,6 @@ def train(options, resumed, pretrained, device, folder, arguments):
         # The data.
         data = load_data(options, resumed)
         network = network_arguments(options, data)
-        n_parameters = count_parameters(network)
         train_batches = make_batches(data, options, device, train=True)
         test_batches = make_batches(data, options, device, train=False)
         broken = BrokenImages(stop.say, train_batches, test_batches)
@@ -102,7 +101,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
         stop.listen()  # from here on, a signal stops the run after a step, with a checkpoint
         log = folder.open(arguments, device, module, options, resumed)
         recorder = Recorder(folder, stop, state, metadata, log)
-        stop.say(describe_run(options, data, n_parameters, device, resumed))
+        stop.say(describe_run(options, data, recorder.n_parameters, device, resumed))
 
         progress, first_epoch = (resumed.progress, resumed.epoch + 1) if resumed else (None, 1)
         for epoch in range(first_epoch, options['epochs'] + 1):
@@ -131,8 +130,8 @@ def train(options, resumed, pretrained, device, folder, arguments):
                 batches = train_batches if recalibrates else None
                 exit_if_stopped = partial(recorder.exit_if_stopped, train_pass)
                 results |= test(tested, test_pass, options, broken, batches, exit_if_stopped)
-            stats = epoch_stats(metadata, results, train_pass, n_parameters, device)
-            recorder.record_epoch({**stats, **broken.stats(train_batches, test_batches)})
+            broken_stats = broken.stats(train_batches, test_batches)
+            stats = recorder.record_epoch(train_pass, results, broken_stats)
             stop.say(describe_epoch(stats, train_pass))
             broken.check(train_batches)  # after saving: the run can resume once they are repaired
         folder.finish(stop)

@@ -154,10 +154,10 @@ def test_disk_that_is_full(short_run, small_disk, call, monkeypatch):
     before the test of that epoch once there is space."""
     record_epoch = Recorder.record_epoch
 
-    def fill_disk_and_record(self, stats):
-        if stats['epoch'] == 2:
+    def fill_disk_and_record(self, train_pass, *args):
+        if train_pass.epoch == 2:
             fill(small_disk)
-        record_epoch(self, stats)
+        return record_epoch(self, train_pass, *args)
 
     monkeypatch.setattr(Recorder, 'record_epoch', fill_disk_and_record)
     folder = small_disk / 'run'

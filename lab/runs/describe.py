@@ -1,8 +1,7 @@
-"""What a run says: before it trains, after each epoch, and in its log."""
+"""What a run says: before it trains, after each epoch, and at the end of a test."""
 
 import math
 
-from lab import cuda
 from lab.distributed import say, world
 from lab.errors import UserError, printable
 from lab.runs.log import format_line
@@ -32,21 +31,6 @@ def describe_rate(options):
         return f'learning rate {options["lr"]:g}, schedule {options["schedule"]}'
     factor = f'times {options["lr_decay_ratio"]:g}'
     return f'learning rate {options["lr"]:g}, {factor} when these epochs begin: {falls}'
-
-
-def epoch_stats(metadata, results, train_pass, n_parameters, device):
-    """What an epoch's line of the log says."""
-    stats = {
-        **metadata['options'],
-        **results,
-        'epoch': train_pass.epoch,
-        'num_classes': metadata['network']['num_classes'],
-        'n_parameters': n_parameters,
-        'train_images_per_second': train_pass.batches.n / results['train_time'],
-    }
-    if device.type == 'cuda':
-        stats['train_peak_memory'] = cuda.peak_memory(device)
-    return stats
 
 
 def describe_epoch(stats, train_pass):

@@ -3,11 +3,12 @@
 import signal
 import time
 
-from lab import distributed
+from lab import cuda, distributed
 from lab.errors import UserError
 from lab.runs.checkpoint import describe_position
 from lab.runs.log import format_line
 from lab.runs.resume import resume_command
+from lab.training.network import count_parameters
 
 
 class Recorder:
@@ -22,6 +23,7 @@ class Recorder:
     def __init__(self, folder, stop, state, metadata, log):
         self.folder, self.stop, self.state = folder, stop, state
         self.metadata, self.log = metadata, log
+        self.n_parameters = count_parameters(metadata['network'])
         self._schedule_save()
 
     def _schedule_save(self):
@@ -83,13 +85,30 @@ class Recorder:
 
     # --- what happened ---
 
-    def record_epoch(self, stats):
-        """Add an epoch to the log, and save."""
+    def record_epoch(self, train_pass, results, broken_stats):
+        """Add an epoch to the log, and save. Returns what the line of the log has.
+
+        Args:
+            results: of the training pass and the tests; broken_stats: see `BrokenImages.stats`.
+        """
+        stats = {
+            **self.metadata['options'],
+            **results,
+            'epoch': train_pass.epoch,
+            'num_classes': self.metadata['network']['num_classes'],
+            'n_parameters': self.n_parameters,
+            'train_images_per_second': train_pass.batches.n / results['train_time'],
+        }
+        device = next(self.state.module.parameters()).device
+        if device.type == 'cuda':
+            stats['train_peak_memory'] = cuda.peak_memory(device)
+        stats.update(broken_stats)
         self.log.append(format_line(stats))
         self.folder.write_log(self.log)
         if self.metadata['options']['tensorboard']:
             self.folder.write_events(stats)
         self.save(stats['epoch'])
+        return stats
 
     def _check_loss(self, train_pass):
         if train_pass.meters.diverged:
