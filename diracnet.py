@@ -285,8 +285,8 @@ class DiracNet(nn.Module):
     ) -> None:
         super().__init__()
         self.architecture = diracparams.make_architecture(depth, width, dataset, **choices)
-        layers = folded_layers(self.architecture, 'relu', ReLU)
-        layers.update(last_relu=ReLU(), avg_pool=nn.AdaptiveAvgPool2d(1))
+        layers = folded_layers(self.architecture, 'relu', partial(ReLU, inplace=True))
+        layers.update(last_relu=ReLU(inplace=True), avg_pool=nn.AdaptiveAvgPool2d(1))
         self.features = nn.Sequential(layers)
         self.fc = nn.Linear(self.architecture.widths[-1], self.architecture.num_classes)
 
@@ -310,7 +310,7 @@ class ReLU(nn.ReLU):
 
 
 def folded_layers(
-    architecture: Architecture, name: str, activation: type[nn.Module], factor: int = 1
+    architecture: Architecture, name: str, activation: Callable[[], nn.Module], factor: int = 1
 ) -> OrderedDict:
     """The layers of a folded network up to its last convolution: conv, group0, max_pool1, ... Each
     block begins with an activation of that name, for `factor` times the channels."""

@@ -168,7 +168,7 @@ class DiracNetV1(DiracNet):
         # NCReLU doubles the channels.
         for name, layer in folded_layers(self.architecture, 'ncrelu', NCReLU, 2).items():
             self.add_module(name, layer)
-        self.relu = ReLU()
+        self.relu = ReLU(inplace=True)
         self.avg_pool = nn.AdaptiveAvgPool2d(1)
         self.view = nn.Flatten()
         self.fc = nn.Linear(self.architecture.widths[-1], self.architecture.num_classes)
