@@ -83,7 +83,7 @@ def dirac_chain(
     compute: Function = chain,
 ) -> Tensor:
     """A DiracNet: a chain whose blocks have Dirac weights; without alpha and beta, the plain chain
-    that the paper compares with. Arguments are those of `chain`; `compute` computes the chain."""
+    that the paper compares with. Arguments as for `chain`; `compute` is `chain` or its equal."""
     # From here on, NAME.conv is the effective weight.
     params = {**params, **dirac_weights(architecture, params)}
     return compute(architecture, inputs, params, mode, norm)

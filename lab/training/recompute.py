@@ -32,7 +32,7 @@ def regrouped(f, params, in_channels, block, flag):
             computed here.
     """
     if getattr(f, 'func', None) is not dirac_chain or f.keywords:
-        raise ValueError(f'{flag} computes the blocks of diracnet and plain; this model has others')
+        raise ValueError(f'{flag} is for the blocks of diracnet and plain: this model has others')
     size = 64 if f.args[0].form == 'imagenet' else 8
     inputs = torch.linspace(-2, 2, 2 * in_channels * size**2).view(2, in_channels, size, size).sin()
     generator = torch.Generator().manual_seed(0)
@@ -47,8 +47,8 @@ def regrouped(f, params, in_channels, block, flag):
         outputs.append(torch.stack([chain(inputs, own, mode) for mode in (True, False)]))
     if not torch.allclose(*outputs, rtol=1e-3, atol=1e-3, equal_nan=True):
         raise ValueError(
-            f'{flag} computes other blocks than diracnet.chain: lab/training/recompute.py has them '
-            'as they were; change them in the same way, or train without it'
+            f'{flag} computes the blocks in lab/training/recompute.py, which differ from those of '
+            f'diracnet.py: change both in the same way, or train without {flag}'
         )
     return partial(f, compute=partial(regrouped_chain, block))
 
