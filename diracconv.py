@@ -116,15 +116,15 @@ class DiracConv:
 
     @torch.no_grad()
     def fold(self) -> nn.Module:
-        """The equivalent plain convolution, with the same arguments, device, dtype and mode."""
+        """The equivalent plain convolution: same arguments, device, dtype, mode, requires_grad."""
         # A layer is folded once and used often, so double precision is worth its cost here.
         tensors = (self.weight.double(), self.alpha.double(), self.beta.double())
         weight = dirac_weight(*tensors, self.groups).to(self.weight.dtype)
         # The meta device allocates nothing: the tensors are replaced right away.
         plain = like_conv(self.plain_class, self, device='meta', dtype=weight.dtype)
-        plain.weight = nn.Parameter(weight)
+        plain.weight = nn.Parameter(weight, self.weight.requires_grad)
         if self.bias is not None:
-            plain.bias = nn.Parameter(self.bias.detach().clone())
+            plain.bias = nn.Parameter(self.bias.clone(), self.bias.requires_grad)
         return plain.train(self.training)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -187,8 +187,8 @@ class DiracParametrization(nn.Module):
         super().__init__()
         self.groups, self.fresh = conv.groups, fresh
         weight = conv.weight.detach()
-        self.alpha = nn.Parameter(weight.new_full(weight.shape[:1], ALPHA))
-        self.beta = nn.Parameter(weight.new_full(weight.shape[:1], BETA))
+        scales = (weight.new_full(weight.shape[:1], value) for value in (ALPHA, BETA))
+        self.alpha, self.beta = (nn.Parameter(s, conv.weight.requires_grad) for s in scales)
 
     def forward(self, weight: Tensor) -> Tensor:
         return dirac_weight(weight, self.alpha, self.beta, self.groups)

@@ -4,24 +4,23 @@
     ...                   # train it
     folded = fold(model)  # plain convolutions again, with the batch norms folded in
 
-This file needs torch, diracconv.py and diracnet.py alone.
+This file needs torch, diracconv.py, diracfold.py and diracnet.py alone.
 """
 
 import copy
-import inspect
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from operator import attrgetter, eq
-from types import SimpleNamespace
 from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.optim.swa_utils import AveragedModel
 
 import diracnet
 from diracconv import (
@@ -33,17 +32,23 @@ from diracconv import (
     like_conv,
     split_weight,
 )
+from diracfold import foldable_norms, is_batch_norm, is_plain, torch_class, without_norm
 
 LAYERS = {nn.Conv1d: DiracConv1d, nn.Conv2d: DiracConv2d, nn.Conv3d: DiracConv3d}
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+WRAPPERS = (AveragedModel, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 # --- into Dirac convolutions -----------------------------------------------------------------
 
 
 def keeps_size(conv: nn.Module) -> bool:
-    """Whether a convolution has stride 1, more than one tap, and output of its input's size."""
+    """Whether a convolution has stride 1, more than one tap, and output of its input's size.
+
+    Even kernels do not qualify: they have no tap in the center.
+    """
     if max(conv.kernel_size) == 1 or max(conv.stride) > 1 or conv.padding == 'valid':
+        return False
+    if any(size % 2 == 0 for size in conv.kernel_size):
         return False
     if conv.padding == 'same':
         return True
@@ -79,7 +84,7 @@ def diracify(
     made = {
         conv: _dirac_conv(conv, fresh)
         for conv in selected
-        if _is_plain(conv, LAYERS) and owners[conv.weight] == 1
+        if is_plain(conv, LAYERS) and owners[conv.weight] == 1
     }
     print(f'diracify: replaced {len(made)} of {len(names)} convolutions', file=sys.stderr)
     left = [f'{names[conv]} ({type(conv).__name__})' for conv in selected if conv not in made]
@@ -97,32 +102,9 @@ def _is_convolution(module):
     return quantized or isinstance(module, nn.modules.conv._ConvNd)
 
 
-def _is_plain(layer, classes):
-    """Whether a layer computes what one of these classes does, from ordinary parameters."""
-    return (
-        _torch_class(layer, classes) is not None
-        and 'bias' in layer._parameters
-        and type(layer.weight) is nn.Parameter
-        and layer.weight.is_floating_point()
-    )
-
-
-def _torch_class(module, classes):
-    """The one of these classes whose computation a module runs or inherits, or None."""
-
-    def inherits(kind, method):
-        own = getattr(module, method, None)
-        return getattr(own, '__func__', None) is getattr(kind, method, None)
-
-    for kind in classes:
-        if isinstance(module, kind) and inherits(kind, 'forward'):
-            return kind if inherits(kind, '_conv_forward') else None
-    return None
-
-
 def _dirac_conv(conv, fresh):
     weight = conv.weight
-    kind = LAYERS[_torch_class(conv, LAYERS)]
+    kind = LAYERS[torch_class(conv, LAYERS)]
     dirac = like_conv(kind, conv, device=weight.device, dtype=weight.dtype)
     if not fresh:
         parts = split_weight(weight, conv.groups)
@@ -134,13 +116,11 @@ def _dirac_conv(conv, fresh):
         parameter.requires_grad_(weight.requires_grad)
     if conv.bias is not None:
         dirac.bias.requires_grad_(conv.bias.requires_grad)
-    return dirac.train(conv.training)
+    return _keep_hooks(dirac.train(conv.training), conv)
 
 
 def _replace(model, made):
     """Replace the keys of `made` with its values, in every place where they appear."""
-    for module, replacement in made.items():
-        _keep_hooks(replacement, module)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if module not in made:
             continue
@@ -154,6 +134,7 @@ def _replace(model, made):
 def _keep_hooks(replacement, module):
     # The same dicts, not copies: the handles that remove hooks refer to them.
     vars(replacement).update({key: hook for key, hook in vars(module).items() if 'hook' in key})
+    return replacement
 
 
 # --- into plain convolutions -----------------------------------------------------------------
@@ -169,30 +150,44 @@ def fold(model: nn.Module | Mapping[str, Tensor]) -> nn.Module | dict[str, Tenso
     """Fold Dirac weights and batch norms into plain convolutions.
 
     A batch norm is folded into the convolution directly before it, or into the linear layer if
-    it is a BatchNorm1d of features (N, C). An activation in the batch norm's module stays. The
-    batch norm stays, and a warning names it, if there is no such layer, if the layer is called
-    more than once, if its output is also used elsewhere, or if a hook sees this output. All batch
-    norms stay, with a warning that names them, if torch.fx cannot trace the model.
+    it is a BatchNorm1d of features (N, C). `torch.nn.Identity` takes its place; an activation in
+    the batch norm's module stays. The batch norm stays, and a warning names it, if there is no such
+    layer, if another module or a hook also sees the layer's output, or if the code that calls them
+    is not clear to torch.fx.
 
     Args:
         model: any module, with layers of diracconv.py or with DiracParametrization; or a
             DiracNet's flat dict of params, whose folded state dict `diracnet.fold` returns.
 
     Returns:
-        A copy that computes the same as the model in evaluation mode. If the model has batch
-        norms, the copy is a `torch.fx.GraphModule` that keeps the names of the modules.
+        A copy that computes the same as the model in evaluation mode. Its classes, methods, hooks
+        and `requires_grad` are those of the model, but it has no wrappers: the copy of a
+        `torch.compile`d, DataParallel or AveragedModel is that of the module inside, and a weight
+        that pruning or an old weight or spectral norm computes is an ordinary one.
+
+    Raises:
+        TypeError: the model cannot be copied; the message names the attribute.
+        ValueError: the model has a `diracnet.Network` that is not a DiracNet.
     """
     if not isinstance(model, nn.Module):
         return diracnet.fold(model)
-    if isinstance(model, diracnet.Network):
-        folded = diracnet.DiracNet.from_state_dict(diracnet.fold(model.params()))
-        return folded.to(next(model.parameters()).device).eval()
-    model = _copy(model).eval()
+    model = _copy(_unwrapped(model)).eval()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            setattr(module, name, _unwrapped(child))
+        _store_computed_weights(module)
     dirac = [module for module in model.modules() if _is_dirac(module)]
     model = _replace(model, {module: _plain(module) for module in dirac})
-    if not any(_is_batch_norm(module) for module in model.modules()):
+    if not any(is_batch_norm(module) for module in model.modules()):
         return model
     return _fold_batch_norms(model)
+
+
+def _unwrapped(model):
+    """The module inside wrappers that compute the same."""
+    while isinstance(model, WRAPPERS) or '_orig_mod' in model._modules:  # as torch.compile calls it
+        model = model.module if isinstance(model, WRAPPERS) else model._orig_mod
+    return model
 
 
 def _copy(model):
@@ -200,161 +195,108 @@ def _copy(model):
     attributes = [value for module in model.modules() for value in vars(module).values()]
     tensors = [value for value in attributes if isinstance(value, torch.Tensor)]
     computed = {id(tensor): tensor.detach() for tensor in tensors if not tensor.is_leaf}
-    return copy.deepcopy(model, computed)
+    try:
+        return copy.deepcopy(model, computed)
+    except Exception as error:
+        name = _first_uncopyable(model)
+        raise TypeError(f'fold() needs a copy, and {name} cannot be copied: {error}') from error
+
+
+def _first_uncopyable(model):
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute != '_modules' and not _is_copyable(value):
+                return f'{name}.{attribute}'.lstrip('.')
+    return type(model).__name__
+
+
+def _is_copyable(value):
+    try:
+        return bool(copy.deepcopy([value]))
+    except Exception:
+        return False
+
+
+def _store_computed_weights(module):
+    """Replace weights that a hook computes before each forward pass with their values."""
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+        elif isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)
 
 
 def _is_dirac(module):
-    return isinstance(module, DiracConv) or (
+    return isinstance(module, (DiracConv, diracnet.Network)) or (
         parametrize.is_parametrized(module, 'weight')
         and any(isinstance(part, DiracParametrization) for part in module.parametrizations.weight)
     )
 
 
-def _plain(conv):
-    if isinstance(conv, DiracConv):
-        return conv.fold()
+def _plain(module):
+    if isinstance(module, diracnet.Network):
+        return _keep_hooks(_folded_network(module), module)
+    if isinstance(module, DiracConv):
+        return _keep_hooks(module.fold(), module)
     # remove_parametrizations would change the class of the module, which the copy shares with the
     # original.
-    tensors = {name: getattr(conv, name) for name in conv.parametrizations}
-    conv.__class__ = parametrize.type_before_parametrizations(conv)
-    del conv.parametrizations
-    for name, tensor in tensors.items():
-        conv.register_parameter(name, nn.Parameter(tensor.detach()))
-    return conv
+    folded = {
+        name: nn.Parameter(getattr(module, name).detach(), next(parts.parameters()).requires_grad)
+        for name, parts in module.parametrizations.items()
+    }
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module.parametrizations
+    for name, parameter in folded.items():
+        module.register_parameter(name, parameter)
+    return module
 
 
-def _is_batch_norm(module):
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) or _is_other_batch_norm(module)
-
-
-def _is_other_batch_norm(module):
-    """Whether a module of another class has running statistics, as a frozen batch norm does."""
-    has_statistics = getattr(module, 'running_var', None) is not None
-    return has_statistics and not isinstance(module, nn.modules.batchnorm._BatchNorm)
+def _folded_network(network):
+    params = {key: tensor.double() for key, tensor in network.params().items()}
+    folded = diracnet.DiracNet.from_state_dict(diracnet.fold(params))
+    folded.to(params['conv'].device).eval()
+    # Another function may have params of the same names and shapes.
+    x = torch.rand(1, params['conv'].shape[1], 32, 32, generator=torch.Generator().manual_seed(0))
+    x = x.to(params['conv'])
+    with torch.no_grad():
+        if not torch.allclose(folded(x), network.f(x, params, False), 1e-6, 1e-6, equal_nan=True):
+            raise ValueError('the function of this Network is not that of a DiracNet')
+    first = next(network.parameters())
+    folded.to(first.dtype).requires_grad_(first.requires_grad)
+    # Such as the names of the classes.
+    own = {name: value for name, value in vars(network).items() if name not in ('f', 'owners')}
+    vars(folded).update({name: value for name, value in own.items() if name not in vars(folded)})
+    return folded
 
 
 def _fold_batch_norms(model):
-    try:
-        graph = _trace(model)
-    except Exception as error:  # tracing runs the model's own code
-        left = [name for name, module in model.named_modules() if _is_batch_norm(module)]
-        warnings.warn(
-            f'torch.fx cannot trace {type(model).__name__} ({error}): its batch norms stay: '
-            f'{", ".join(left)}',
-            stacklevel=3,
-        )
-        return model
-    folded = _fold_in_graph(model, graph)
-    left = _batch_norms_left(model, graph, folded)
+    traced = _copy(model)
+    foldable, errors = foldable_norms(traced)
+    own = dict(zip(traced.modules(), model.modules()))
+    made = {}
+    for norm, (layers, statistics) in foldable.items():
+        norm, layers = own[norm], [own[layer] for layer in layers]
+        replacement = without_norm(norm, layers)
+        if replacement:
+            made[norm] = _keep_hooks(replacement, norm)
+            for layer in layers:
+                _fold_statistics(layer, statistics)
+    model = _replace(model, made)
+    left = [name or type(model).__name__ for name, m in model.named_modules() if is_batch_norm(m)]
     if left:
-        warnings.warn(f'batch norms that cannot be folded stay: {", ".join(left)}', stacklevel=3)
-    folded = torch.fx.GraphModule(model, graph)
-    _keep_hooks(folded, model)
-    return folded
-
-
-def _trace(model):
-    """The graph of a model. Batch norms with a forward of their own are traced, not called."""
-    tracer = torch.fx.Tracer()
-    is_leaf, layers = tracer.is_leaf_module, (*LAYERS, nn.Linear, *BATCH_NORMS)
-    tracer.is_leaf_module = lambda module, name: (
-        is_leaf(module, name) or _torch_class(module, layers) or _is_other_batch_norm(module)
-    )
-    return tracer.trace(model)
-
-
-def _fold_in_graph(model, graph):
-    """Fold batch norms into the model's layers, and remove their nodes from its graph. Returns the
-    names of the modules that these nodes came from."""
-    folded = set()
-    uses = Counter(
-        _attribute(model, node) for node in graph.nodes if node.op in ('call_module', 'get_attr')
-    )
-    for node in graph.nodes:
-        norm = _batch_norm(model, node)
-        layer = norm and _layer_before(model, node, norm, uses)
-        if not layer:
-            continue
-        statistics = norm.running_mean, norm.running_var, norm.eps
-        layer.weight, layer.bias = fuse_conv_bn_weights(
-            layer.weight, layer.bias, *statistics, norm.weight, norm.bias
+        reason = f' ({errors[0]})' if errors else ''
+        warnings.warn(
+            f'batch norms that cannot be folded{reason} stay: {", ".join(left)}', stacklevel=3
         )
-        folded.add(_module_name(node))
-        source, *tensors = node.all_input_nodes
-        if isinstance(layer, nn.Linear):
-            _assert_features(graph, node, source)
-        node.replace_all_uses_with(source)
-        for unused in (node, *(tensor for tensor in tensors if len(tensor.users) == 1)):
-            graph.erase_node(unused)
-    return folded
+    return model
 
 
-def _module_name(node):
-    """The name of the module that a node calls, or in whose code it is; '' for the model."""
-    if node.op == 'call_module':
-        return node.target
-    stack = node.meta.get('nn_module_stack')
-    return next(reversed(stack.values()))[0] if stack else ''
-
-
-def _assert_features(graph, node, source):
-    """Check at run time that the input is (N, C): in (N, C, L), other features are normalized."""
-    message = 'fold() folded a batch norm into this linear layer, whose output must be (N, C)'
-    with graph.inserting_before(node):
-        ndim = graph.call_function(getattr, (source, 'ndim'))
-        graph.call_function(torch._assert, (graph.call_function(eq, (ndim, 2)), message))
-
-
-def _attribute(model, node):
-    return attrgetter(node.target)(model)
-
-
-def _batch_norm(model, node):
-    """The batch norm with fixed statistics that a node computes, or None.
-
-    That is a module, or the arguments of a call of `F.batch_norm`.
-    """
-    norm = None
-    if node.op == 'call_module':
-        module = _attribute(model, node)
-        has_hooks = module._forward_hooks or module._forward_pre_hooks
-        if _torch_class(module, BATCH_NORMS) and not has_hooks:
-            norm = module
-    elif node.target is F.batch_norm:
-        call = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
-        call.apply_defaults()
-        del call.arguments['input']
-        if all(tensor.op == 'get_attr' for tensor in node.all_input_nodes[1:]):
-            norm = SimpleNamespace(
-                **torch.fx.node.map_arg(call.arguments, lambda tensor: _attribute(model, tensor))
-            )
-    is_fixed = norm and not norm.training and type(norm.running_mean) is torch.Tensor
-    return norm if is_fixed else None
-
-
-def _layer_before(model, node, norm, uses):
-    """The layer whose output a node normalizes, if the batch norm can be folded into it."""
-    source = node.all_input_nodes[0]
-    if source.op != 'call_module':
-        return None
-    layer = _attribute(model, source)
-    if not _is_plain(layer, (*LAYERS, nn.Linear) if isinstance(norm, nn.BatchNorm1d) else LAYERS):
-        return None
-    readers = [user for user in source.users if not _reads_shape(user)]
-    is_used_once = len(readers) == uses[layer] == 1 and not (uses[layer.weight] + uses[layer.bias])
-    has_size = len(layer.weight) == norm.running_mean.numel()
-    return layer if is_used_once and has_size and not layer._forward_hooks else None
-
-
-def _reads_shape(node):
-    if node.op == 'call_method':
-        return node.target in ('dim', 'size')
-    return node.target is getattr and node.args[1] in ('device', 'dtype', 'ndim', 'shape')
-
-
-def _batch_norms_left(model, graph, folded):
-    """The names of the batch norms that a graph still calls, or whose code it still has. Of those
-    that were `folded`, what follows the norm may stay."""
-    names = dict.fromkeys(map(_module_name, graph.nodes))
-    left = [name for name in names if _is_batch_norm(model.get_submodule(name))]
-    return [name or type(model).__name__ for name in left if name not in folded]
+def _fold_statistics(layer, statistics):
+    mean, var, eps, scale, shift = statistics
+    flags = [tensor.requires_grad for tensor in (layer.bias, shift) if tensor is not None]
+    layer.weight, layer.bias = fuse_conv_bn_weights(
+        layer.weight, layer.bias, mean, var, eps, scale, shift
+    )
+    layer.bias.requires_grad_([*flags, layer.weight.requires_grad][0])

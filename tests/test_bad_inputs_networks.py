@@ -1,5 +1,6 @@
 """Networks that diracify.py cannot convert in full: still right, and a warning names what stays."""
 
+import threading
 import warnings
 
 import pytest
@@ -8,10 +9,12 @@ import torch.nn.functional as F
 from test_diracify import BatchNormAct, OwnConv, randomize
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import FrozenBatchNorm2d
 
 from diracconv import DiracConv2d
 from diracify import diracify, fold
+from diracnet import Network, define_diracnet, diracnet
 from test import relative_error
 
 # --- convolutions that cannot get a Dirac weight -----------------------------------------------
@@ -92,6 +95,13 @@ class ReadsWeight(TwoReaders):
         return F.conv2d(self.bn(self.conv(x)), self.conv.weight)
 
 
+class CalledTwice(TwoReaders):
+    """Computes the same function of two images."""
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) - self.bn(self.conv(x.flip(-1)))
+
+
 def hooked(module, register='register_forward_hook'):
     getattr(module, register)(lambda module, inputs, *outputs: 2 * (outputs or inputs)[0])
     return module
@@ -114,6 +124,9 @@ FOLDED = {
     'subclass': lambda: after(conv(SubclassConv)),
     'synchronized': lambda: before(nn.SyncBatchNorm(4)),
     'linear': lambda: nn.Sequential(nn.Flatten(), nn.Linear(100, 3), nn.BatchNorm1d(3)),
+    'pruned': lambda: after(UNCHANGEABLE['pruned']()),
+    'pruned bias': lambda: after(UNCHANGEABLE['pruned bias']()),
+    'called twice': lambda: CalledTwice(),
     'hook after activation': lambda: before(hooked(BatchNormAct(4))),
     'hook after network': lambda: hooked(before(BatchNormAct(4))),
 }
@@ -135,8 +148,6 @@ LEFT = {
     'weight read twice': (ReadsWeight, 'bn'),
     'own convolution': (lambda: after(conv(OwnConv)), '1'),
     'weight norm': (lambda: after(UNCHANGEABLE['weight_norm']()), '1'),
-    'pruned': (lambda: after(UNCHANGEABLE['pruned']()), '1'),
-    'pruned bias': (lambda: after(UNCHANGEABLE['pruned bias']()), '1'),
     'hook after convolution': (lambda: after(hooked(conv())), '1'),
     'hook before norm': (
         lambda: before(hooked(nn.BatchNorm2d(4), 'register_forward_pre_hook')),
@@ -178,3 +189,184 @@ def test_a_folded_linear_layer_refuses_sequences():
     assert relative_error(folded(x), model(x)) < 1e-5
     with pytest.raises(AssertionError, match='linear'):
         folded(x[None])  # the batch norm would normalize the wrong dimension
+
+
+# --- folding changes nothing else ----------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Networks below differ in their forward. `features` is for other callers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = conv(DiracConv2d), nn.BatchNorm2d(4)
+        self.features = before(nn.BatchNorm2d(4))
+
+    def forward(self, x, mask=None):
+        x = self.bn(self.conv(x))
+        return x if mask is None else x * mask
+
+
+class Branches(Block):
+    def forward(self, x):
+        x = self.bn(self.conv(x))
+        if hasattr(x, 'tensors'):
+            raise ValueError('not for nested tensors')
+        assert x.shape[1] == 4
+        return 2 * x if isinstance(x, torch.Tensor) and x.sum() != 0 else x
+
+
+class BranchBetween(Block):
+    def forward(self, x, early=False):
+        x = self.conv(x)
+        if early:
+            return x
+        return self.bn(x)
+
+
+class DefaultBetween(Block):
+    def forward(self, x, mask=None):
+        x = self.conv(x)
+        if mask is None:
+            x = x + 1
+        return self.bn(x)
+
+
+class TensorBetween(Block):
+    def forward(self, x):
+        x = self.conv(x)
+        if isinstance(x, torch.Tensor) and not hasattr(x, 'tensors'):
+            x = x + 1
+        return self.bn(x)
+
+
+class ReadsNorm(Block):
+    def forward(self, x):
+        return self.bn(self.conv(x)) * self.bn.weight[:, None, None]
+
+
+class Noise(Block):
+    def forward(self, x):
+        self.last = x
+        with torch.no_grad():
+            return self.bn(self.conv(x)) + torch.randn(x.shape)
+
+
+class Endless(Block):
+    def forward(self, x):
+        while not (x.amax() > 9):
+            x = self.features(x).abs() + x.abs() + 1
+        return x
+
+
+@pytest.mark.parametrize(
+    'kind, kwargs, left',
+    [
+        (Block, {}, []),
+        (Block, {'mask': torch.rand(2, 4, 5, 5)}, []),
+        (Branches, {}, []),
+        (BranchBetween, {}, ['bn']),
+        (BranchBetween, {'early': True}, ['bn']),
+        (DefaultBetween, {}, ['bn']),
+        (DefaultBetween, {'mask': 1}, ['bn']),
+        (TensorBetween, {}, ['bn']),
+        (ReadsNorm, {}, ['bn']),
+        (Noise, {}, []),
+        (Endless, {}, ['bn']),
+    ],
+)
+def test_a_folded_network_takes_the_branches_of_the_original(kind, kwargs, left):
+    model, x = randomize(kind()).eval(), torch.randn(2, 4, 5, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        folded = fold(model)
+    for seed in range(2):  # a random number is drawn anew
+        outputs = []
+        for network in (model, folded):
+            torch.manual_seed(seed)
+            outputs.append(network(x, **kwargs))
+        assert relative_error(outputs[1], outputs[0]) < 1e-5
+    assert outputs[0].requires_grad == outputs[1].requires_grad
+    assert type(folded) is kind and type(folded.conv) is nn.Conv2d
+    assert relative_error(folded.features(x), model.features(x)) < 1e-5
+    assert [name for name, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)] == left
+
+
+def test_hooks_and_frozen_parameters_stay():
+    model = randomize(nn.Sequential(Block(), conv(), nn.BatchNorm2d(4))).eval()
+    model[0].requires_grad_(False)
+    seen = []
+    model[0].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    folded = fold(model)
+    assert seen == []
+    folded(torch.randn(2, 4, 5, 5))
+    assert len(seen) == 1 and type(seen[0]) is torch.Tensor
+    trainable = {name for name, p in folded.named_parameters() if p.requires_grad}
+    assert trainable == {'1.weight', '1.bias'}
+
+
+def test_a_hook_between_layer_and_norm_sees_the_layer():
+    _, left = fold_and_compare(nn.Sequential(hooked(nn.Sequential(conv())), nn.BatchNorm2d(4)))
+    assert left == ['1']
+
+
+def compiled(model):
+    return torch.compile(model, backend='eager')
+
+
+@pytest.mark.parametrize('wrapper', [AveragedModel, nn.DataParallel, compiled])
+def test_wrapped_networks(wrapper):
+    x = torch.rand(2, 1, 8, 8)
+    network = diracnet(dataset='digits', pretrained=True).eval()
+    for model in (wrapper(network), nn.Sequential(wrapper(network), nn.Softmax(1))):
+        folded = fold(model.eval())
+        assert relative_error(folded(x), model(x)) < 1e-5
+        assert not [name for name in folded.state_dict() if 'bn' in name or 'alpha' in name]
+    assert fold(network).classes == network.classes
+    folded, left = fold_and_compare(wrapper(before(nn.BatchNorm2d(4))))
+    assert type(folded) is nn.Sequential and left == []
+
+
+def test_a_network_with_another_function_is_refused():
+    f, params = define_diracnet(10, 1, 'digits')
+    network = Network(lambda *args: 2 * f(*args), params)
+    with pytest.raises(ValueError, match='function'):
+        fold(nn.Sequential(network))
+
+
+def test_a_network_that_cannot_be_copied_is_refused():
+    model = before(nn.BatchNorm2d(4))
+    model[0].guard = threading.Lock()
+    with pytest.raises(TypeError, match=r'\b0\.guard\b'):
+        fold(model)
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm')
+@pytest.mark.parametrize(
+    'compute',
+    [
+        lambda layer: prune.l1_unstructured(layer, 'weight', 0.5),
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ],
+)
+def test_a_computed_weight_is_the_current_one(compute):
+    layer = compute(conv(DiracConv2d)).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(2)  # as an optimizer, after the last forward pass
+    folded, left = fold_and_compare(nn.Sequential(layer, nn.BatchNorm2d(4)))
+    assert left == [] and list(folded.state_dict()) == ['0.weight', '0.bias']
+
+
+def test_the_traceable_parts_are_folded():
+    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn as faster_rcnn
+
+    model = randomize(faster_rcnn(weights=None, weights_backbone=None, num_classes=3)).eval()
+    folded, x = fold(model), torch.rand(1, 3, 64, 64)
+    expected, features = model.backbone(x), folded.backbone(x)
+    assert all(relative_error(features[key], expected[key]) < 1e-5 for key in expected)
+    assert not [module for module in folded.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert type(folded) is type(model) and len(folded([x[0]])) == 1

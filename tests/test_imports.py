@@ -13,6 +13,7 @@ ROOMS = (
     'diracconv',
     'diracparams',
     'diracnet',
+    'diracfold',
     'diracify',
     'hubconf',
     'lab.errors',

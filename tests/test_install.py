@@ -14,7 +14,7 @@ import torch
 
 from conftest import ROOT
 
-INSTALLED = ('diracconv', 'diracify', 'diracnet', 'diracparams')
+INSTALLED = ('diracconv', 'diracfold', 'diracify', 'diracnet', 'diracparams')
 
 PROJECT = """
 import sys
@@ -23,7 +23,7 @@ import diracnet
 from diracconv import DiracConv2d
 from diracify import diracify, fold
 
-for name in ('diracconv', 'diracify', 'diracnet', 'diracparams'):
+for name in ('diracconv', 'diracfold', 'diracify', 'diracnet', 'diracparams'):
     assert sys.modules[name].__file__.startswith(sys.prefix)
 assert diracnet.diracnet18().fc.out_features == 1000
 
