@@ -3,6 +3,8 @@
 torch.fx traces the network's code; nothing of the network changes. This file needs torch alone.
 """
 
+import builtins
+import contextlib
 import inspect
 from collections import defaultdict
 from collections.abc import Callable
@@ -129,7 +131,8 @@ def _paths(model):
         constants, decisions = pending.pop()
         tracer = _Tracer(decisions)
         try:
-            tracer.trace(model, constants)
+            with _proxies_as_tensors():
+                tracer.trace(model, constants)
             paths.append(tracer)
         except REFUSALS as error:
             refusal = error
@@ -187,16 +190,28 @@ def _read(value):
 
 
 class _TensorProxy(torch.fx.Proxy):
-    """Passes for a tensor where code asks what it is given."""
-
-    @property
-    def __class__(self):
-        return Tensor
+    """Passes for a tensor where code asks what it is given: for an attribute, or by isinstance."""
 
     def __getattr__(self, name):
         if not hasattr(Tensor, name):
             raise AttributeError(f'a tensor has no attribute {name}')
         return super().__getattr__(name)
+
+
+@contextlib.contextmanager
+def _proxies_as_tensors():
+    """isinstance(proxy, Tensor) is true. A proxy with Tensor as its __class__ would crash C code,
+    which asks in the same way, and then reads the tensor's memory."""
+    original = builtins.isinstance
+
+    def patched(obj, kinds):
+        return original(obj, kinds) or (type(obj) is _TensorProxy and issubclass(Tensor, kinds))
+
+    builtins.isinstance = patched
+    try:
+        yield
+    finally:
+        builtins.isinstance = original
 
 
 def _owner_name(node):

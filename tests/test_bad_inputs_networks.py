@@ -10,6 +10,7 @@ from test_diracify import BatchNormAct, OwnConv, randomize
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from diracconv import DiracConv2d
@@ -259,6 +260,11 @@ class Endless(Block):
         return x
 
 
+class Checkpointed(Block):
+    def forward(self, x):
+        return checkpoint(self.features, x, use_reentrant=False)
+
+
 @pytest.mark.parametrize(
     'kind, kwargs, left',
     [
@@ -273,6 +279,7 @@ class Endless(Block):
         (ReadsNorm, {}, ['bn']),
         (Noise, {}, []),
         (Endless, {}, ['bn']),
+        (Checkpointed, {}, ['bn']),
     ],
 )
 def test_a_folded_network_takes_the_branches_of_the_original(kind, kwargs, left):

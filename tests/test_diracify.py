@@ -141,13 +141,15 @@ def test_which_convolutions_get_dirac_weights(capfd):
         nn.ConvTranspose2d(4, 4, 3, padding=1),
         nn.Linear(4, 4),
         nn.Conv2d(4, 4, 3, padding='valid'),
+        nn.Conv2d(4, 4, 2, padding='same'),
+        nn.Conv2d(4, 4, (3, 2), padding=(1, 1), dilation=(1, 2)),
         DiracConv2d(4, 4, 3, padding=1),
     ]
     with pytest.warns(UserWarning, match=r'8 \(ConvTranspose2d\)$'):
         model = diracify(nn.ModuleList([*qualifying, *others]))
     assert all(isinstance(module, DiracConv) for module in model[:5])
     assert list(model[5:]) == others
-    assert ' 5 of 11 ' in capfd.readouterr().err
+    assert ' 5 of 13 ' in capfd.readouterr().err
     everything = diracify(nn.Sequential(*others[:3]), where=lambda conv: True)
     assert all(isinstance(module, DiracConv2d) for module in everything)
 
