@@ -109,15 +109,16 @@ def _traced_parts(model, errors, seen):
     except Exception as error:  # tracing runs the model's own code
         reason = str(error).partition('\n')[0].partition('. ')[0]
         errors.append(f'torch.fx cannot trace {type(model).__name__}: {reason}')
-        parts = list(model.children())
-    else:
-        yield from ((model, path.graph) for path in paths)
-        # What forward does not call, another method may call.
-        called = set().union(*(path.called for path in paths))
-        parts = [module for module in model.modules() if called.isdisjoint(module.modules())]
-    for part in parts:
-        yield from _traced_parts(part, errors, seen)
-        seen.update(part.modules())
+        for child in model.children():
+            yield from _traced_parts(child, errors, seen)
+        return
+    yield from ((model, path.graph) for path in paths)
+    # What forward does not call, another method may call.
+    called = set().union(*(path.called for path in paths))
+    for module in model.modules():
+        if called.isdisjoint(module.modules()):
+            yield from _traced_parts(module, errors, seen)
+            seen.update(module.modules())
 
 
 def _paths(model):
