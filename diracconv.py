@@ -122,7 +122,8 @@ class DiracConv:
         weight = dirac_weight(*tensors, self.groups).to(self.weight.dtype)
         # The meta device allocates nothing: the tensors are replaced right away.
         plain = like_conv(self.plain_class, self, device='meta', dtype=weight.dtype)
-        plain.weight = nn.Parameter(weight, self.weight.requires_grad)
+        with torch.enable_grad():  # the weight may be computed, by a parametrization
+            plain.weight = nn.Parameter(weight, self.weight.requires_grad)
         if self.bias is not None:
             plain.bias = nn.Parameter(self.bias.clone(), self.bias.requires_grad)
         return plain.train(self.training)
