@@ -77,7 +77,7 @@ def test_seconds_are_those_of_the_run():
         ]
         for log in ([(1, 9), (2, 19)], [(1, 11), (2, 99), (2, 23)], [(1, 10), (2, 20)])
     ]
-    figure = plot.draw_curves({'net': logs}, errors_only=True, x='seconds')
+    figure = plot.draw_curves([('net', logs)], errors_only=True, x='seconds')
     [line] = figure.axes[0].lines
     assert list(line.get_xdata()) == [11, 32] and list(line.get_ydata()) == [1, 2]
 
