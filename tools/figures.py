@@ -84,18 +84,18 @@ def use_log_scale(ax):
 @contextmanager
 def naming_missing_glyphs():
     """While a figure is written, replace matplotlib's warnings of missing glyphs by one line."""
-    missing = set()
+    missing = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings('always', 'Glyph ')
         yield
     for one in caught:
         if glyph := re.match(r'Glyph (\d+) ', str(one.message)):
-            missing.add(chr(int(glyph[1])))
+            missing[chr(int(glyph[1]))] = None
         else:
             warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
     if missing:
-        glyphs = printable(''.join(sorted(missing)))
-        print(f'no font for {glyphs}: the figure has squares instead', file=sys.stderr)
+        glyphs = printable(''.join(missing))
+        print(f'no installed font has {glyphs}: the figure has squares instead', file=sys.stderr)
 
 
 def save(figure, out):

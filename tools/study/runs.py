@@ -125,6 +125,7 @@ class Run:
         options = dict(self.options)
         if self.keep:
             options['epochs'] = self.next_stop()
+            options['epoch_step'] = self.all_options['epoch_step']  # of all epochs
         if device:
             options['device'] = device
         is_inside = self.folder.is_relative_to(ROOT)
