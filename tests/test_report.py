@@ -1,8 +1,10 @@
 """tools.report: a page that stands alone and says what the run says."""
 
 import base64
+import html
 import json
 import re
+import shutil
 
 import cv2
 import numpy as np
@@ -37,6 +39,7 @@ class Page:
         self.headings = set(re.findall('<h2>(.*?)</h2>', text))
         self.metadata = dict(re.findall('<tr><th>(.*?)</th><td>(.*?)</td>', text))
         images = re.findall('<img src="data:image/png;base64,(.*?)" alt="(.*?)"', text)
+        self.classes = [html.unescape(name) for name in re.findall('<tr><th title="(.*?)"', text)]
         self.pictures = {}
         for content, alt in images:
             png = np.frombuffer(base64.b64decode(content), np.uint8)
@@ -110,10 +113,10 @@ def test_without_the_data(digits_run, tmp_path, call):
 
 
 def test_a_folder_of_images_with_hostile_names(photographs, tmp_path, call):
-    names = ['<script>alert(1)</script>'.replace('/', ' '), '$x_1$']
+    names = ['$x_1$', '<script>alert(1)</script>'.replace('/', ' '), '飞机']
     random = np.random.default_rng(0)
     for part in ('train', 'val'):
-        for name, photograph in zip(names, photographs):
+        for name, photograph in zip(names, [*photographs, photographs[0]]):
             folder = tmp_path / part / name
             folder.mkdir(parents=True)
             for i in range(4):
@@ -124,8 +127,33 @@ def test_a_folder_of_images_with_hostile_names(photographs, tmp_path, call):
     assert call(train.main, *options).status == 0
     (tmp_path / 'val' / names[0] / 'broken.png').write_bytes(b'no image')
     page, result = make(call, tmp_path, tmp_path / 'run')
-    assert page.metadata['test accuracy'].endswith('of 8 test images')
-    assert 'broken.png' in result.err
+    assert page.metadata['test accuracy'].endswith('of 12 test images')
+    assert page.classes[:3] == names and sorted(page.classes[3:]) == names  # confusion, accuracies
+    assert len(result.err.splitlines()) == 1 and 'broken.png' in result.err  # none about glyphs
+
+
+@pytest.mark.parametrize(
+    'options, original, resumed',
+    [
+        (['--lr 0.1', '--resume RUN', '--resume RUN --epochs 9'], '--lr 0.1', 2),
+        (['--lr 0.1 --resume auto', '--lr 0.1 --resume auto'], '--lr 0.1 --resume auto', 1),
+        (['--lr 0.2', '--lr 0.1', '--resume RUN'], '--lr 0.1', 1),  # begun anew
+        (['--lr 0.1'], '--lr 0.1', 0),
+    ],
+)
+def test_the_command_of_a_resumed_run(options, original, resumed, digits_run, tmp_path, call):
+    """The page has the command that began the run, and the last one. It goes to the run's folder
+    by default."""
+    run = shutil.copytree(digits_run, tmp_path / 'run')
+    starts = [
+        {'command': f'python train.py {text}', 'time': str(i)} for i, text in enumerate(options)
+    ]
+    (run / 'run.json').write_text(json.dumps(starts))
+    assert call(main, run, '--dataroot', tmp_path).status == 0
+    page = Page(run / 'report.html').metadata
+    assert page['command'] == f'python train.py {original}'
+    assert page.get('resumed', '0').startswith(str(resumed))
+    assert resumed == 0 or options[-1] in page['resumed']
 
 
 def test_train_writes_it(tmp_path, call, refused):
@@ -140,4 +168,5 @@ def test_what_cannot_be_written_or_read(digits_run, tmp_path, refused):
     (tmp_path / 'file').write_text('')
     out = tmp_path / 'file' / 'report.html'
     refused(1, out, main, digits_run, '--out', out)
+    refused(2, '--out', main, 'digits')  # weights/ is no run's folder
     refused(1, tmp_path / 'none', main, tmp_path / 'none', '--out', tmp_path / 'report.html')
