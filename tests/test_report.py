@@ -4,7 +4,6 @@ import base64
 import html
 import json
 import re
-import shutil
 
 import cv2
 import numpy as np
@@ -15,7 +14,7 @@ import train
 from diracnet import fold
 from lab.models import registry
 from lab.runs import checkpoint
-from tools.report.__main__ import main
+from tools.report.__main__ import main, metadata
 
 HEADINGS = {
     'Training',
@@ -126,7 +125,8 @@ def test_a_folder_of_images_with_hostile_names(photographs, tmp_path, call):
     options += ('--epochs', 1, '--batch_size', 4, '--save', tmp_path / 'run')
     assert call(train.main, *options).status == 0
     (tmp_path / 'val' / names[0] / 'broken.png').write_bytes(b'no image')
-    page, result = make(call, tmp_path, tmp_path / 'run')
+    result = call(main, tmp_path / 'run')
+    page = Page(tmp_path / 'run' / 'report.html')
     assert page.metadata['test accuracy'].endswith('of 12 test images')
     assert page.classes[:3] == names and sorted(page.classes[3:]) == names  # confusion, accuracies
     assert len(result.err.splitlines()) == 1 and 'broken.png' in result.err  # none about glyphs
@@ -141,19 +141,13 @@ def test_a_folder_of_images_with_hostile_names(photographs, tmp_path, call):
         (['--lr 0.1'], '--lr 0.1', 0),
     ],
 )
-def test_the_command_of_a_resumed_run(options, original, resumed, digits_run, tmp_path, call):
-    """The page has the command that began the run, and the last one. It goes to the run's folder
-    by default."""
-    run = shutil.copytree(digits_run, tmp_path / 'run')
-    starts = [
-        {'command': f'python train.py {text}', 'time': str(i)} for i, text in enumerate(options)
-    ]
-    (run / 'run.json').write_text(json.dumps(starts))
-    assert call(main, run, '--dataroot', tmp_path).status == 0
-    page = Page(run / 'report.html').metadata
-    assert page['command'] == f'python train.py {original}'
-    assert page.get('resumed', '0').startswith(str(resumed))
-    assert resumed == 0 or options[-1] in page['resumed']
+def test_the_command_of_a_resumed_run(options, original, resumed, digits_run):
+    """The page has the command that began the run, and the last one."""
+    starts = [{'command': f'python train.py {text}'} for text in options]
+    rows = metadata(checkpoint.load(digits_run), starts, [], None)
+    assert rows['command'] == f'python train.py {original}'
+    assert rows.get('resumed', '0').startswith(str(resumed))
+    assert resumed == 0 or options[-1] in rows['resumed']
 
 
 def test_train_writes_it(tmp_path, call, refused):
