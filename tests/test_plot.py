@@ -77,7 +77,7 @@ def test_seconds_are_those_of_the_run():
         ]
         for log in ([(1, 9), (2, 19)], [(1, 11), (2, 99), (2, 23)], [(1, 10), (2, 20)])
     ]
-    figure = plot.draw_curves({'net': logs}, errors_only=True, x='seconds')
+    figure = plot.draw_curves([('net', logs)], errors_only=True, x='seconds')
     [line] = figure.axes[0].lines
     assert list(line.get_xdata()) == [11, 32] and list(line.get_ydata()) == [1, 2]
 
@@ -90,12 +90,14 @@ def test_graph(digits_run, tmp_path, call):
         assert text in svg  # as a comment: letters are drawn as paths
 
 
-@pytest.mark.parametrize('name', ['_run', '$x_$', 'a\nb'])
+@pytest.mark.parametrize('name', ['_run', '$x_$', 'a\nb', '\U00012000\U00012001'])
 def test_labels_are_written_as_they_are(name, tmp_path, call):
+    """Cuneiform, for which matplotlib has no font, costs one line."""
     (tmp_path / name).mkdir()
     (tmp_path / name / 'log.txt').write_text(GOOD)
     result = call(plot.main, tmp_path / name, '--out', tmp_path / 'curves.png', '--median')
     assert result.status == 0, result.err
+    assert len(result.err.splitlines()) == (name > '\U00010000')
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """tools.report: a page that stands alone and says what the run says."""
 
 import base64
+import html
 import json
 import re
 
@@ -13,7 +14,7 @@ import train
 from diracnet import fold
 from lab.models import registry
 from lab.runs import checkpoint
-from tools.report.__main__ import main
+from tools.report.__main__ import main, metadata
 
 HEADINGS = {
     'Training',
@@ -37,6 +38,7 @@ class Page:
         self.headings = set(re.findall('<h2>(.*?)</h2>', text))
         self.metadata = dict(re.findall('<tr><th>(.*?)</th><td>(.*?)</td>', text))
         images = re.findall('<img src="data:image/png;base64,(.*?)" alt="(.*?)"', text)
+        self.classes = [html.unescape(name) for name in re.findall('<tr><th title="(.*?)"', text)]
         self.pictures = {}
         for content, alt in images:
             png = np.frombuffer(base64.b64decode(content), np.uint8)
@@ -110,10 +112,10 @@ def test_without_the_data(digits_run, tmp_path, call):
 
 
 def test_a_folder_of_images_with_hostile_names(photographs, tmp_path, call):
-    names = ['<script>alert(1)</script>'.replace('/', ' '), '$x_1$']
+    names = ['$x_1$', '<script>alert(1)</script>'.replace('/', ' '), '飞机']
     random = np.random.default_rng(0)
     for part in ('train', 'val'):
-        for name, photograph in zip(names, photographs):
+        for name, photograph in zip(names, [*photographs, photographs[0]]):
             folder = tmp_path / part / name
             folder.mkdir(parents=True)
             for i in range(4):
@@ -123,9 +125,29 @@ def test_a_folder_of_images_with_hostile_names(photographs, tmp_path, call):
     options += ('--epochs', 1, '--batch_size', 4, '--save', tmp_path / 'run')
     assert call(train.main, *options).status == 0
     (tmp_path / 'val' / names[0] / 'broken.png').write_bytes(b'no image')
-    page, result = make(call, tmp_path, tmp_path / 'run')
-    assert page.metadata['test accuracy'].endswith('of 8 test images')
-    assert 'broken.png' in result.err
+    result = call(main, tmp_path / 'run')
+    page = Page(tmp_path / 'run' / 'report.html')
+    assert page.metadata['test accuracy'].endswith('of 12 test images')
+    assert page.classes[:3] == names and sorted(page.classes[3:]) == names  # confusion, accuracies
+    assert len(result.err.splitlines()) == 1 and 'broken.png' in result.err  # none about glyphs
+
+
+@pytest.mark.parametrize(
+    'options, original, resumed',
+    [
+        (['--lr 0.1', '--resume RUN', '--resume RUN --epochs 9'], '--lr 0.1', 2),
+        (['--lr 0.1 --resume auto', '--lr 0.1 --resume auto'], '--lr 0.1 --resume auto', 1),
+        (['--lr 0.2', '--lr 0.1', '--resume RUN'], '--lr 0.1', 1),  # begun anew
+        (['--lr 0.1'], '--lr 0.1', 0),
+    ],
+)
+def test_the_command_of_a_resumed_run(options, original, resumed, digits_run):
+    """The page has the command that began the run, and the last one."""
+    starts = [{'command': f'python train.py {text}'} for text in options]
+    rows = metadata(checkpoint.load(digits_run), starts, [], None)
+    assert rows['command'] == f'python train.py {original}'
+    assert rows.get('resumed', '0').startswith(str(resumed))
+    assert resumed == 0 or options[-1] in rows['resumed']
 
 
 def test_train_writes_it(tmp_path, call, refused):
@@ -140,4 +162,5 @@ def test_what_cannot_be_written_or_read(digits_run, tmp_path, refused):
     (tmp_path / 'file').write_text('')
     out = tmp_path / 'file' / 'report.html'
     refused(1, out, main, digits_run, '--out', out)
+    refused(2, '--out', main, 'digits')  # weights/ is no run's folder
     refused(1, tmp_path / 'none', main, tmp_path / 'none', '--out', tmp_path / 'report.html')

@@ -1,6 +1,7 @@
 """Studies: what they train, what they leave alone, and the table and figure that they make."""
 
 import csv
+import json
 import re
 import signal
 import time
@@ -9,8 +10,11 @@ from pathlib import Path
 import pytest
 
 from conftest import read_log, start
+from lab.runs.log import MEASURED, format_line
+from tools.plot import draw_curves
 from tools.study.__main__ import main
 from tools.study.definition import read
+from tools.study.figure import logs_by_row
 from tools.study.heat_map import draw_heat_maps
 from tools.study.runs import all_runs, expand, flags
 
@@ -40,7 +44,7 @@ def tiny(tmp_path):
     return path
 
 
-def test_trains_once_tabulates_and_draws(tiny, tmp_path, call):
+def test_trains_once_tabulates_and_draws(tiny, tmp_path, call, refused):
     out = tmp_path / 'out'
     result = call(main, tiny, '--out', out, '--jobs', 2)
     assert result.status == 0, result.err
@@ -80,10 +84,21 @@ def test_trains_once_tabulates_and_draws(tiny, tmp_path, call):
     assert (out / 'table.md').read_text() == table
 
     # Runs with other options than the study's are refused.
-    tiny.write_text(TINY.replace('lr: 0.1', 'lr: 0.2'))
-    result = call(main, tiny, '--out', out)
-    assert result.status == 1
-    assert all(text in result.err for text in ('--lr', '0.1', '0.2'))
+    for old, new, words in (
+        ('lr: 0.1', 'lr: 0.2', ('--lr', '0.1', '0.2')),
+        ('width: 0.5', '', ('--width', '0.5', '1')),
+        ('epochs: 2, epoch_step: [2]', 'epochs: 1, epoch_step: [2]', ('--epochs', '2', '1')),
+    ):
+        tiny.write_text(TINY.replace(old, new))
+        refused(1, words, main, tiny, '--out', out)
+
+    # Runs that the study has no longer are named, and are not in the table.
+    tiny.write_text(TINY.replace('[1, 2]', '[1]').replace('  - {model: resnet, depth: 8}\n', ''))
+    result = call(main, tiny, '--out', out, '--table')
+    assert result.status == 0 and len(result.err.splitlines()) == 1
+    assert all(run in result.err for run in ('diracnet-10/seed2', 'resnet-8/seed1'))
+    with open(out / 'table.csv') as file:
+        assert [(row['model'], row['n']) for row in csv.DictReader(file)] == [('diracnet', '1')]
 
 
 def test_stops_and_resumes(tiny, tmp_path):
@@ -91,7 +106,7 @@ def test_stops_and_resumes(tiny, tmp_path):
     out = tmp_path / 'out'
     process = start('-m', 'tools.study', tiny, '--out', out, '--seeds', '1')
     deadline = time.monotonic() + 60
-    while not list(out.glob('*/seed*/model.pt7')):
+    while not any(path.read_text() for path in out.glob('*/seed*/log.txt')):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -105,14 +120,20 @@ def test_stops_and_resumes(tiny, tmp_path):
     assert 'python train.py --resume' in (folder / 'output.txt').read_text()
 
 
-def test_a_run_that_diverges_is_a_result(tiny, tmp_path, call):
+def test_a_run_that_diverges_is_a_result(tiny, tmp_path, call, refused):
     text = TINY.replace('lr: 0.1', 'lr: 0.001, lr_decay_ratio: 1.0e+30').replace('[1, 2]', '[1]')
     tiny.write_text(text.replace('  - {model: resnet, depth: 8}\n', ''))
     result = call(main, tiny, '--out', tmp_path / 'out')
     assert result.status == 0
     assert '| diverged |' in result.out
     assert '| diracnet | 10 | 0 | 1 |' in result.out
-    assert 'the loss is' in (tmp_path / 'out' / 'diracnet-10' / 'seed1' / 'failed.txt').read_text()
+    folder = tmp_path / 'out' / 'diracnet-10' / 'seed1'
+    assert 'the loss is' in (folder / 'failed.txt').read_text()
+
+    # It is none of a study with another learning rate, also if it has no log.
+    (folder / 'log.txt').unlink()
+    tiny.write_text(tiny.read_text().replace('lr: 0.001', 'lr: 0.01'))
+    refused(1, ['--lr', '0.001'], main, tiny, '--out', tmp_path / 'out', '--table')
 
 
 def test_a_run_that_train_refuses(tiny, tmp_path, refused):
@@ -128,7 +149,15 @@ MALFORMED = [
     ('title: [', 1, 'title'),
     (b'\x80\x81\xff', 1, 'byte'),
     (('title: A try', 'title: !!python/object/apply:os.system [true]'), 1, 'python'),
-    (('title:', 'titel:'), 1, 'titel'),
+    ('- title', 1, 'title'),
+    (('title:', 'titel:'), 1, 'titel is none of its keys, which are title, seeds'),
+    (('title: A try', '3: A try'), 1, '3 is none of its keys'),
+    (('title: A try\n', ''), 1, 'no title'),
+    (('title: A try', 'title: 3'), 1, 'a text'),
+    (('dataset: digits', 'dataset: digits\nseeds: [3]'), 1, 'seeds is there twice'),
+    (('lr: 0.1', 'lr: 0.1, epochs: 3'), 1, 'epochs is there twice'),
+    (('seeds: [1, 2]', 'seeds: []'), 1, 'seeds is empty'),
+    (('dataset: digits', 'dataset: digits\nkeep: [a]'), 1, 'keep'),
     (('seeds: [1, 2]', 'seeds: 1'), 1, 'seeds'),
     (('seeds: [1, 2]', 'seeds: [one]'), 2, 'one'),
     (('seeds: [1, 2]', 'seeds: [1, 1]'), 1, 'twice'),
@@ -141,12 +170,17 @@ MALFORMED = [
     (('depth: 8', 'depth: 8, dropout: 0.1'), 2, '--dropout'),
     (('width: 0.5', 'save: /tmp/mine'), 2, 'save'),
     (('depth: 8', 'depth: 8, seeds: [3]'), 1, 'seeds'),
+    (('depth: 8', 'depth: 8, seeds: 1'), 1, 'seeds of a run'),
+    (('depth: 8', 'depth: 8, seeds: [[1]]'), 1, 'seeds of a run'),
     # runs that are none, or equal, or share a row of the table
     (('{model: resnet, depth: 8}', '{model: diracnet, depth: 10, lr: 0.1}'), 1, 'twice'),
     (('depth: 8', 'depth: 8, warmup: [0, 1]'), 1, 'twice'),
     # table and figure
     (('[model, depth]', '[model, dpeth]'), 1, 'dpeth'),
+    (('[model, depth]', '[[model], depth]'), 1, 'table'),
     (('x: depth', 'x: lr'), 1, 'lr'),
+    (('x: depth', 'x: [depth, model]'), 1, "['depth', 'model']"),
+    (('x: depth, lines: model', 'x: seconds, y: depth, panels: model'), 1, 'seconds'),
     (('figure: {x: depth, lines: model}', 'figure:'), 1, 'figure'),
 ]
 
@@ -187,6 +221,32 @@ def test_runs_have_the_options_and_seeds_of_their_study(tiny, tmp_path):
     seeds = [(one.options['model'], one.seed) for one in runs]
     assert seeds == [('diracnet', 1), ('diracnet', 2), ('resnet', 2)]
     assert all(one.options['lr'] == 0.1 and 'seeds' not in one.row for one in runs)
+
+
+def test_kept_epochs_do_not_change_the_schedule(tiny, tmp_path):
+    tiny.write_text(TINY.replace('epochs: 2, epoch_step: [2]', 'epochs: 10') + 'keep: [1]')
+    one, *_ = all_runs(read(tiny), [1], 'digits', tmp_path)
+    command = one.command(None)
+    assert command[command.index('--epochs') + 1] == '1'
+    falls = json.loads(command[command.index('--epoch_step') + 1])
+    assert falls == one.all_options['epoch_step'] and len(falls) > 1
+
+
+@pytest.mark.parametrize('x', ['epoch', 'seconds'])
+def test_lines_distinguish_curves(x, tiny, tmp_path):
+    """Each row has a curve; those of the same line have one style, and one entry in the legend."""
+    text = TINY.replace('depth: 10', 'depth: [10, 16]').replace('seeds: [1, 2]', 'seeds: [1]')
+    tiny.write_text(text.replace('x: depth', f'x: {x}'))
+    study = read(tiny)
+    runs = all_runs(study, [1], 'digits', tmp_path)
+    for one in runs:
+        one.folder.mkdir(parents=True)
+        stats = {name: 50.0 for name in MEASURED} | {'epoch': 1, 'train_time': 9}
+        (one.folder / 'log.txt').write_text(format_line(stats))
+    figure = draw_curves(logs_by_row(study, runs), errors_only=True, x=x)
+    colors = [line.get_color() for line in figure.axes[0].lines]
+    assert colors[0] == colors[1] != colors[2] and len(colors) == 3
+    assert [text.get_text() for text in figure.legends[0].texts] == ['diracnet', 'resnet']
 
 
 def test_heat_maps(tiny, tmp_path):

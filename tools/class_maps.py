@@ -118,7 +118,7 @@ def draw(image, class_map):
 
 
 def add_caption(picture, *lines):
-    """A picture, uint8 (H, W, 3), with lines of text below it. OpenCV's font has ASCII only."""
+    """A picture, uint8 (H, W, 3), with lines of text below it. OpenCV 4 has ASCII only."""
     height, size = 22, 0.5
     strip = np.full((height * len(lines) + 6, picture.shape[1], 3), 255, np.uint8)
     for i, line in enumerate(lines, 1):

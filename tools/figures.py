@@ -1,10 +1,22 @@
 """What all figures share: line styles that differ even in black and white, axes, and saving."""
 
+import re
+import sys
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from lab.errors import UserError, printable
+
+# Fonts with Chinese, Japanese and Korean characters, which matplotlib's own lacks. Names of classes
+# and folders are drawn in the first of these that is installed.
+CJK_FONTS = (
+    *('Noto Sans CJK SC', 'Noto Sans CJK JP', 'Source Han Sans SC', 'WenQuanYi Micro Hei'),
+    *('WenQuanYi Zen Hei', 'PingFang SC', 'Hiragino Sans GB', 'Microsoft YaHei', 'SimHei'),
+    *('Arial Unicode MS', 'Droid Sans Fallback'),
+)
 
 STYLES = [  # line, marker, color
     ('-', 'o', '#0b3d91'),
@@ -30,8 +42,11 @@ def new_figure(rows=1, columns=1, width=6.0, height=4.0):
     import matplotlib
 
     matplotlib.use('Agg')
-    from matplotlib import pyplot
+    from matplotlib import font_manager, pyplot
 
+    installed = font_manager.get_font_names()
+    cjk = [name for name in CJK_FONTS if name in installed]
+    pyplot.rcParams['font.family'] = ['sans-serif', *cjk[:1]]
     size = (width * columns, height * rows)
     figure, axes = pyplot.subplots(rows, columns, figsize=size, layout='constrained', squeeze=False)
     for ax in axes.flat:
@@ -59,11 +74,28 @@ def use_log_scale(ax):
         bottom, top = ax.get_ylim()
         # Over many decades these labels would overlap.
         fits = top < 6 * bottom or (f'{y:e}'[0] in '235' and top < 300 * bottom)
-        return f'{y:.3g}' if fits else ''
+        return f'{y:.4g}' if fits else ''
 
     ax.set_yscale('log', nonpositive='mask')
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_formatter(minor_label)
+
+
+@contextmanager
+def naming_missing_glyphs():
+    """While a figure is written, replace matplotlib's warnings of missing glyphs by one line."""
+    missing = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings('always', 'Glyph ')
+        yield
+    for one in caught:
+        if glyph := re.match(r'Glyph (\d+) ', str(one.message)):
+            missing[chr(int(glyph[1]))] = None
+        else:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if missing:
+        glyphs = printable(''.join(missing))
+        print(f'no installed font has {glyphs}: the figure has squares instead', file=sys.stderr)
 
 
 def save(figure, out):
@@ -77,8 +109,9 @@ def save(figure, out):
     pyplot.rcParams['svg.hashsalt'] = 'diracnets'  # identical figures give identical files
     png, svg = (Path(out).with_suffix(suffix) for suffix in ('.png', '.svg'))
     try:
-        figure.savefig(png, dpi=150)
-        figure.savefig(svg, dpi=150, metadata={'Date': None})
+        with naming_missing_glyphs():
+            figure.savefig(png, dpi=150)
+            figure.savefig(svg, dpi=150, metadata={'Date': None})
     except OSError as error:
         raise UserError(f'{out} cannot be written ({error.strerror})') from None
     pyplot.close(figure)

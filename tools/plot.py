@@ -31,23 +31,24 @@ def draw_curves(groups, errors_only=False, stacked=False, x='epoch'):
     """A figure of loss and error over the epochs or the seconds.
 
     Args:
-        groups: {label: logs of some runs}. Their median is drawn, and a band from the minimum to
-            the maximum.
+        groups: pairs (label, logs of some runs). Their median is drawn, and a band from the minimum
+            to the maximum. Groups with the same label have the same style.
         errors_only: draw only the test error.
         stacked: one panel below the other, for phones.
         x: 'epoch', or 'seconds' (of training and tests together, the median over the runs).
     """
     panels = [TEST_ERRORS] if errors_only else [LOSSES, ERRORS]
     n = len(panels)
+    labels = list(dict.fromkeys(label for label, _ in groups))
     figure, axes = figures.new_figure(n, 1, 5.0, 3.2) if stacked else figures.new_figure(1, n)
     for ax, panel in zip(axes.flat, panels):
-        for g, (label, logs) in enumerate(groups.items()):
-            draw_group(ax, g, label, logs, panel, x)
+        for label, logs in groups:
+            draw_group(ax, labels.index(label), label, logs, panel, x)
         ax.set_xlabel(x)
         ax.set_ylabel(panel[0])
         figures.use_log_scale(ax)
         ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    figure.suptitle(title([log for logs in groups.values() for log in logs]), fontsize=10)
+    figure.suptitle(title([log for _, logs in groups for log in logs]), fontsize=10)
     add_legend_below(figure, axes)
     return figure
 
@@ -104,6 +105,7 @@ def seconds_by_epoch(logs):
 def add_legend_below(figure, axes):
     """Add the legend of the first panel under a figure, and make room for it."""
     handles, labels = axes.flat[0].get_legend_handles_labels()
+    labels, handles = zip(*dict(zip(labels, handles)).items())  # each label once
     columns = max(1, min(3, 80 * axes.shape[1] // (8 + max(map(len, labels)))))
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.16 * rows)
@@ -182,7 +184,7 @@ def main(arguments=None):
         logs = {path: read_log(path) for path in args.runs}
         by_path = {path: [log] for path, log in logs.items()}
         groups = group_by_options(logs) if args.median else by_path
-        files = figures.save(draw_curves(groups), args.out)
+        files = figures.save(draw_curves(groups.items()), args.out)
     print(*(printable(str(file)) for file in files))
 
 

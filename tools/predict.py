@@ -136,7 +136,7 @@ def explain(classifier, image, probabilities):
     maps, _ = class_maps(classifier.net, classifier.normalize(image[None]))
     picture = add_caption(
         draw(image, maps[0, index]),
-        f'{classifier.name(index)}: {100 * probabilities[index]:.1f} %',
+        f'{100 * probabilities[index]:.1f} %: {classifier.name(index)}',  # a long name is cut off
         'red: evidence for it, blue: against it',
     )
     return encode_png(picture)

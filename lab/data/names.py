@@ -1,4 +1,4 @@
-"""Names of classes and data sets for people."""
+"""Names of classes and data sets, and numbers, for people."""
 
 import os
 from functools import cache
@@ -55,3 +55,14 @@ def display_name(dataset, root):
     """What to call a data set in `root`: a folder of images has the name of the folder."""
     name = Path(os.path.expanduser(root)).resolve().name
     return name or dataset if dataset == 'folder' else dataset
+
+
+def rounded(value, decimals=0):
+    """A positive number with `decimals`, or with more if it would keep less than two digits."""
+    return f'{value:#.2g}' if value < 9.95 / 10**decimals else f'{value:,.{decimals}f}'
+
+
+def percent(value, decimals=2):
+    """A percentage with `decimals`, which is 0 or 100 only if the value is exactly that."""
+    least = 10**-decimals
+    return f'{value if value in (0, 100) else min(max(value, least), 100 - least):.{decimals}f}'

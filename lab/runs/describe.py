@@ -2,6 +2,7 @@
 
 import math
 
+from lab.data.names import percent, rounded
 from lab.distributed import say, world
 from lab.errors import UserError, printable
 from lab.runs.log import format_line
@@ -35,16 +36,23 @@ def describe_rate(options):
 
 def describe_epoch(stats, train_pass):
     """An epoch in words."""
-    k = min(5, stats['num_classes'])
-    averages = f', of the averages {stats["ema_test_acc"]:.2f} %' if 'ema_test_acc' in stats else ''
-    memory = f', {stats["train_peak_memory"] / 1e9:.2f} GB' if 'train_peak_memory' in stats else ''
+    averages = (
+        f', of the averages {percent(stats["ema_test_acc"])} %' if 'ema_test_acc' in stats else ''
+    )
+    memory = (
+        f', {rounded(stats["train_peak_memory"] / 1e9, 2)} GB'
+        if 'train_peak_memory' in stats
+        else ''
+    )
+    top5 = f', top-5 {percent(stats["test_top5"])} %' if stats['num_classes'] > 5 else ''
     lag = describe_lag(stats, len(train_pass.batches))
     return (
-        f'epoch {stats["epoch"]}/{stats["epochs"]}: train loss {stats["train_loss"]:.4f}, '
-        f'accuracy {stats["train_acc"]:.2f} %; test loss {stats["test_loss"]:.4f}, '
-        f'accuracy {stats["test_acc"]:.2f} %, top-{k} {stats["test_top5"]:.2f} %{averages}; '
-        f'{stats["train_time"] + stats["test_time"]:.1f} s, '
-        f'{stats["train_images_per_second"]:,.0f} images/s{memory}' + (f'\n{lag}' if lag else '')
+        f'epoch {stats["epoch"]}/{stats["epochs"]}: train loss {rounded(stats["train_loss"], 4)}, '
+        f'accuracy {percent(stats["train_acc"])} %; test loss {rounded(stats["test_loss"], 4)}, '
+        f'accuracy {percent(stats["test_acc"])} %{top5}{averages}; '
+        f'{rounded(stats["train_time"] + stats["test_time"], 1)} s, '
+        f'{rounded(stats["train_images_per_second"])} images/s{memory}'
+        + (f'\n{lag}' if lag else '')
     )
 
 

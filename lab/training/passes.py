@@ -7,6 +7,7 @@ import time
 import torch
 
 from lab import distributed
+from lab.data.names import percent, rounded
 
 
 class Meters:
@@ -156,7 +157,7 @@ class ProgressBar:
         parts = [f'{self.label}: step {step} of {len(self.batches)}']
         if self.meters:
             parts.append(self._measured(4, 'accuracy'))
-        return ', '.join(filter(None, (*parts, f'{rate:,.0f} images/s', f'{left} left')))
+        return ', '.join(filter(None, (*parts, f'{rounded(rate)} images/s', f'{left} left')))
 
     def _measured(self, digits, name):
         """Mean loss and accuracy so far, in words."""
@@ -166,7 +167,7 @@ class ProgressBar:
             return ''
         loss = self.meters.loss.value()[0]
         top1 = self.meters.accuracy.value(self.meters.topk[0])
-        return f'loss {loss:.{digits}f}, {name} {top1:.{digits - 2}f} %'
+        return f'loss {rounded(loss, digits)}, {name} {percent(top1, digits - 2)} %'
 
     def close(self):
         self.bar.close()

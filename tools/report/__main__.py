@@ -1,6 +1,7 @@
 """Write a page about a trained network: one HTML file that needs nothing else.
 
-    python -m tools.report logs/RUN --out report.html
+    python -m tools.report logs/RUN                   # writes report.html to the run's folder
+    python -m tools.report net.pth --out report.html
 
 RUN is a run's folder, or any file with a network that train.py --evaluate reads. The page has the
 curves of the training, the confusion matrix, the accuracy of each class, the surest mistakes with
@@ -18,9 +19,9 @@ import numpy as np
 import torch
 
 from lab.data.datasets import Data
-from lab.data.names import display_name, readable
+from lab.data.names import display_name, percent, readable
 from lab.data.preprocessing import Preprocessing, normalize
-from lab.errors import OneLineParser, UserError, one_line, printable, run
+from lab.errors import OneLineParser, OptionError, UserError, one_line, printable, run
 from lab.files import path_argument, write_output
 from lab.folded import (
     check_classes,
@@ -31,7 +32,7 @@ from lab.folded import (
     sample_pixels,
 )
 from lab.runs import checkpoint
-from lab.runs.folder import COMMANDS, read_commands
+from lab.runs.folder import COMMANDS, REPORT, read_commands
 from lab.runs.log import parse_line
 from tools import propagation
 from tools.report import sections
@@ -59,6 +60,7 @@ def test(loaded, dataroot):
     data = load_data(loaded, loaded.network['dataset'], preprocessing, dataroot)
     check_classes(loaded, data)
     classes = readable(list(loaded.classes or data.classes), len(data.classes))
+    classes = list(map(printable, classes))
     pixels, targets = sample_pixels(data.test, preprocessing)
     net, batches = loaded.module().float(), torch.from_numpy(pixels).split(1000)
     logits = [compute_logits(net, normalize(images, preprocessing)) for images in batches]
@@ -106,38 +108,55 @@ def metadata(loaded, starts, log, tests):
     rows = {}
     if tests:
         accuracy = 100 * (tests.predicted == tests.targets).mean()
-        rows['test accuracy'] = f'{accuracy:.2f} % of {len(tests.targets):,} {tests.kind} images'
+        rows['test accuracy'] = (
+            f'{percent(accuracy)} % of {len(tests.targets):,} {tests.kind} images'
+        )
     elif log:
-        rows['test accuracy'] = f'{log[-1]["test_acc"]:.2f} % (from the log)'
+        rows['test accuracy'] = f'{percent(log[-1]["test_acc"])} % (from the log)'
     parameters = (tensor for key, tensor in loaded.params.items() if 'running_' not in key)
     rows['parameters'] = f'{sum(tensor.numel() for tensor in parameters):,}'
     rows['file'] = printable(str(loaded.path))
     if loaded.options:
         rows['epochs'] = f'{loaded.epoch} of {loaded.options["epochs"]}'
         rows['seed'] = str(loaded.options['seed'])
+    start = first_start(starts)
     for name in ('command', 'commit', 'time', 'device', 'python'):
-        rows[name] = starts[-1].get(name)
-    versions = starts[-1].get('versions', {}).items()
+        rows[name] = starts[start].get(name)
+    versions = starts[start].get('versions', {}).items()
     rows['versions'] = ', '.join(f'{name} {version}' for name, version in versions if version)
-    if len(starts) > 1:
-        rows['starts'] = f'{len(starts)}; these are the facts of the last one'
+    if later := starts[start + 1 :]:
+        last = ', '.join(
+            str(later[-1].get(name)) for name in ('command', 'commit', 'time', 'device')
+        )
+        rows['resumed'] = f'{len(later)} x, last: {last}'
     return {name: value for name, value in rows.items() if value}
+
+
+def first_start(starts):
+    """The index of the start that the others resumed. Earlier ones ended without a checkpoint."""
+    anew = [i for i, start in enumerate(starts) if '--resume' not in start.get('command', '')]
+    return anew[-1] if anew else 0
 
 
 def main(arguments=None):
     parser = OneLineParser(prog='-m tools.report', description=__doc__)
     parser.add_argument('checkpoint', metavar='RUN', type=path_argument)
-    parser.add_argument('--out', required=True, type=path_argument, help='the HTML file to write')
+    parser.add_argument(
+        '--out', type=path_argument, help='the HTML file to write (default: see above)'
+    )
     parser.add_argument('--dataroot', help='folder of the data set, if it has moved')
     args = parser.parse_args(arguments)
     loaded = checkpoint.load(args.checkpoint)
+    if not args.out and not loaded.is_run:
+        raise OptionError(f'{loaded.path} is not in the folder of a run: add --out')
+    out = args.out or str(loaded.path.with_name(REPORT))
     starts = read_commands(loaded.path.with_name(COMMANDS))
     content, missing = describe(loaded, starts, args.dataroot)
     template = jinja2.Template(TEMPLATE.read_text('utf-8'), autoescape=True, trim_blocks=True)
-    write_output(args.out, template.render(content).encode())
+    write_output(out, template.render(content, percent=percent).encode())
     if missing:
-        print(one_line(f'{args.out} lacks what needs images: {missing}'), file=sys.stderr)
-    print(printable(args.out))
+        print(one_line(f'{out} lacks what needs images: {missing}'), file=sys.stderr)
+    print(printable(out))
 
 
 if __name__ == '__main__':

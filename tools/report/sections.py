@@ -1,4 +1,5 @@
-"""The sections of a report: each has a title, a text, and a picture or several with captions."""
+"""The sections of a report: each has a title, a text, and a picture, a table, or several pictures
+with captions. The browser draws the names of classes, in the scripts that its fonts have."""
 
 import base64
 import io
@@ -8,23 +9,24 @@ import numpy as np
 import torch
 
 from lab.data.preprocessing import normalize
-from lab.errors import printable
 from lab.folded import sample_pixels
 from lab.models.registry import FOLDABLE
 from tools.class_maps import class_maps, draw, encode_png
-from tools.figures import new_figure, plain, style_of
+from tools.figures import new_figure, style_of
 from tools.plot import draw_curves
 from tools.propagation import IMAGES, measure
 
 MISTAKES = 12  # pictures of them
-MOST_NAMED = 20  # more classes have no room for names
+MOST_NAMED = 20  # classes; more have no room for names
 
 
 class Section(NamedTuple):
     title: str
     text: str
     picture: str = ''  # a data URI
-    cards: tuple = ()  # (data URI, caption)
+    matrix: tuple = ()  # rows: name, ((count, share of the row), ...)
+    bars: tuple = ()  # (name, percent)
+    cards: tuple = ()  # (data URI, class predicted, its probability in percent, true class)
 
 
 def png_uri(content):
@@ -44,8 +46,9 @@ def figure_uri(figure):
 def training(log):
     if not log:
         return Section('Training', 'The file has no log of its training.')
-    curves = figure_uri(draw_curves({'test': [log]}, stacked=True))
-    return Section('Training', 'Loss and error over the epochs.', curves)
+    figure = draw_curves([('test', [log])], stacked=True)
+    figure.suptitle('')  # the page has that title
+    return Section('Training', 'Loss and error over the epochs.', figure_uri(figure))
 
 
 # --- test images -----------------------------------------------------------------------------
@@ -56,19 +59,14 @@ def confusion(tests):
     counts = np.zeros((len(tests.classes),) * 2, int)
     np.add.at(counts, (tests.targets, tests.predicted), 1)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    text = f'How often a class (row) is taken for another (column), among the {tests.kind} images.'
+    if len(counts) <= MOST_NAMED:
+        cells = [tuple(zip(*row)) for row in zip(counts.tolist(), shares.tolist())]
+        return Section('Confusion', text, matrix=tuple(zip(tests.classes, cells)))
     figure, [[ax]] = new_figure(width=5.5, height=5.5)
     ax.grid(False)
     ax.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     ax.set(xlabel='predicted', ylabel='true')
-    if len(counts) <= MOST_NAMED:
-        names = [plain(name)[:16] for name in tests.classes]
-        ax.set_xticks(range(len(counts)), names, rotation=45, ha='right')
-        ax.set_yticks(range(len(counts)), names)
-        for row, column in np.argwhere(counts):
-            color = 'white' if shares[row, column] > 0.5 else 'black'
-            style = {'ha': 'center', 'va': 'center', 'color': color, 'fontsize': 8}
-            ax.text(column, row, counts[row, column], **style)
-    text = f'How often a class (row) is taken for another (column), among the {tests.kind} images.'
     return Section('Confusion', text, figure_uri(figure))
 
 
@@ -78,15 +76,10 @@ def accuracies(tests):
     n = np.bincount(tests.targets, minlength=k)  # images of each class
     right = np.bincount(tests.targets[tests.targets == tests.predicted], minlength=k)
     percents = np.where(n > 0, 100 * right / np.maximum(n, 1), np.nan)
-    order = np.argsort(percents, kind='stable')[:MOST_NAMED][::-1]
-    figure, [[ax]] = new_figure(width=5.0, height=1.0 + 0.25 * len(order))
-    bars = ax.barh(range(len(order)), percents[order], color='#0b3d91')
-    ax.bar_label(bars, fmt=' %.1f', fontsize=8)
-    ax.set_yticks(range(len(order)), [plain(tests.classes[index])[:24] for index in order])
-    ax.set(xlim=(0, 110), xlabel='accuracy, %')
-    ax.grid(False)
-    text = f'Among the {tests.kind} images{"; the worst first" if k > MOST_NAMED else ""}.'
-    return Section('Accuracy of each class', text, figure_uri(figure))
+    order = np.argsort(percents, kind='stable')[:MOST_NAMED]
+    bars = tuple((tests.classes[index], percents[index]) for index in order if n[index])
+    text = f'In percent of the {tests.kind} images; the worst first.'
+    return Section('Accuracy of each class', text, bars=bars)
 
 
 def mistakes(checkpoint, tests):
@@ -106,13 +99,11 @@ def mistakes(checkpoint, tests):
         maps, _ = class_maps(checkpoint.fold().float(), inputs)
         maps = maps[range(len(maps)), predicted]  # (N, h, w)
     pictures = [png_uri(encode_png(draw(*pair))) for pair in zip(pixels, maps)]
-    captions = [
-        f'{tests.classes[label]} ({100 * probability:.1f} %), truly {tests.classes[true]}'
-        for label, probability, true in zip(
-            predicted, tests.probabilities[surest], tests.targets[surest]
-        )
-    ]
-    return Section('Surest mistakes', text, cards=tuple(zip(pictures, map(printable, captions))))
+    names = [tests.classes[label] for label in predicted]
+    true_names = [tests.classes[label] for label in tests.targets[surest]]
+    percents = 100 * tests.probabilities[surest]
+    cards = tuple(zip(pictures, names, percents.tolist(), true_names))
+    return Section('Surest mistakes', text, cards=cards)
 
 
 # --- weights and signal ----------------------------------------------------------------------

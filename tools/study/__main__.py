@@ -9,7 +9,9 @@ finished too: failed.txt in its folder says why; without that file it runs again
 
 Runs, table (Markdown and CSV) and figure (PNG and SVG) go to logs/reference/study-NAME. With a data
 set other than the study's own, they go to logs/study-NAME-DATASET; for a file outside studies/, to
-logs/study-NAME. The table has all finished runs.
+logs/study-NAME. The table has all finished runs with the seeds of the study and of --seeds. Runs
+in the folder that the study does not define, such as those of an earlier version of the YAML file,
+are named on stderr, and are in neither table nor figure.
 
 The YAML file has
 
@@ -23,8 +25,10 @@ The YAML file has
     table         names of the options that distinguish the rows
     reported      heading of a column of numbers that others report; a run gives its number as
                   `reported`
-    figure        x: the name of an option in the table, or epoch, or seconds
-                  lines: the option that distinguishes the lines, or a list of options
+    figure        x: the name of an option in the table, for the errors over it; or epoch or
+                  seconds, for the course of the errors, with a curve for each row of the table
+                  lines: the option that distinguishes the lines, or a list of options; curves that
+                  it does not distinguish look the same
                   y, panels: instead of lines, draw heat maps of the error over x and y, one for
                   each value of `panels`
                   signal: true, instead of x and lines, draws the figure of tools.propagation
@@ -37,7 +41,7 @@ import signal
 import sys
 from pathlib import Path
 
-from lab.errors import OneLineParser, OptionError, UserError, run
+from lab.errors import OneLineParser, OptionError, UserError, one_line, run
 from lab.files import path_argument
 from lab.runs.checkpoint import FILE_NAME
 from tools import propagation
@@ -99,14 +103,20 @@ def main(arguments=None):
         study.options['dataroot'] = args.dataroot
     seeds = args.seeds or study.seeds
     runs = all_runs(study, seeds, dataset, folder)
+    # The table has the study's seeds also if others, or fewer, were asked for.
+    of_table = all_runs(study, sorted({*study.seeds, *seeds}), dataset, folder)
+    others = sorted({*folder.glob('*/seed*')} - {one.folder for one in of_table})
+    if others:
+        names = ', '.join(str(path.relative_to(folder)) for path in others)
+        message = (
+            f'{folder} has runs that {study.path} does not define, and its table lacks: {names}'
+        )
+        print(one_line(message), file=sys.stderr)
     if not args.table:
         # End as after Ctrl-C, so that `execute` stops the trainings.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         execute(runs, args.jobs, args.device)
-    # The table has the runs of all seeds, also if fewer were asked for.
-    others = {int(path.name.removeprefix('seed')) for path in folder.glob('*/seed[0-9]*')}
-    seeds = sorted({*study.seeds, *seeds, *others})
-    runs = [one for one in all_runs(study, seeds, dataset, folder) if one.is_done()]
+    runs = [one for one in of_table if one.is_done()]
     if not runs:
         raise UserError(f'{folder} has no finished runs yet')
     rows = collect(study, runs)

@@ -1,6 +1,6 @@
 """A study as its YAML file defines it. The options of its runs are checked by train.py's parser."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -11,6 +11,7 @@ from lab.training.options import parse
 # Options that the study or its command line sets.
 OWN = {'dataset', 'device', 'evaluate', 'resume', 'save', 'seed'}
 FIGURES = ({'x'}, {'x', 'lines'}, {'x', 'y', 'panels'}, {'signal'})  # keys of each kind
+KINDS = {str: 'a text', list: 'a list', dict: 'a mapping'}
 
 
 @dataclass
@@ -35,6 +36,18 @@ class Study:
         return self.path.stem
 
 
+class Loader(yaml.SafeLoader):
+    """A loader that refuses a key that is twice in a mapping: PyYAML would take the last one."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f'line {node.start_mark.line + 1}: {key} is there twice')
+        return node
+
+
 def read(path):
     """The Study in a YAML file.
 
@@ -43,29 +56,46 @@ def read(path):
         OptionError: it has an option that train.py does not have, or that the study sets itself.
     """
     try:
-        content = yaml.safe_load(Path(path).read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError('it has no keys such as title')
+        content = yaml.load(Path(path).read_bytes(), Loader)
+        check_keys(content)
         study = Study(path=Path(path), **content)
         check_types(study)
         check_options(study)
         check_figure(study)
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from None
-    # TypeError: an unknown or missing key; ValueError: our own, or text that is not UTF-8
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: our own, or text that is not UTF-8
         raise UserError(f'{path} is not a study: {error}') from None
     except OptionError as error:
         raise OptionError(f'{path} is not a study: {error}') from None
     return study
 
 
+def check_keys(content):
+    """Raise ValueError for what is not a mapping, an unknown key, or a missing one."""
+    possible = {one.name: one for one in fields(Study) if one.name != 'path'}
+    if not isinstance(content, dict):
+        raise ValueError(f'it must have the keys {", ".join(possible)}')
+    for name in content:
+        if name not in possible:
+            raise ValueError(f'{name} is none of its keys, which are {", ".join(possible)}')
+    for name, one in possible.items():
+        if name not in content and one.default is one.default_factory is MISSING:
+            raise ValueError(f'it has no {name}')
+
+
 def check_types(study):
-    """Raise ValueError for a value of another type than its field."""
+    """Raise ValueError for a value, or an element of a list, of another type than its field's."""
     for one in fields(Study):
         value = getattr(study, one.name)
         if not isinstance(value, one.type):
-            raise ValueError(f'{one.name} is {value!r}, not a {one.type.__name__}')
+            raise ValueError(f'{one.name} is {value!r}, not {KINDS[one.type]}')
+    for name in ('seeds', 'runs'):
+        if not getattr(study, name):
+            raise ValueError(f'{name} is empty')
+    for name, kind, words in (('table', str, 'names of options'), ('keep', int, 'epochs')):
+        if not all(isinstance(value, kind) for value in getattr(study, name)):
+            raise ValueError(f'{name} is {getattr(study, name)!r}, not a list of {words}')
 
 
 def check_options(study):
@@ -79,8 +109,11 @@ def check_options(study):
     for dataset in study.recipes:
         parse(['--dataset', str(dataset)])
     for run in study.runs:
-        if not set(run.get('seeds', ())) <= set(study.seeds):
-            raise ValueError(f'the seeds of a run are {run["seeds"]}, not some of {study.seeds}')
+        seeds = run.get('seeds', [])
+        if not isinstance(seeds, list) or not all(seed in study.seeds for seed in seeds):
+            raise ValueError(
+                f'the seeds of a run are {seeds!r}, not a list of some of {study.seeds}'
+            )
 
 
 def check_figure(study):
@@ -92,8 +125,9 @@ def check_figure(study):
     if keys not in FIGURES:
         kinds = '; or '.join(', '.join(sorted(kind)) for kind in FIGURES)
         raise ValueError(f'its figure has {", ".join(map(str, keys))}, but must have {kinds}')
-    possible = [*study.table, 'epoch', 'seconds'] if keys == {'x'} else study.table
-    for names in study.figure.values():
-        for name in names if isinstance(names, list) else [names]:
+    for key, names in study.figure.items():
+        times = ['epoch', 'seconds'] if key == 'x' and 'panels' not in keys else []
+        possible = [*study.table, *times]
+        for name in names if key == 'lines' and isinstance(names, list) else [names]:
             if name not in possible:
                 raise ValueError(f'its figure has {name!r}, which is none of {possible}')

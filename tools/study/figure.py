@@ -19,27 +19,34 @@ def draw_study(study, rows, runs, out):
 
 
 def logs_by_row(study, runs):
-    """{label of a row of the table: logs of its runs}, without those that diverged."""
+    """[(label, logs of its runs)] of each row of the table, without runs that diverged. Rows that
+    `lines` does not distinguish have the same label."""
+    lines = lines_of(study)
     groups = {}
     for one in runs:
         if not one.failed and one.log():
-            label = label_of(one.options, study.table) or study.name
-            groups.setdefault(label, []).append(one.log())
-    return groups
+            label = label_of(one.all_options, lines) or label_of(one.options, study.table)
+            groups.setdefault((str(one.row), label or study.name), []).append(one.log())
+    return [(label, logs) for (_, label), logs in groups.items()]
+
+
+def lines_of(study):
+    """The names of the options that distinguish the lines of the figure."""
+    lines = study.figure.get('lines', [])
+    return lines if isinstance(lines, list) else [lines]
 
 
 def label_of(options, names):
     """The values of these options, without those that are not set."""
     values = [options.get(name) for name in names]
-    return figures.plain(', '.join(text_of(value) for value in values if value not in (None, '')))
+    return ', '.join(text_of(value) for value in values if value not in (None, ''))
 
 
 def draw_errors(study, rows, out):
     """Draw the median test error over an option, with bars from the minimum to the maximum."""
     figure, [[ax]] = figures.new_figure(height=4.6)
     x = study.figure['x']
-    lines = study.figure.get('lines', [])
-    lines = lines if isinstance(lines, list) else [lines]
+    lines = lines_of(study)
     values = [row[x] for row in rows]
     is_numeric = all(isinstance(value, (int, float)) for value in values)
     ticks = sorted(set(values)) if is_numeric else list(dict.fromkeys(map(str, values)))
@@ -75,6 +82,7 @@ def draw_line(ax, g, label, places, rows, is_connected):
     below = [row['error'] - row['least'] for row in rows]
     above = [row['most'] - row['error'] for row in rows]
     style = {'ls': style if is_connected else 'none', 'marker': marker, 'color': color}
+    label = figures.plain(label)
     ax.errorbar(places, errors, yerr=[below, above], capsize=3, label=label, **style)
 
 

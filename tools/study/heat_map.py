@@ -4,6 +4,7 @@ import textwrap
 
 import numpy as np
 
+from lab.data.names import percent
 from tools import figures
 from tools.study.table import text_of
 
@@ -50,4 +51,4 @@ def draw_cells(ax, cells, highest):
         for x, error in enumerate(row):
             if error is not None:
                 color = 'white' if error > highest / 4 else 'black'
-                ax.text(x, y, f'{error:.1f}', ha='center', va='center', color=color, fontsize=8)
+                ax.text(x, y, percent(error, 1), ha='center', va='center', color=color, fontsize=8)

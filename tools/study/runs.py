@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from itertools import product
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from lab.errors import OptionError, UserError
 from lab.files import write_atomically
 from lab.runs.checkpoint import FILE_NAME
+from lab.runs.folder import COMMANDS, read_commands
 from lab.runs.log import LOG, read_lines
 from lab.training.options import CHANGEABLE_ON_RESUME, check_combination, complete, parse
 
@@ -80,6 +82,11 @@ class Run:
         path = self.folder / FAILED
         return path.read_text().strip() if path.exists() else None
 
+    def started_with(self):
+        """The options of its last start, which diverged before its log had an epoch."""
+        _, _, *arguments = shlex.split(read_commands(self.folder / COMMANDS)[-1]['command'])
+        return complete(parse(arguments))
+
     def is_done(self):
         """Whether it has diverged, or trained all its epochs.
 
@@ -87,16 +94,19 @@ class Run:
             UserError: the run in its folder has other options.
         """
         log = self.log()
-        if not log:
-            return bool(self.failed)
-        last = log[-1]
-        for name, value in self.options.items():
-            if name not in CHANGEABLE_ON_RESUME and last.get(name) != value:
+        epochs = log[-1]['epoch'] if log else 0
+        stored = log[-1] if log else self.started_with() if self.failed else {}
+        changed = [name for name in self.all_options if name not in CHANGEABLE_ON_RESUME]
+        if epochs > self.n_epochs:  # fewer are resumed
+            changed.append('epochs')
+        for name in changed:
+            value = self.all_options[name]
+            if stored.get(name, value) != value:
                 raise UserError(
-                    f'{self.folder} was run with --{name} {last.get(name)}, but the study has '
+                    f'{self.folder} was run with --{name} {stored[name]}, but the study has '
                     f'{value}: move the folder away, or change the study'
                 )
-        return bool(self.failed) or last['epoch'] >= self.n_epochs
+        return bool(self.failed) or epochs >= self.n_epochs
 
     def next_stop(self):
         """The epoch to train to next: one whose checkpoint is kept, or the last."""
@@ -115,6 +125,7 @@ class Run:
         options = dict(self.options)
         if self.keep:
             options['epochs'] = self.next_stop()
+            options['epoch_step'] = self.all_options['epoch_step']  # of all epochs
         if device:
             options['device'] = device
         is_inside = self.folder.is_relative_to(ROOT)

@@ -3,7 +3,7 @@
 import csv
 from statistics import median
 
-from lab.data.names import display_name
+from lab.data.names import display_name, percent, rounded
 from lab.errors import UserError
 from lab.runs.log import seconds, test_error
 
@@ -88,15 +88,15 @@ def markdown_table(study, rows):
     if any(row['diverged'] for row in rows):
         columns['diverged'] = [str(row['diverged']) for row in rows]
     for heading, name, form in (
-        ('test error, %: median', 'error', '.2f'),
-        ('min', 'least', '.2f'),
-        ('max', 'most', '.2f'),
-        ('training error, %', 'train_error', '.2f'),
-        ('parameters', 'parameters', ','),
-        ('seconds per run', 'seconds', '.0f'),
+        ('test error, %: median', 'error', percent),
+        ('min', 'least', percent),
+        ('max', 'most', percent),
+        ('training error, %', 'train_error', percent),
+        ('parameters', 'parameters', '{:,}'.format),
+        ('seconds per run', 'seconds', rounded),
     ):
         numbers = [row[name] for row in rows]
-        columns[heading] = ['' if value is None else format(value, form) for value in numbers]
+        columns[heading] = ['' if value is None else form(value) for value in numbers]
     if any(row['reported'] for row in rows):
         columns[study.reported] = [str(row['reported']) for row in rows]
     lines = [columns, ['---'] * len(columns), *zip(*columns.values())]

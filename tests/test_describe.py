@@ -1,0 +1,33 @@
+"""What a run says after each epoch."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from lab.runs.describe import describe_epoch
+
+STATS = {
+    **{'epoch': 2, 'epochs': 2, 'num_classes': 10, 'recalibrate_bn': False},
+    **{'train_loss': 0.5, 'train_acc': 80.0, 'train_time': 61.0, 'train_images_per_second': 1234.5},
+    **{'test_loss': 0.25, 'test_acc': 90.0, 'test_top5': 99.5, 'test_time': 2.26},
+}
+
+
+@pytest.mark.parametrize(
+    'stats, present, absent',
+    [
+        ({}, ['0.5000', '80.00 %', '90.00 %', 'top-5 99.50 %', '63.3 s', '1,234 im'], []),
+        # as many classes as top-k has, or fewer
+        ({'num_classes': 5, 'test_top5': 100.0}, ['90.00 %'], ['top']),
+        ({'num_classes': 2, 'test_top5': 100.0}, ['90.00 %'], ['top']),
+        # numbers that two decimals would round to 0 or 100
+        ({'train_acc': 100 * (1 - 1 / 60000)}, ['99.99 %'], ['100.00']),
+        ({'train_acc': 100.0, 'test_acc': 0.0}, ['100.00 %', ' 0.00 %'], []),
+        ({'train_loss': 0.00003}, ['3.0e-05'], ['0.0000']),
+        ({'train_time': 0.02, 'test_time': 0.01}, ['0.030 s'], []),
+        ({'train_images_per_second': 0.375}, ['0.38 images/s'], []),
+    ],
+)
+def test_an_epoch(stats, present, absent):
+    line = describe_epoch(STATS | stats, SimpleNamespace(batches=range(100)))
+    assert all(text in line for text in present) and not any(text in line for text in absent), line
