@@ -4,7 +4,7 @@
     ...                   # train it
     folded = fold(model)  # plain convolutions again, with the batch norms folded in
 
-This file needs torch, diracconv.py and diracnet.py alone.
+This file needs torch, diracconv.py, diracnet.py and diracparams.py alone.
 """
 
 import copy

@@ -36,7 +36,7 @@ def exported(onnx, digits_run, tmp_path_factory):
     result = python('-m', 'tools.export', digits_run, *paths.values())
     # A line for each step as it begins; the exporters' own messages are silenced.
     *_, end = lines = result.err.splitlines()
-    assert result.status == 0 and len(lines) == 10 and str(paths['.int8.onnx']) in end, result
+    assert result.status == 0 and len(lines) == 11 and str(paths['.int8.onnx']) in end, result
     return paths, result.out
 
 
