@@ -75,7 +75,7 @@ def make_folder(path):
         Path(path).mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         taken = Path(error.filename)
-        what = f'a broken link to {os.readlink(taken)}' if taken.is_symlink() else 'not a folder'
+        what = 'not a folder' if taken.exists() else f'a broken link to {os.readlink(taken)}'
         raise FileExistsError(error.errno, f'{taken} is {what}', str(taken)) from None
 
 
