@@ -4,7 +4,7 @@
     ...                   # train it
     folded = fold(model)  # plain convolutions again, with the batch norms folded in
 
-This file needs torch, diracconv.py, diracfold.py and diracnet.py alone.
+This file needs torch, and the other four dirac*.py files beside it.
 """
 
 import copy

@@ -68,11 +68,22 @@ def write_atomically(path, content, keep_previous_as=None):
         os.close(handle)
 
 
+def make_folder(path):
+    """Make a folder and those above it. Raises OSError, whose `strerror` names what is in the way
+    if that is a file or a broken link."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        taken = Path(error.filename)
+        what = 'not a folder' if taken.exists() else f'a broken link to {os.readlink(taken)}'
+        raise FileExistsError(error.errno, f'{taken} is {what}', str(taken)) from None
+
+
 def write_output(path, content):
     """`write_atomically` to a file that a user named; its folders are made. Raises UserError."""
     path = Path(path).expanduser()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_atomically(path, content)
     except OSError as error:
         raise UserError(f'{path} cannot be written ({error.strerror})') from None

@@ -11,11 +11,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lab.errors import UserError
+from lab.errors import OptionError, UserError
 from lab.files import size_of
 from lab.runs.checkpoint import check_metadata
 
 PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
+# Opsets of .onnx files. Before 9, a weight had to be an input of the graph, too. The oldest ONNX
+# Runtime in requirements.txt runs 21. torch's exporter writes no opset before 18.
+LOWEST_OPSET, EXPORTER_OPSET, HIGHEST_OPSET = 9, 18, 21
+# Operators that compute the same in all of them, apart from what `_lower` changes.
+STABLE = {'Add', 'Concat', 'Conv', 'Gemm', 'Max', 'MaxPool', 'Min', 'Mul', 'Relu', 'Reshape'}
+STABLE.add('ReduceMean')
 
 
 def require_onnx(packages=PACKAGES):
@@ -120,7 +126,7 @@ def _reason(error):
 # --- exporting -------------------------------------------------------------------------------
 
 
-def to_onnx(net, shape, metadata):
+def to_onnx(net, shape, metadata, opset=None, lowest=LOWEST_OPSET):
     """Export a module as an onnx.ModelProto that the ONNX checker accepts.
 
     Its input is `images`, float32 (batch, *shape), its output `logits`, (batch, num_classes),
@@ -130,6 +136,10 @@ def to_onnx(net, shape, metadata):
         net: an image classifier in evaluation mode, such as a DiracNet.
         shape: (C, H, W).
         metadata: a dict of values that JSON can represent, for the model's metadata_props.
+        opset: from `lowest` to HIGHEST_OPSET; None for the lowest that has the network's operators.
+
+    Raises:
+        OptionError: the opset does not have them.
     """
     require_onnx()
     import onnx
@@ -143,13 +153,46 @@ def to_onnx(net, shape, metadata):
             input_names=['images'],
             output_names=['logits'],
             dynamic_shapes=({0: torch.export.Dim('batch')},),
+            opset_version=max(opset or lowest, EXPORTER_OPSET),
         )
     model = program.model_proto
+    newer = sorted({node.op_type for node in model.graph.node} - STABLE)
+    if newer:
+        lowest = EXPORTER_OPSET
+    opset = opset or lowest
+    if opset < lowest:
+        raise OptionError(
+            f'--opset {opset} is too low for {", ".join(newer)}: '
+            f'choose one from {lowest} to {HIGHEST_OPSET}'
+        )
+    if opset < EXPORTER_OPSET:
+        _lower(model, opset)
+    # Old runtimes refuse a newer version of the format.
+    model.ir_version = onnx.helper.find_min_ir_version_for(model.opset_import)
     _name_after_modules(model.graph)
     _remove_traces(model.graph)
     onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.checker.check_model(model, full_check=True)
     return model
+
+
+def _lower(model, opset):
+    """Change a model of STABLE operators from EXPORTER_OPSET to an earlier opset."""
+    import onnx
+
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == 'ReduceMean':  # its axes were an attribute, and counted from the front
+            axes = weights[node.input.pop()]
+            values = [axis % 4 for axis in onnx.numpy_helper.to_array(axes).tolist()]
+            node.attribute.append(onnx.helper.make_attribute('axes', values))
+            model.graph.initializer.remove(axes)
+        # The exporter writes defaults, too, also those of attributes that came later.
+        known = onnx.defs.get_schema(node.op_type, opset).attributes
+        for attribute in list(node.attribute):
+            if attribute.name not in known:
+                node.attribute.remove(attribute)
+    model.opset_import[0].version = opset
 
 
 def _name_after_modules(graph):

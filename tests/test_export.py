@@ -34,8 +34,9 @@ def exported(onnx, digits_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp('exported')
     paths = {suffix: folder / 'new' / f'digits{suffix}' for suffix in FORMATS}
     result = python('-m', 'tools.export', digits_run, *paths.values())
-    # The exporters' own messages are silenced, too.
-    assert result.status == 0 and result.err == '', result
+    # A line for each step as it begins; the exporters' own messages are silenced.
+    *_, end = lines = result.err.splitlines()
+    assert result.status == 0 and len(lines) == 11 and str(paths['.int8.onnx']) in end, result
     return paths, result.out
 
 
@@ -104,6 +105,27 @@ def test_metadata(exported, onnx, digits_run):
     assert all(torch.equal(state_dicts[1][key], tensor) for key, tensor in params.items())
 
 
+@pytest.mark.parametrize('suffix, opsets', [('.onnx', (9, 21)), ('.int8.onnx', (13, 21))])
+def test_opset(suffix, opsets, exported, onnx, digits_run, tmp_path, call, refused):
+    """The default is the lowest; the highest computes the same. Old runtimes load no newer version
+    of the format than they know, so that is the lowest, too."""
+    lowest, highest = opsets
+    out = tmp_path / f'net{suffix}'
+    for opset in (lowest - 1, highest + 1):
+        words = ['--opset', f'{lowest} to {highest}']
+        refused(2, words, export.main, digits_run, out, '--opset', opset)
+    assert call(export.main, digits_run, out, '--opset', highest).status == 0
+    pixels, _ = datasets.load('digits', '.').train
+    inputs = normalize(pixels[-70:], datasets.PREPROCESSING['digits'])
+    logits = []
+    for path, opset in ((exported[0][suffix], lowest), (out, highest)):
+        model = onnx.load(path)
+        assert [entry.version for entry in model.opset_import] == [opset]
+        assert model.ir_version == {9: 4, 13: 7, 21: 10}[opset]
+        logits.append(load_exported(path)(inputs))
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-5 * logits[0].abs().max().item())
+
+
 def test_onnx_graphs(exported, onnx):
     paths, _ = exported
     models = {suffix: onnx.load(paths[suffix]) for suffix in ('.onnx', '.int8.onnx')}
@@ -126,6 +148,9 @@ def test_folded_checkpoint_and_force(exported, tmp_path, call, refused):
     out.write_text('mine')
     refused(2, ['again.pth', '--force'], export.main, folded, out)
     assert out.read_text() == 'mine'
+    link = tmp_path / 'link.pth'
+    link.symlink_to('nowhere')
+    refused(2, ['link.pth', '--force'], export.main, folded, link)
     assert call(export.main, folded, out, '--force').status == 0
     assert out.read_bytes() == folded.read_bytes()
 
@@ -146,7 +171,7 @@ def test_predict(exported, digits_run, digit_files, call):
 # --- files that do not pass the comparison ---------------------------------------------------
 
 
-def test_a_wrong_fold_is_found(digits_run, tmp_path, refused, monkeypatch):
+def test_a_wrong_fold_is_found(digits_run, tmp_path, call, monkeypatch):
     fold = checkpoint.Checkpoint.fold
 
     def fold_wrongly(self):
@@ -158,12 +183,13 @@ def test_a_wrong_fold_is_found(digits_run, tmp_path, refused, monkeypatch):
     out = tmp_path / 'out.pth'
     out.write_text('mine')
     monkeypatch.setattr(checkpoint.Checkpoint, 'fold', fold_wrongly)
-    result = refused(1, out, export.main, digits_run, out, '--force')
+    result = call(export.main, digits_run, out, '--force')
+    assert result.status == 1 and str(out) in result.err.splitlines()[-1], result
     assert float(rows(result.out)[str(out)][0]) > 1e-4
     assert [path.name for path in tmp_path.iterdir()] == ['out.pth'] and out.read_text() == 'mine'
 
 
-def test_a_bad_int8_is_found(onnx, digits_run, tmp_path, refused, monkeypatch):
+def test_a_bad_int8_is_found(onnx, digits_run, tmp_path, call, monkeypatch):
     sample_images = FoldedNetwork.sample_images
 
     def sample_dark_images(self, train, n):
@@ -174,7 +200,8 @@ def test_a_bad_int8_is_found(onnx, digits_run, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(int8, 'CALIBRATION', 1)
     monkeypatch.setattr(FoldedNetwork, 'sample_images', sample_dark_images)
     out = tmp_path / 'out.int8.onnx'
-    result = refused(1, out, export.main, digits_run, out)
+    result = call(export.main, digits_run, out)
+    assert result.status == 1 and str(out) in result.err.splitlines()[-1], result
     _, after, before, _ = rows(result.out)[str(out)]
     assert percent(after) < percent(before) - 0.5
     assert list(tmp_path.iterdir()) == []

@@ -37,9 +37,21 @@ def test_folder_of_something_else(tmp_path, refused):
 
 
 def test_folder_that_cannot_be_made(tmp_path, refused):
+    """The message names what is in the way."""
     (tmp_path / 'file').write_text('')
-    folder = tmp_path / 'file' / 'run'
-    refused(1, folder, train.main, '--dataset', 'digits', '--save', folder)
+    for name, target in (('dangling', 'nowhere'), ('a', 'b'), ('b', 'a'), ('tofile', 'file')):
+        (tmp_path / name).symlink_to(target)
+    for name, words in (
+        ('file', ['not a folder']),
+        ('file/run', []),
+        ('tofile', ['not a folder']),
+        ('dangling', ['link', 'nowhere']),
+        ('dangling/run', [f'{tmp_path / "dangling"} is', 'link', 'nowhere']),
+        ('a', ['link']),
+    ):
+        folder = tmp_path / name
+        refused(1, [folder, *words], train.main, '--dataset', 'digits', '--save', folder)
+    assert not (tmp_path / 'nowhere').exists()
 
 
 def test_auto(short_run, tmp_path, call, refused):

@@ -13,13 +13,19 @@ The suffix chooses the format:
                 `logits`; metadata_props has the same three
     .int8.onnx  the same in int8, calibrated on training images; see tools.int8
 
-Each file is loaded again and compared with the unfolded network on test images. If the logits of a
-float format are off by more than 1e-4 of the largest, or int8 loses more than 0.5 points of top-1,
-the file is not written, and the exit status is 1.
+Old runtimes refuse a newer opset of ONNX than they know. --opset therefore defaults to the lowest
+that has the network's operators: 9 for .onnx, 13 for .int8.onnx.
+
+Each file is loaded again and compared with the unfolded network on test images. Its logit error is
+the largest difference between two logits, as a fraction of the largest logit of the same image. If
+that of a float format is more than 1e-4, or int8 loses more than 0.5 points of top-1, the file is
+not written, and the exit status is 1. What takes time is named on stderr when it begins.
 """
 
 import io
 import json
+import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,10 +33,10 @@ import numpy as np
 import torch
 
 from lab.errors import OneLineParser, OptionError, UserError, printable, run
-from lab.files import path_argument, write_atomically
+from lab.files import make_folder, path_argument, write_atomically
 from lab.folded import compute_logits, images_tested, load_folded, top1
 from lab.models.diracnet_v1 import DiracNetV1
-from lab.onnx_models import OnnxNetwork, quiet, require_onnx, to_onnx
+from lab.onnx_models import HIGHEST_OPSET, LOWEST_OPSET, OnnxNetwork, quiet, require_onnx, to_onnx
 from lab.runs import checkpoint
 from tools import int8
 from tools.checkpoint_arguments import add_checkpoint, load_checkpoint
@@ -44,19 +50,27 @@ TEST_IMAGES, RANDOM_IMAGES = 10_000, 64  # compare on at most this many; on nois
 # --- writing ---------------------------------------------------------------------------------
 
 
-def file_content(network, out):
-    """The bytes of an exported file; the suffix of `out` chooses its format."""
+def file_content(network, out, opset, begin):
+    """The bytes of an exported file; the suffix of `out` chooses its format.
+
+    Args:
+        opset, begin: see `int8.int8_onnx`.
+    """
     if out.name.endswith('.pth'):
         net = network.unfolded if out.name.endswith(UNFOLDED) else network.folded
         file = io.BytesIO()
         torch.save({'state_dict': net.state_dict(), **network.metadata}, file)
         return file.getvalue()
     if out.name.endswith('.pt2'):
+        begin('tracing')
         return pt2_content(network)
     if out.name.endswith(INT8):
+        begin('reading training images')
         calibration, _ = network.sample_images(True, int8.CALIBRATION)
-        return int8.int8_onnx(network.folded, calibration, network.metadata)
-    return to_onnx(network.folded, network.input_shape, network.metadata).SerializeToString()
+        return int8.int8_onnx(network.folded, calibration, network.metadata, opset, begin)
+    begin('tracing, converting')
+    model = to_onnx(network.folded, network.input_shape, network.metadata, opset)
+    return model.SerializeToString()
 
 
 def pt2_content(network):
@@ -82,10 +96,11 @@ def load_exported(path):
     return OnnxNetwork(path)
 
 
-def export_file(network, out, inputs, targets, expected):
+def export_file(network, out, opset, inputs, targets, expected):
     """Write a file if it passes the comparison, and print its row of the table.
 
     Args:
+        opset: see `onnx_models.to_onnx`.
         inputs, targets: see `comparison_images`.
         expected: the logits of the unfolded network, (N, num_classes).
 
@@ -96,7 +111,12 @@ def export_file(network, out, inputs, targets, expected):
         UserError: the file cannot be loaded again.
         OSError: it cannot be written.
     """
-    content = file_content(network, out)
+
+    def begin(step):
+        announce(f'{out}: {step}')
+
+    content = file_content(network, out, opset, begin)
+    begin(f'loading, comparing on {len(inputs)} images')
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / out.name
         trial.write_bytes(content)
@@ -109,7 +129,7 @@ def export_file(network, out, inputs, targets, expected):
             return f'{out} loses {before - after:.2f} points of top-1, more than {INT8_LIMIT}'
     elif error > FLOAT_LIMIT:
         return f'{out} is off by {error:.1e} of the largest logit, more than {FLOAT_LIMIT}'
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_atomically(out, content)
     return None
 
@@ -136,6 +156,10 @@ def relative_error(logits, expected):
     return float((differences / scales).max())
 
 
+def announce(step):
+    print(printable(step), file=sys.stderr, flush=True)
+
+
 def print_row(name, error, after, before, size):
     percents = ['-' if value is None else f'{value:.2f} %' for value in (after, before)]
     print(f'| {printable(str(name))} | {error} | {" | ".join(percents)} | {size:,} |', flush=True)
@@ -152,13 +176,22 @@ def parse_arguments(arguments):
     )
     parser.add_argument('--force', action='store_true', help='replace OUT if it exists')
     parser.add_argument('--dataroot', help='folder of the data set, if it has moved')
+    parser.add_argument(
+        '--opset', type=int, help=f'of .onnx files, at most {HIGHEST_OPSET} (default: see above)'
+    )
     args = parser.parse_args(arguments)
     args.outs = [Path(out) for out in args.outs]
     for out in args.outs:
         if not out.name.endswith(SUFFIXES):
             raise OptionError(f'{out} must end in {", ".join(SUFFIXES)}, which chooses the format')
-        if out.exists() and not args.force:
+        if os.path.lexists(out) and not args.force:
             raise OptionError(f'{out} exists: replace it with --force')
+        if args.opset is not None and out.name.endswith('.onnx'):
+            lowest = int8.LOWEST_OPSET if out.name.endswith(INT8) else LOWEST_OPSET
+            if not lowest <= args.opset <= HIGHEST_OPSET:
+                raise OptionError(
+                    f'--opset {args.opset} of {out} is not one of {lowest} to {HIGHEST_OPSET}'
+                )
     return args
 
 
@@ -184,21 +217,27 @@ def main(arguments=None):
     network = load_folded(loaded, args.dataset, args.dataroot)
     for out in args.outs:
         check_format(network, out)
+    announce('reading images to compare on, computing the logits of the unfolded network')
     inputs, targets, what = comparison_images(network)
     expected = compute_logits(network.unfolded, inputs)
     n_parameters = sum(parameter.numel() for parameter in network.folded.parameters())
     which = f', {loaded.weights} weights' if loaded.ema else ''
     print(
-        f'{printable(str(args.outs[0]))}: {n_parameters:,} parameters{which}; compared on {what}\n'
+        f'{printable(str(loaded.path))}: {n_parameters:,} parameters when folded{which}\n'
+        f'Each file is compared with the unfolded network on {what}.\n'
+        'logit error: the largest difference between two logits, as a fraction of the largest '
+        f'logit of the same image; at most {FLOAT_LIMIT} in a float format.\n'
+        'top-1: images whose largest logit is that of their class; int8 may lose '
+        f'{INT8_LIMIT} points.\n'
     )
-    print('| file | largest relative error | top-1 | unfolded | bytes |')
+    print('| file | logit error | top-1 | top-1, unfolded | bytes |')
     print('| --- | --- | --- | --- | --- |')
     accuracy = top1(expected, targets)
     print_row('(unfolded)', '', accuracy, accuracy, loaded.path.stat().st_size)
     failures = []
     try:
         for out in args.outs:
-            failures.append(export_file(network, out, inputs, targets, expected))
+            failures.append(export_file(network, out, args.opset, inputs, targets, expected))
     except OSError as error:
         raise UserError(f'{out} cannot be written ({error.strerror})') from None
     if any(failures):

@@ -24,6 +24,7 @@ from torch import nn
 from lab.onnx_models import quiet, require_onnx, to_onnx
 
 CALIBRATION = 512  # training images
+LOWEST_OPSET = 13  # the first that quantizes per channel
 # The least activation that counts, relative to the largest of its layer. Without it, channels that
 # are nearly dead would get very large weights.
 LEAST = 0.01
@@ -32,23 +33,27 @@ LEAST = 0.01
 INT8_OPERATIONS = ['Conv', 'Gemm', 'Relu', 'MaxPool', 'ReduceMean', 'Reshape']
 
 
-def int8_onnx(net, inputs, metadata):
+def int8_onnx(net, inputs, metadata, opset=None, begin=lambda step: None):
     """The bytes of an int8 .onnx file of a folded DiracNet, in ONNX Runtime's QDQ format.
 
     Args:
         inputs: normalized training images (N, C, H, W), to find the ranges of activations with.
-        metadata: see `onnx_models.to_onnx`.
+        metadata, opset: see `onnx_models.to_onnx`.
+        begin: called with the name of each step that takes seconds, when it begins.
 
     Raises:
-        UserError: a package is not installed.
+        UserError: a package is not installed, or the opset does not fit the network.
     """
     require_onnx()
     import onnx
     from onnxruntime.quantization import QuantType, quantize_static
 
     batches = ({'images': batch.contiguous().numpy()} for batch in inputs.split(64))
-    model = to_onnx(separate(equalize(net, inputs)), inputs.shape[1:], metadata)
+    begin('tracing, converting')
+    net = separate(equalize(net, inputs))
+    model = to_onnx(net, inputs.shape[1:], metadata, opset, LOWEST_OPSET)
     layers = [node.name for node in model.graph.node if node.op_type in ('Conv', 'Gemm')]
+    begin(f'calibrating on {len(inputs)} training images, quantizing')
     with quiet(), tempfile.TemporaryDirectory() as folder:
         float_path, int8_path = Path(folder) / 'float.onnx', Path(folder) / 'int8.onnx'
         onnx.save(model, float_path)  # older releases change a model that they get as an object

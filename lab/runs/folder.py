@@ -21,7 +21,7 @@ from pathlib import Path
 from lab.data.names import display_name
 from lab.distributed import from_first, rank
 from lab.errors import OptionError, UserError, printable
-from lab.files import size_of, write_atomically
+from lab.files import make_folder, size_of, write_atomically
 from lab.runs import checkpoint
 from lab.runs.log import LOG, read_lines
 from lab.runs.provenance import CHECKOUT, describe_start
@@ -145,7 +145,7 @@ class RunFolder:
 
     def _make(self):
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         except OSError as error:
             raise UserError(f'--save {self.path} cannot be created ({error.strerror})') from None
         if self.handle is None:
