@@ -105,13 +105,11 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
         UserError: the network does not fold, its preprocessing is unknown, or the data set does
             not fit the network.
     """
-    if not checkpoint.preprocessing and (dataset, checkpoint.network['form']) == (
-        'folder',
-        'cifar',
-    ):
+    network = checkpoint.network
+    if not checkpoint.preprocessing and dataset == 'folder' and network['form'] == 'cifar':
         # Small images are normalized as the training images of their folder.
         preprocessing = load_data(checkpoint, dataset, None, dataroot).preprocessing.as_dict()
-        network = {**checkpoint.network, 'dataset': dataset}
+        network = {**network, 'dataset': dataset}
         checkpoint = replace(checkpoint, preprocessing=preprocessing, network=network)
     folded = checkpoint.fold().float()
     preprocessing = preprocessing_of(checkpoint, dataset)

@@ -147,15 +147,12 @@ class Checkpoint:
         network = {**registry.own_options(self.network['model']), **self.network}
         dataset = cli_options.get('dataset', network['dataset'])
         form, channels, classes = DATASETS[dataset]
-        fits = (dataset == 'folder' or form == network['form']) and channels == network[
-            'in_channels'
-        ]
-        if fits and not self.preprocessing:
-            n = network['num_classes']
-            if classes not in (None, n):
+        has_form = dataset == 'folder' or form == network['form']
+        if has_form and channels == network['in_channels'] and not self.preprocessing:
+            if classes not in (None, network['num_classes']):
                 raise OptionError(
-                    f'{self.path} has {n} classes, but {dataset} has {classes}: name its data set '
-                    'with --dataset'
+                    f'{self.path} has {network["num_classes"]} classes, but {dataset} has '
+                    f'{classes}: name its data set with --dataset'
                 )
             network['dataset'] = dataset
         names = registry.network_option_names(network['model'])
@@ -313,7 +310,9 @@ def check_metadata(network, classes, preprocessing):
     """Raise an error unless the names of classes and the preprocessing, each None if unknown, fit
     the outputs and inputs of a network."""
     outputs, channels = network['num_classes'], network['in_channels']
-    if classes is not None and [type(name) for name in classes] != [str] * outputs:
+    if classes is not None and (
+        not isinstance(classes, (list, tuple)) or [*map(type, classes)] != [str] * outputs
+    ):
         raise ValueError(f'its classes are not the names of {outputs} classes')
     if preprocessing is not None:
         read = Preprocessing.from_dict(preprocessing)
