@@ -183,8 +183,9 @@ WRAPPED = {
 @pytest.mark.parametrize('kind', WRAPPED)
 def test_a_wrapped_network_is_unwrapped(kind, folded, tmp_path):
     net = DiracNet(10, 0.5, 'digits') if folded else Network(*define_diracnet(10, 0.5, 'digits'))
+    expected = net.state_dict()  # DataParallel may move the network to a GPU
     torch.save(WRAPPED[kind](net), tmp_path / 'net.pth')
-    loaded, expected = checkpoint.load(tmp_path / 'net.pth'), net.state_dict()
+    loaded = checkpoint.load(tmp_path / 'net.pth')
     assert loaded.folded is folded and loaded.params.keys() == expected.keys()
     assert all(torch.equal(loaded.params[key], tensor) for key, tensor in expected.items())
 
@@ -254,3 +255,5 @@ def test_another_data_set_has_other_classes(tmp_path, refused):
     torch.save(DiracNet(10, 0.5, 'CIFAR10', num_classes=3).state_dict(), path)
     for options, n in (((), 10), (('--dataset', 'CIFAR100'), 100)):
         refused(2, [path, '3 classes', str(n)], train.main, '--evaluate', path, *options)
+    fits = '--dataset folder --form cifar fits'
+    refused(2, [path, fits], train.main, '--evaluate', path, '--dataset', 'digits')

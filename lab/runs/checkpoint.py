@@ -167,6 +167,8 @@ class Checkpoint:
 
 def network_flags(network):
     """The options of train.py that define a network, as on a command line."""
+    if DATASETS[network['dataset']][2] not in (None, network['num_classes']):
+        network = {**network, 'dataset': 'folder'}  # the recognized one has other classes
     names = [name for name in registry.network_option_names(network['model']) if name in network]
     if network['dataset'] != 'folder':
         names.remove('form')  # the data set determines it
