@@ -2,11 +2,12 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from diracparams import DATASETS
 from lab.data import datasets
 from lab.data.image_files import prepare, read_image
 from lab.data.names import readable
@@ -104,6 +105,12 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
         UserError: the network does not fold, its preprocessing is unknown, or the data set does
             not fit the network.
     """
+    network = checkpoint.network
+    if not checkpoint.preprocessing and dataset == 'folder' and network['form'] == 'cifar':
+        # Small images are normalized as the training images of their folder.
+        preprocessing = load_data(checkpoint, dataset, None, dataroot).preprocessing.as_dict()
+        network = {**network, 'dataset': dataset}
+        checkpoint = replace(checkpoint, preprocessing=preprocessing, network=network)
     folded = checkpoint.fold().float()
     preprocessing = preprocessing_of(checkpoint, dataset)
     if checkpoint.preprocessing:  # otherwise, the data set was only inferred from shapes
@@ -122,13 +129,14 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
 
 def load_data(checkpoint, dataset, preprocessing, dataroot=None):
     """The Data that a checkpoint was trained and tested on, or that of another `dataset` or
-    `dataroot`. Raises UserError if it is missing or broken."""
+    `dataroot`. Without preprocessing, images have their usual size. Raises UserError if it is
+    missing or broken."""
     data = datasets.load(
         dataset,
         dataroot or checkpoint.options.get('dataroot', './data'),
         download=False,
         form=checkpoint.network['form'],
-        image_size=preprocessing.image_size,
+        image_size=preprocessing and preprocessing.image_size,
     )
     return data.tested_on(checkpoint.options.get('holdout'))
 
@@ -157,6 +165,12 @@ def preprocessing_of(trained, dataset=None):
         raise UserError(
             f'{trained.path} does not say how its images were prepared: name its data set with '
             '--dataset'
+        )
+    form = trained.network.get('form')
+    if form not in (None, DATASETS[dataset][0]):
+        raise UserError(
+            f'{trained.path} does not say how its images were prepared, nor does --dataset '
+            f'{dataset} for the form {form}: pass its run, or what tools.export wrote of it'
         )
     preprocessing, expected = datasets.PREPROCESSING[dataset], trained.network['in_channels']
     if preprocessing.channels != expected:

@@ -2,6 +2,7 @@
 
 import io
 import resource
+import sys
 import zipfile
 
 import numpy as np
@@ -112,6 +113,14 @@ def zipped(files, compression=zipfile.ZIP_DEFLATED):
         for name, content in files.items():
             archive.writestr(name, content)
     return file.getvalue()
+
+
+def test_safetensors_without_its_package(tmp_path, monkeypatch, refused):
+    path = tmp_path / 'net.safetensors'
+    path.write_bytes(b'\2' + bytes(7) + b'{}')
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    for main, *arguments in programs_that_load(path, tmp_path):
+        refused(1, [path, 'package safetensors'], main, *arguments)
 
 
 def test_bombs(tmp_path, refused):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import DataParallel
+from torchvision.models import resnet18
 
 import train
 from diracnet import fold
@@ -65,6 +67,10 @@ def exported(**changes):
     return {'state_dict': folded(), **{name: content[name] for name in names}, **changes}
 
 
+def resnet():
+    return resnet18(num_classes=10)
+
+
 # Name of the file; its content; a word that the line must have.
 CONTENTS = [
     # Tensors that are missing, or too many.
@@ -90,7 +96,13 @@ CONTENTS = [
     ('variance', lambda: changed('bn.running_var', filled(-0.1)), 'bn.running_var'),
     ('folded-nan', lambda: changed('fc.bias', filled(np.nan), folded), 'fc.bias'),
     ('ema-nan', lambda: {**run(), 'ema': changed('conv', filled(np.nan), bare)}, 'conv'),
+    # Other networks, or several.
+    ('other', lambda: resnet().state_dict(), 'conv1.weight'),
+    ('other-wrapped', lambda: {'model': DataParallel(resnet()).state_dict()}, 'conv1.weight'),
+    ('two', lambda: {'net': bare(), 'model': bare()}, 'more than one'),
     # What is no dict of tensors.
+    ('empty', dict, 'no tensors'),
+    ('optimizer', lambda: run()['optimizer'], 'no tensors'),
     ('list', lambda: [1, 2], 'list'),
     ('tensor', lambda: torch.zeros(3), 'Tensor'),
     ('params', lambda: {'params': 'no tensor'}, ''),
@@ -104,6 +116,7 @@ CONTENTS = [
     ('11-classes', lambda: within('network', num_classes=11), '11'),
     ('export', lambda: exported(network={**run()['network'], 'depth': 16}), 'group0'),
     ('export-names', lambda: exported(classes=list(range(10))), 'classes'),
+    ('export-index', lambda: exported(classes={str(i): i for i in range(10)}), 'classes'),
     ('rgb', lambda: within('preprocessing', channels=3), 'preprocessing'),
     ('size', lambda: within('preprocessing', size=3), 'size'),
     ('epoch', lambda: {**run(), 'epoch': 'four'}, 'four'),

@@ -6,11 +6,16 @@ from collections import OrderedDict
 import cv2
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import train
 from conftest import read_log
-from diracnet import Network, define_diracnet, fold
+from diracnet import DiracNet, Network, define_diracnet, fold
+from lab.data import datasets
+from lab.errors import UserError
+from lab.folded import load_folded
 from lab.runs import checkpoint
 from tools import predict
 
@@ -56,6 +61,7 @@ def layouts(digits_run, tmp_path):
         'flat': params,
         'module': OrderedDict(Network(*define_diracnet(16, 1, 'digits')).state_dict() | params),
         'folded': OrderedDict(fold(params)),
+        'wrapped': {'net': {f'module.{key}': params[key] for key in params}, 'acc': 97.5},
     }
     paths = {'run': digits_run}
     for name, content in contents.items():
@@ -139,3 +145,115 @@ def test_options_of_another_network(use, option, value, short_run, refused):
     """The line has the flags that fit."""
     fits = '--model diracnet --depth 10 --width 1 --dataset digits'
     refused(2, [option, value, fits], train.main, use, short_run, option, value)
+
+
+# --- state dicts as people save them ---------------------------------------------------------
+
+
+class Task(nn.Module):
+    """A network within another module, as in Lightning."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.model = net
+
+
+def zeros(net):
+    return {key: torch.zeros_like(tensor) for key, tensor in net.state_dict().items()}
+
+
+WRAPPED = {
+    'DataParallel': lambda net: nn.DataParallel(net).state_dict(),
+    'compile': lambda net: torch.compile(net).state_dict(),
+    'both': lambda net: nn.DataParallel(torch.compile(net)).state_dict(),
+    'AveragedModel': lambda net: AveragedModel(net).state_dict(),
+    'net': lambda net: {'net': net.state_dict(), 'epoch': 3, 'optimizer': OPTIMIZER},
+    'model': lambda net: {'model': net.state_dict(), 'loss': torch.tensor(0.1)},
+    'model_state_dict': lambda net: {'model_state_dict': net.state_dict(), 'acc': 97.5},
+    'nested': lambda net: {'model': {'state_dict': net.state_dict()}},
+    'Lightning': lambda net: {'state_dict': Task(net).state_dict(), 'loops': {}},
+    'a name': lambda net: {'state_dict': net.state_dict(), 'model': 'diracnet', 'net': {}},
+    'averages alone': lambda net: {'model_ema': AveragedModel(net).state_dict()},
+    'averages beside': lambda net: {'state_dict': net.state_dict(), 'state_dict_ema': zeros(net)},
+    'parameters': lambda net: dict(net.named_parameters()) | dict(net.named_buffers()),
+}
+
+
+@pytest.mark.parametrize('folded', [False, True])
+@pytest.mark.parametrize('kind', WRAPPED)
+def test_a_wrapped_network_is_unwrapped(kind, folded, tmp_path):
+    net = DiracNet(10, 0.5, 'digits') if folded else Network(*define_diracnet(10, 0.5, 'digits'))
+    expected = net.state_dict()  # DataParallel may move the network to a GPU
+    torch.save(WRAPPED[kind](net), tmp_path / 'net.pth')
+    loaded = checkpoint.load(tmp_path / 'net.pth')
+    assert loaded.folded is folded and loaded.params.keys() == expected.keys()
+    assert all(torch.equal(loaded.params[key], tensor) for key, tensor in expected.items())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_weights_beside_floats_become_floats(dtype, tmp_path):
+    _, params = define_diracnet(10, 0.5, 'digits')
+    short = {
+        key: t.detach() if 'running' in key else t.detach().to(dtype) for key, t in params.items()
+    }
+    torch.save(short, tmp_path / 'half.pth')
+    loaded = checkpoint.load(tmp_path / 'half.pth')
+    assert loaded.dtype is torch.float32
+    assert all(torch.equal(loaded.params[key], tensor.float()) for key, tensor in short.items())
+
+
+def test_safetensors(digits_run, tmp_path, refused):
+    """The network of a run, and what is refused as in other files."""
+    safetensors = pytest.importorskip('safetensors.torch')
+    run, path = checkpoint.load(digits_run), tmp_path / 'net.safetensors'
+    safetensors.save_file({f'module.{key}': run.params[key] for key in run.params}, path)
+    loaded = checkpoint.load(path)
+    assert loaded.params.keys() == run.params.keys() and loaded.network['depth'] == 16
+    assert all(torch.equal(tensor, run.params[key]) for key, tensor in loaded.params.items())
+    path.write_bytes(path.read_bytes()[:-1])
+    refused(1, path, train.main, '--evaluate', path)
+    safetensors.save_file({**run.params, 'fc.bias': torch.full((10,), torch.nan)}, path)
+    refused(1, [path, 'fc.bias'], train.main, '--evaluate', path)
+
+
+# --- state dicts of one's own images ---------------------------------------------------------
+
+
+@pytest.mark.parametrize('n_classes', [2, 3, 10])
+@pytest.mark.parametrize('form, depth', [('cifar', 10), ('imagenet', 18)])
+def test_a_bare_state_dict_fits_a_folder(
+    form, depth, n_classes, image_folder, tmp_path, call, refused
+):
+    """The folder has two classes."""
+    f, params = define_diracnet(depth, 0.125, 'folder', num_classes=n_classes, form=form)
+    path = tmp_path / 'own.pth'
+    torch.save({key: tensor.detach() for key, tensor in params.items()}, path)
+    folder = ('--dataset', 'folder', '--dataroot', image_folder)
+    evaluate = (train.main, '--evaluate', path, '--image_size', 64, '--device', 'cpu', *folder)
+    if n_classes != 2:
+        refused(1, [path, f'{n_classes} instead of 2'], *evaluate)
+        with pytest.raises(UserError, match='own.pth'):
+            load_folded(checkpoint.load(path), 'folder', image_folder)
+        return
+    data = datasets.load('folder', image_folder, form=form, image_size=64)
+    [(inputs, targets)] = data.batches(False, batch_size=6)
+    loss = F.cross_entropy(f(inputs, params, False), targets).item()
+    result = call(*evaluate)
+    assert result.status == 0, result.err
+    assert json.loads(result.out.removeprefix('json_stats: '))['test_loss'] == pytest.approx(loss)
+    network = load_folded(checkpoint.load(path), 'folder', image_folder)
+    assert network.preprocessing == datasets.load('folder', image_folder, form=form).preprocessing
+    predicts = (predict.main, path, image_folder / 'val', '--dataset', 'folder')
+    if form == 'cifar':  # the mean and std of its training images are not in the file
+        refused(1, path, *predicts)
+    else:
+        assert call(*predicts).status == 0
+
+
+def test_another_data_set_has_other_classes(tmp_path, refused):
+    path = tmp_path / 'own.pth'
+    torch.save(DiracNet(10, 0.5, 'CIFAR10', num_classes=3).state_dict(), path)
+    for options, n in (((), 10), (('--dataset', 'CIFAR100'), 100)):
+        refused(2, [path, '3 classes', str(n)], train.main, '--evaluate', path, *options)
+    fits = '--dataset folder --form cifar fits'
+    refused(2, [path, fits], train.main, '--evaluate', path, '--dataset', 'digits')

@@ -167,7 +167,14 @@ def recognize(params):
         model, prefix = 'diracnet-v1' if is_dirac or folded else 'plain-ncrelu', ''
     else:
         model, prefix = 'diracnet' if is_dirac else 'plain', 'features.' if folded else ''
-    network = read_network(params, prefix)
+    try:
+        network = read_network(params, prefix)
+    except ValueError as error:
+        names = ', '.join(list(params)[:3])
+        raise ValueError(
+            f'{error}, but those of another network ({names}, ...); without the options of a run, '
+            'only DiracNets and plain chains are recognized'
+        ) from None
     shape = (network['form'], network['in_channels'], network['num_classes'])
     fitting = [name for name in DATASETS if DATASETS[name] == shape]
     fallback = 'ImageNet' if network['form'] == 'imagenet' else 'CIFAR10'

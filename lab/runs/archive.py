@@ -1,4 +1,5 @@
-"""Reading a file that torch.save wrote, without trusting it: no code runs, checksums must fit."""
+"""Reading a file that torch.save or safetensors wrote, without trusting it: no code runs, the
+checksums of torch.save must fit (safetensors has none)."""
 
 import errno
 import os
@@ -16,15 +17,15 @@ REFUSED = 'GLOBAL |Can only (create|build)|unrecognized function'
 
 
 class BrokenFile(UserError):
-    """A file that is missing, damaged, or not from torch.save."""
+    """A file that is missing, damaged, or of another kind."""
 
 
 def read_archive(path):
-    """The content of a file in PyTorch's zip format or in its older format.
+    """The content of a file in PyTorch's zip format, in its older format, or of safetensors.
 
     Raises:
-        BrokenFile: the file is missing, truncated or damaged, or not from torch.save.
-        UserError: loading the file could run code.
+        BrokenFile: the file is missing, truncated or damaged, or of another kind.
+        UserError: loading the file could run code, or needs a package that is not installed.
     """
     try:
         size_of(path)
@@ -33,8 +34,11 @@ def read_archive(path):
             if is_zipfile(file):
                 _check_zip(file)
             file.seek(0)
+            if file.read(9)[8:] == b'{':  # after the length of its header, which is JSON
+                return _read_safetensors(file)
+            file.seek(0)
             return torch.load(file, map_location='cpu', weights_only=True)
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # there are many types for truncated or random files
         if re.search(REFUSED, str(error)):
@@ -45,9 +49,20 @@ def read_archive(path):
         reason = getattr(error, 'strerror', None) or type(error).__name__
         raise BrokenFile(
             f'{path} cannot be read as a PyTorch checkpoint ({reason}): it may be truncated, '
-            'damaged or of another kind; pass a run folder, a .pth file, digits or fashion (only '
-            'tools.predict reads .onnx)'
+            'damaged or of another kind; pass a run folder, a .pth or .safetensors file, digits or '
+            'fashion (only tools.predict reads .onnx)'
         ) from None
+
+
+def _read_safetensors(file):
+    try:
+        from safetensors.torch import load
+    except ImportError:
+        raise UserError(
+            f'{file.name} is a file of safetensors: install the package safetensors to read it'
+        ) from None
+    file.seek(0)
+    return load(file.read())
 
 
 def _check_zip(file):

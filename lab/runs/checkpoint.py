@@ -19,8 +19,9 @@ The one before it is kept as `previous.pt7`, and loaded if the newest is missing
 Two other kinds of files load, too:
 
     an export   state_dict, network, classes and preprocessing: a .pth of tools.export
-    a bare one  tensors, alone or under `params` or `state_dict`; published files have the running
-                statistics under `stats`. The network is recognized by its tensors.
+    a bare one  tensors, alone or under a name in CONTAINERS, as torch.save or safetensors wrote
+                them; published files have the running statistics under `stats`. The network is
+                recognized by its tensors.
 
 Reading a file checks its tensors. What else it holds is checked where it is used, see `refusing`.
 """
@@ -28,8 +29,10 @@ Reading a file checks its tensors. What else it holds is checked where it is use
 import contextlib
 import io
 import os
+import re
 import sys
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -44,6 +47,14 @@ from lab.runs.archive import BrokenFile, read_archive
 
 FILE_NAME, PREVIOUS = 'model.pt7', 'previous.pt7'
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HALVES = {torch.float16, torch.bfloat16}
+# Under which names people save the tensors of a network, or, if there are none of these, its moving
+# averages.
+CONTAINERS = ('params', 'state_dict', 'model_state_dict', 'model', 'net', 'module')
+AVERAGES = ('ema', 'model_ema', 'state_dict_ema', 'ema_state_dict')
+# What other code adds: identities of the original's files (eye64_64_3_3), torchvision's counts of
+# batches, AveragedModel's count of averages.
+ADDED = re.compile(r'eye.*|(.*\.)?(num_batches_tracked|n_averaged)')
 # What the networks in weights/ are called: as their files, or as their data sets.
 TRAINED_NAMES = {
     name: dataset
@@ -88,7 +99,7 @@ class Checkpoint:
     def averaged(self):
         """The checkpoint with the moving averages of --ema as its params. Raises UserError."""
         if not self.ema:
-            raise UserError(f'{self.path} has no moving averages: it was trained without --ema')
+            raise UserError(f'{self.path} has no moving averages that train.py --ema wrote')
         return replace(self, params=self.ema)
 
     @property
@@ -130,12 +141,19 @@ class Checkpoint:
         """The options model, depth, width, dataset, ... of its network. Raises OptionError if one
         in `cli_options` contradicts them.
 
-        A bare state dict fits every data set with its form, channels and classes; `cli_options` may
-        choose among them.
+        A bare state dict fits every data set with its form, channels and classes, and a folder of
+        images in both forms; `cli_options` may choose among them.
         """
         network = {**registry.own_options(self.network['model']), **self.network}
         dataset = cli_options.get('dataset', network['dataset'])
-        if not self.preprocessing and DATASETS[dataset] == DATASETS[network['dataset']]:
+        form, channels, classes = DATASETS[dataset]
+        has_form = dataset == 'folder' or form == network['form']
+        if has_form and channels == network['in_channels'] and not self.preprocessing:
+            if classes not in (None, network['num_classes']):
+                raise OptionError(
+                    f'{self.path} has {network["num_classes"]} classes, but {dataset} has '
+                    f'{classes}: name its data set with --dataset'
+                )
             network['dataset'] = dataset
         names = registry.network_option_names(network['model'])
         for name in names:
@@ -149,6 +167,8 @@ class Checkpoint:
 
 def network_flags(network):
     """The options of train.py that define a network, as on a command line."""
+    if DATASETS[network['dataset']][2] not in (None, network['num_classes']):
+        network = {**network, 'dataset': 'folder'}  # the recognized one has other classes
     names = [name for name in registry.network_option_names(network['model']) if name in network]
     if network['dataset'] != 'folder':
         names.remove('form')  # the data set determines it
@@ -222,27 +242,43 @@ def _read_fields(content):
     fields['options'] = dict(fields.get('options', {}))
     check_metadata(network, fields.get('classes'), fields.get('preprocessing'))
     if 'ema' in fields:
-        _check_tensors(fields['ema'])
+        fields['ema'] = _sound_tensors(fields['ema'])
         registry.check_shapes(fields['ema'], params)
     return {**fields, 'params': params, 'folded': folded, 'network': network}
 
 
 def _read_params(content):
-    """The tensors of the network, without what other code adds: the identities of the original's
-    files (eye64_64_3_3), and torchvision's counts of batches."""
-    params = content.get('params', content.get('state_dict', content))
-    params = {
-        key: tensor
-        for key, tensor in {**params, **content.get('stats', {})}.items()
-        if not key.startswith('eye') and not key.endswith('.num_batches_tracked')
-    }
-    _check_tensors(params)
-    return params
+    """The tensors of the network, by their names in it, without what other code adds."""
+    found = _state_dicts(content)
+    if len(found) > 1:
+        raise ValueError('it holds more than one network: save a file with one of them')
+    statistics = content.get('stats', {}) if 'params' in content else {}
+    tensors = {**(found[0] if found else {}), **statistics}
+    tensors = {key: tensor for key, tensor in tensors.items() if not ADDED.fullmatch(key)}
+    if not tensors:
+        raise ValueError(f'it holds no tensors, alone or under {", ".join(CONTAINERS)}')
+    # What wraps a network puts a name before all keys: module., _orig_mod., model. The keys of a
+    # network alone share no beginning: it has a conv and an fc.
+    shared = os.path.commonprefix(list(tensors))
+    wrapper = shared[: shared.rfind('.') + 1]
+    return _sound_tensors({key.removeprefix(wrapper): t for key, t in tensors.items()})
 
 
-def _check_tensors(tensors):
-    """Raise an error unless these are dense tensors of finite real numbers, all of one type, and no
-    variance is negative."""
+def _state_dicts(content, levels=2):
+    """The dicts of tensors in a dict as people save it: those that it holds under the usual names,
+    or else itself."""
+    names = AVERAGES if content.keys().isdisjoint(CONTAINERS) else CONTAINERS
+    inner = [content[name] for name in names if isinstance(content.get(name), dict)]
+    found = [tensors for d in inner if levels for tensors in _state_dicts(d, levels - 1)]
+    if not found and any(isinstance(value, torch.Tensor) for value in content.values()):
+        found = [content]
+    return found
+
+
+def _sound_tensors(tensors):
+    """These tensors, in the widest of their types: weights may be half beside float statistics.
+    Raise an error unless they are dense tensors of finite real numbers, no variance is negative,
+    and no other types are mixed."""
     for key, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f'{key} is not a tensor, but of the type {type(tensor).__name__}')
@@ -254,9 +290,11 @@ def _check_tensors(tensors):
             raise ValueError(f'{key} is not finite')
         if key.endswith('running_var') and (tensor < 0).any():
             raise ValueError(f'{key} has negative values')
-    types = {str(tensor.dtype) for tensor in tensors.values()}
-    if len(types) > 1:
-        raise ValueError(f'its tensors have different types: {", ".join(sorted(types))}')
+    types = {tensor.dtype for tensor in tensors.values()}
+    if len(types - HALVES) > 1:
+        raise ValueError(f'its tensors have different types: {", ".join(sorted(map(str, types)))}')
+    widest = reduce(torch.promote_types, types)
+    return {key: tensor.detach().to(widest) for key, tensor in tensors.items()}
 
 
 def _read_network(stated, params, folded):
@@ -274,7 +312,9 @@ def check_metadata(network, classes, preprocessing):
     """Raise an error unless the names of classes and the preprocessing, each None if unknown, fit
     the outputs and inputs of a network."""
     outputs, channels = network['num_classes'], network['in_channels']
-    if classes is not None and [type(name) for name in classes] != [str] * outputs:
+    if classes is not None and (
+        not isinstance(classes, (list, tuple)) or [*map(type, classes)] != [str] * outputs
+    ):
         raise ValueError(f'its classes are not the names of {outputs} classes')
     if preprocessing is not None:
         read = Preprocessing.from_dict(preprocessing)

@@ -67,14 +67,12 @@ def check_classes(data, checkpoint, options):
                 f'{checkpoint.path} has images of {stored} pixels, but {options["dataset"]} has '
                 f'{size}'
             )
-    if not checkpoint.classes:
-        return
-    theirs, ours = (
-        readable(list(names), len(names)) for names in (checkpoint.classes, data.classes)
-    )
-    if theirs != ours:
-        difference = f'{len(theirs)} instead of {len(ours)}'
-        if len(theirs) == len(ours):
+    n = checkpoint.network['num_classes']
+    ours = readable(list(data.classes), len(data.classes))
+    theirs = readable(list(checkpoint.classes), n) if checkpoint.classes else None
+    if n != len(ours) or theirs not in (None, ours):
+        difference = f'{n} instead of {len(ours)}'
+        if n == len(ours):
             pairs = ((a, b) for a, b in zip(theirs, ours) if a != b)
             difference = '{} instead of {}'.format(*map(printable, next(pairs)))
         raise UserError(
