@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+import torch.nn.functional as F
 
 import diracnet
 from diracnet import DiracNet, define_diracnet
@@ -128,6 +129,49 @@ def fold(model, params):
     """
     check(model in FOLDS, f'--model {model} does not fold; only {", ".join(FOLDS)} do')
     return FOLDS[model][0](params)
+
+
+@torch.no_grad()
+def why_unfoldable(network):
+    """Why the network with these arguments of `define` does not fold; '' if it does.
+
+    An option of its own may make a model compute what its fold does not. A small network with new
+    parameters is therefore compared with its folded one.
+    """
+    model = network['model']
+    if model not in FOLDS:
+        return f'--model {model} does not fold; only {", ".join(FOLDS)} do'
+    with torch.random.fork_rng(devices=[]):
+        f, params = _define_small(network)
+        params = {  # what begins as 0 or 1 must count, too
+            key: tensor.double() + torch.rand_like(tensor.double()) / 10
+            for key, tensor in params.items()
+        }
+    size, channels = 64 if form_of(network) == 'imagenet' else 8, params['conv'].shape[1]
+    images = torch.linspace(-20, 20, 2 * channels * size**2, dtype=torch.double).sin()
+    images = images.view(2, channels, size, size)
+
+    def norm(*args, momentum, **options):  # sets the running statistics to those of the images
+        return F.batch_norm(*args, momentum=1, **options)
+
+    f(images, params, True, norm=norm)
+    expected = f(images, params, False)
+    error = (folded_module(model, fold(model, params))(images) - expected).abs().max()
+    if error <= 1e-6 * expected.abs().max():
+        return ''
+    own = own_options(model)
+    flags = ' '.join(f'--{name} {network.get(name, own[name])}' for name in own)
+    return f'its folded network would compute something else than --model {model} {flags}'.strip()
+
+
+def _define_small(network):
+    """f, params of a network with as many layers and channels, or fewer if there are many."""
+    depth, width = network['depth'], network['width']
+    few = {'depth': min(depth, 36 + depth % 6), 'width': min(width, 0.25)}
+    try:
+        return define(**{**network, **few})
+    except ValueError:  # this model has other depths
+        return define(**network)
 
 
 def folded_module(model, folded):
