@@ -13,7 +13,7 @@ from lab.models import registry
 from lab.models.plain import plain_conv_params
 from lab.models.registry import (
     CHAINS,
-    FOLDABLE,
+    FOLDS,
     MODELS,
     VERSION_1,
     define,
@@ -55,7 +55,7 @@ def test_parameter_counts(model, depth, width, dataset, expected):
 @pytest.mark.parametrize('model', MODELS)
 def test_fold(model):
     f, params = define(model, 14 if model.startswith('resnet') else 10, 1, 'digits')
-    if model not in FOLDABLE:
+    if model not in FOLDS:
         with pytest.raises(ValueError, match=model):
             fold(model, params)
         return

@@ -31,7 +31,6 @@ FOLDS = {  # the function that folds a model's params, and the module of what it
     **dict.fromkeys(VERSION_1, (fold_v1, DiracNetV1)),
     'repvgg': (fold_repvgg, DiracNet),
 }
-FOLDABLE = tuple(FOLDS)
 SCALES = ('bn_init', 'alpha', 'beta')  # the options of diracparams.initialize_scales
 
 
@@ -121,7 +120,7 @@ def fold(model, params):
     """The folded state dict of a model.
 
     Args:
-        model: a name in FOLDABLE.
+        model: a name in FOLDS.
         params: its flat dict of params.
 
     Raises:
