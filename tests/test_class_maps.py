@@ -27,7 +27,7 @@ def random_folded(model, dataset, depth):
 @torch.no_grad()
 @pytest.mark.parametrize(
     'model, dataset, depth, size, map_size',
-    [(model, 'CIFAR10', 10, (32, 32), (8, 8)) for model in registry.FOLDABLE]
+    [(model, 'CIFAR10', 10, (32, 32), (8, 8)) for model in registry.FOLDS]
     + [('diracnet', 'ImageNet', 18, (96, 64), (3, 2))],
 )
 def test_maps_add_up_to_the_logits(model, dataset, depth, size, map_size):

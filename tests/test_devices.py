@@ -21,7 +21,7 @@ from lab import cuda, distributed
 from lab.data import datasets
 from lab.device import DTYPES
 from lab.models import registry
-from lab.models.registry import FOLDABLE, MODELS, define
+from lab.models.registry import FOLDS, MODELS, define
 from lab.runs import checkpoint
 from lab.training.optimizers import make_optimizer
 from test import randomized, relative_error
@@ -61,7 +61,7 @@ def test_a_step_of_every_model(model, device):
             assert (tensor - expected[name]).abs().max() <= limit * scale, (name, dtype)
 
 
-@pytest.mark.parametrize('model', FOLDABLE)
+@pytest.mark.parametrize('model', FOLDS)
 def test_folds(model, device):
     f, params = network(model)
     expected = f(IMAGES, {key: tensor.double() for key, tensor in params.items()}, False)

@@ -1,11 +1,19 @@
 """lab/models/registry.py: every model by name, defined, folded, and recognized by its tensors."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 
+import diracnet
+from diracparams import chain_params, make_architecture
+from lab.errors import UserError
+from lab.models import registry
+from lab.models.plain import plain_conv_params
 from lab.models.registry import (
     CHAINS,
-    FOLDABLE,
+    FOLDS,
     MODELS,
     VERSION_1,
     define,
@@ -14,7 +22,9 @@ from lab.models.registry import (
     recognize,
     shapes,
 )
+from lab.runs import checkpoint
 from test import constants, count_learned, randomized, relative_error
+from tools import export, predict, propagation
 
 RECOGNIZED = (*CHAINS, *VERSION_1)
 
@@ -45,7 +55,7 @@ def test_parameter_counts(model, depth, width, dataset, expected):
 @pytest.mark.parametrize('model', MODELS)
 def test_fold(model):
     f, params = define(model, 14 if model.startswith('resnet') else 10, 1, 'digits')
-    if model not in FOLDABLE:
+    if model not in FOLDS:
         with pytest.raises(ValueError, match=model):
             fold(model, params)
         return
@@ -116,3 +126,75 @@ def test_the_params_of_another_model_do_not_fold(model, other):
     """Folding a part of them alone would make another network."""
     with pytest.raises(ValueError):
         fold(model, define(other, 20 if other == 'resnet' else 10, 0.25, 'digits')[1])
+
+
+# --- a model of one's own ----------------------------------------------------------------------
+
+
+def define_own(depth, width, dataset, *, slope=0.0, dropout=0.0, scaled=False, **choices):
+    """A plain chain with the tensors of plain, unless it is scaled."""
+
+    def block(x, params, name, mode, norm):
+        x = F.dropout(F.leaky_relu(x, slope), dropout, mode)
+        x = F.conv2d(x, params[f'{name}.conv'], padding=1) * params.get(f'{name}.scale', 1)
+        return diracnet.batch_norm(x, params, f'{name}.bn', mode, norm)
+
+    architecture = make_architecture(depth, width, dataset, **choices)
+    params = chain_params(architecture, plain_conv_params)
+    if scaled:
+        params |= {f'{name}.scale': torch.full((), 2.0) for name in architecture.blocks}
+    return partial(diracnet.chain, architecture, block=block), params
+
+
+def define_shared(depth, width, dataset, **choices):
+    """All layers have one convolution. Its name is one of a folded network."""
+    params = {'features.conv': torch.randn(1, 1, 3, 3) / 9, 'head.weight': torch.randn(10, 1)}
+
+    def f(inputs, params, mode, norm=F.batch_norm):
+        for _ in range(depth):
+            inputs = F.conv2d(inputs, params['features.conv'], padding=1)
+        return F.linear(inputs.mean((2, 3)), params['head.weight'])
+
+    return f, params
+
+
+def load_own(path, **options):
+    """The Checkpoint of a model called own, and its logits for `images`."""
+    network = {'model': 'own', 'depth': 10, 'width': 0.25, 'dataset': 'digits', **options}
+    network |= {'num_classes': 10, 'in_channels': 1}
+    f, params = define(**network)
+    params = constants(randomized(params))
+    torch.save({'params': params, 'network': network}, path)
+    images = torch.randn(5, 1, 8, 8)
+    return checkpoint.load(path), images, f(images, params, False)
+
+
+@pytest.mark.parametrize('definition', [partial(define_own, slope=0.1), define_shared])
+def test_a_checkpoint_is_of_the_model_that_it_names(definition, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, 'own', definition)
+    loaded, images, logits = load_own(tmp_path / 'own.pt7')
+    assert loaded.network['model'] == 'own' and not loaded.folded
+    assert torch.equal(loaded.module()(images), logits)
+    with pytest.raises(UserError, match='own'):
+        loaded.fold()
+
+
+@pytest.mark.parametrize('options', [{}, {'slope': 0.0}, {'dropout': 0.5}])
+def test_options_with_which_a_model_folds(options, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, 'own', define_own)
+    monkeypatch.setitem(registry.FOLDS, 'own', registry.FOLDS['plain'])
+    loaded, images, logits = load_own(tmp_path / 'own.pt7', **options)
+    assert relative_error(loaded.fold()(images), logits) <= 1e-5
+
+
+@pytest.mark.parametrize('options', [{'slope': 0.1}, {'scaled': True}])
+def test_options_with_which_a_model_does_not_fold(options, tmp_path, refused, monkeypatch):
+    monkeypatch.setitem(MODELS, 'own', define_own)
+    monkeypatch.setitem(registry.FOLDS, 'own', registry.FOLDS['plain'])
+    monkeypatch.setattr(propagation, 'MODELS', ('own',))
+    path = tmp_path / 'own.pt7'
+    loaded, images, logits = load_own(path, **options)
+    assert torch.equal(loaded.module()(images), logits)
+    refused(1, 'own', predict.main, path, tmp_path, '--dataset', 'digits')
+    refused(1, 'own', export.main, path, tmp_path / 'own.pth', '--dataset', 'digits')
+    assert 'own' in propagation.why_unmeasurable(loaded.network)

@@ -95,7 +95,7 @@ def test_other_models(model, tmp_path, call):
         expected -= {'Signal over depth'}
     assert page.headings == expected
     [width] = {p.shape[1] for alt, p in page.pictures.items() if 'truly' in alt}
-    assert width == (448 if model in registry.FOLDABLE else 224)  # with a map, or without
+    assert width == (448 if model in registry.FOLDS else 224)  # with a map, or without
 
 
 def test_without_the_data(digits_run, tmp_path, call):

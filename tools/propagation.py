@@ -36,6 +36,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from diracnet import relu
+from diracparams import check
 from lab.data import datasets
 from lab.errors import OneLineParser, OptionError, UserError, printable, run
 from lab.files import path_argument, write_output
@@ -73,12 +75,23 @@ class Chain:
 def read_run(folder):
     """The Chain of a run. Raises UserError."""
     newest = load(folder)
-    if not newest.is_run or newest.network['model'] not in MODELS:
-        raise UserError(f'{folder} is not a run of a chain ({", ".join(MODELS)})')
+    reason = why_unmeasurable(newest.network) if newest.is_run else 'it is no run'
+    if reason:
+        raise UserError(f'{folder} cannot be measured: {reason}')
     kept = [load(path) for path in Path(folder).glob('epoch*.pt7')]
     checkpoints = [untrained(newest.options, newest.network), *kept, newest]
     by_epoch = {checkpoint.epoch: checkpoint for checkpoint in checkpoints}
     return Chain(newest.options, dict(sorted(by_epoch.items())), read_log(folder))
+
+
+def why_unmeasurable(network):
+    """Why the network with these arguments of `registry.define` cannot be measured; '' if it can.
+
+    Only what folds has the activations that are measured.
+    """
+    if network['model'] not in MODELS:
+        return f'it is none of {", ".join(MODELS)}'
+    return registry.why_unfoldable(network)
 
 
 def define_untrained(text, dataroot=None):
@@ -86,9 +99,9 @@ def define_untrained(text, dataroot=None):
     try:
         options = complete(parse(shlex.split(text)))
         check_combination(options)
-        if options['model'] not in MODELS:
-            raise OptionError(f'--untrained {text} is none of {", ".join(MODELS)}')
         network = network_arguments(options, load_data(options, dataroot))
+        reason = why_unmeasurable(network)
+        check(not reason, reason)
         return Chain(options, {0: untrained(options, network)})
     except ValueError as error:  # an open quote, an impossible depth
         raise OptionError(f'--untrained {text} cannot be used: {error}') from None
@@ -164,9 +177,9 @@ def measure(checkpoint, images, targets):
         output = F.batch_norm(*args, **kwargs)  # (N, C, H, W)
         layer = next(layers)
         if layer == 1:
-            stem = output.detach().relu()  # a copy: the next ReLU works in place
+            stem = relu(output.detach().clone())  # the next ReLU works in place
         if layer in rows:
-            row, values = rows[layer], output.detach().relu()
+            row, values = rows[layer], relu(output.detach().clone())
             units = ncrelu(output.detach()) if version_1 else values
             row['active'] = units.count_nonzero().item() / output.numel()
             row['neighbour'] = neighbour_accuracy(units, targets)

@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+import torch.nn.functional as F
 
 import diracnet
 from diracnet import DiracNet, define_diracnet
@@ -30,7 +31,6 @@ FOLDS = {  # the function that folds a model's params, and the module of what it
     **dict.fromkeys(VERSION_1, (fold_v1, DiracNetV1)),
     'repvgg': (fold_repvgg, DiracNet),
 }
-FOLDABLE = tuple(FOLDS)
 SCALES = ('bn_init', 'alpha', 'beta')  # the options of diracparams.initialize_scales
 
 
@@ -120,7 +120,7 @@ def fold(model, params):
     """The folded state dict of a model.
 
     Args:
-        model: a name in FOLDABLE.
+        model: a name in FOLDS.
         params: its flat dict of params.
 
     Raises:
@@ -128,6 +128,61 @@ def fold(model, params):
     """
     check(model in FOLDS, f'--model {model} does not fold; only {", ".join(FOLDS)} do')
     return FOLDS[model][0](params)
+
+
+def why_unfoldable(network):
+    """Why the network with these arguments of `define` does not fold; '' if it does.
+
+    An option of its own may make a model compute what its fold does not.
+    """
+    model, own = network['model'], own_options(network['model'])
+    if model not in FOLDS:
+        return f'--model {model} does not fold; only {", ".join(FOLDS)} do'
+    try:
+        if _fold_error(network) <= 1e-6:  # a right fold is off by 1e-9
+            return ''
+    except ValueError as error:
+        return str(error)
+    flags = ''.join(f' --{name} {network.get(name, own[name])}' for name in own)
+    return f'--model {model}{flags} computes what its folded network does not'
+
+
+@torch.no_grad()
+def _fold_error(network):
+    """How much a small network with new parameters and its folded one differ, relative to the
+    largest logit."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        f, params = _define_small(network)
+        params = {  # what begins as 0 or 1 must count, too
+            key: tensor.double() + torch.rand_like(tensor.double()) / 10
+            for key, tensor in params.items()
+        }
+    size = 64 if form_of(network) == 'imagenet' else 8
+    channels = network.get('in_channels') or DATASETS[network['dataset']][1]
+    images = torch.linspace(-20, 20, 2 * channels * size**2, dtype=torch.double).sin()
+    images = images.view(2, channels, size, size)
+
+    def norm(x, mean, var, weight, bias, eps, **_):  # keeps the statistics of these images
+        for running, batch in zip((var, mean), torch.var_mean(x, (0, 2, 3), correction=0)):
+            running.copy_(batch)
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    f(images, params, True, norm=norm)
+    expected = f(images, params, False)
+    folded = folded_module(network['model'], fold(network['model'], params))
+    return ((folded(images) - expected).abs().max() / expected.abs().max()).item()
+
+
+def _define_small(network):
+    """f, params of a network with fewer layers and channels, if it has many: rounding errors grow
+    with the layers."""
+    depth, width = network['depth'], network['width']
+    few = {'depth': min(depth, 36 + depth % 6), 'width': min(width, 0.25)}
+    try:
+        return define(**{**network, **few})
+    except ValueError:  # this model has other depths
+        return define(**network)
 
 
 def folded_module(model, folded):

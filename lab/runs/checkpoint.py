@@ -118,17 +118,14 @@ class Checkpoint:
     @property
     def dtype(self):
         """The type of all its tensors."""
-        return self.params['fc.weight'].dtype
+        return next(iter(self.params.values())).dtype
 
     def fold(self):
         """The folded module in evaluation mode. Raises UserError if the network does not fold, or
         if a folded tensor is not finite."""
-        model = self.network['model']
-        if model not in registry.FOLDABLE:
-            raise UserError(
-                f'{self.path} cannot be folded: it is from --model {model}, and only '
-                f'{", ".join(registry.FOLDABLE)} fold'
-            )
+        model, reason = self.network['model'], registry.why_unfoldable(self.network)
+        if reason:
+            raise UserError(f'{self.path} cannot be folded: {reason}')
         folded = self.params if self.folded else registry.fold(model, self.params)
         for key, tensor in folded.items():
             if not tensor.isfinite().all():
@@ -230,13 +227,12 @@ def _read_fields(content):
     if not isinstance(content, dict):
         raise ValueError(f'it holds a {type(content).__name__}')
     params = _read_params(content)
-    folded = registry.is_folded(params)
     names = ('classes', 'preprocessing', 'epoch')
     if 'network' in content:
         names += ('options', 'optimizer', 'scaler', 'ema', 'progress', 'log')
-        network = _read_network(content['network'], params, folded)
+        network, folded = _read_network(content['network'], params)
     else:
-        network = registry.recognize(params)
+        network, folded = registry.recognize(params), registry.is_folded(params)
     fields = {name: content[name] for name in names if content.get(name) is not None}
     fields['epoch'] = int(fields.get('epoch', 0))
     fields['options'] = dict(fields.get('options', {}))
@@ -297,15 +293,17 @@ def _sound_tensors(tensors):
     return {key: tensor.detach().to(widest) for key, tensor in tensors.items()}
 
 
-def _read_network(stated, params, folded):
-    """The arguments of `registry.define` for the network that a file states, whose tensors must be
-    these."""
+def _read_network(stated, params):
+    """The arguments of `registry.define` for the network that a file states, and whether its
+    tensors, which must be these, are folded."""
     network = {**stated, 'form': registry.form_of(stated)}
-    if network['depth'] > len(params):  # the names alone of its tensors could fill the memory
+    # The names alone of its tensors could fill the memory. Layers may share their tensors.
+    if network['depth'] > max(1000, len(params)):
         raise ValueError(f'its network has depth {network["depth"]}, but {len(params)} tensors')
     expected = registry.shapes(**network)
+    folded = params.keys() != expected.keys() and registry.is_folded(params)
     registry.check_shapes(params, registry.fold(network['model'], expected) if folded else expected)
-    return network
+    return network, folded
 
 
 def check_metadata(network, classes, preprocessing):

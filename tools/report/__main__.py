@@ -91,7 +91,7 @@ def describe(loaded, starts, dataroot):
         parts += [sections.confusion(tests), sections.accuracies(tests)]
         parts += [sections.mistakes(loaded, tests)]
     parts += [sections.filters(loaded.params), sections.scales(loaded.params)]
-    if tests and network['model'] in propagation.MODELS and not loaded.folded:
+    if tests and not loaded.folded and not propagation.why_unmeasurable(network):
         parts += [sections.signal(loaded, tests)]
     name = display_name(network['dataset'], loaded.options.get('dataroot', '.'))
     content = {

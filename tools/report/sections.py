@@ -10,7 +10,7 @@ import torch
 
 from lab.data.preprocessing import normalize
 from lab.folded import sample_pixels
-from lab.models.registry import FOLDABLE
+from lab.models.registry import why_unfoldable
 from tools.class_maps import class_maps, draw, encode_png
 from tools.figures import new_figure, style_of
 from tools.plot import draw_curves
@@ -92,7 +92,7 @@ def mistakes(checkpoint, tests):
     text += ' These are the mistakes of which the network is surest.'
     pixels, predicted = tests.pixels[surest], tests.predicted[surest]
     maps = [None] * len(surest)
-    if checkpoint.network['model'] in FOLDABLE:
+    if not why_unfoldable(checkpoint.network):
         text += ' Next to each is its class activation map: red speaks for the predicted class, '
         text += 'blue against it.'
         inputs = normalize(torch.from_numpy(pixels), tests.preprocessing)
@@ -111,8 +111,11 @@ def mistakes(checkpoint, tests):
 
 def filters(params):
     """The filters of the first convolution, each between its own extremes. Those for three channels
-    have colors; of other numbers of channels, the first is shown."""
-    weight = next(tensor for tensor in params.values() if tensor.ndim == 4).float().numpy()
+    have colors; of other numbers of channels, the first is shown. None without convolutions."""
+    weight = next((tensor for tensor in params.values() if tensor.ndim == 4), None)
+    if weight is None:
+        return None
+    weight = weight.float().numpy()
     columns = min(16, len(weight))
     rows = -(-len(weight) // columns)
     figure, axes = new_figure(rows, columns, 7.0 / columns, 7.0 / columns)
