@@ -11,11 +11,14 @@ weight; `fold()` turns one into the equivalent plain convolution.
 Source: Zagoruyko and Komodakis, arXiv 1706.00388, section 3. This file needs torch alone.
 """
 
-import inspect
+import functools
+from operator import index
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 ALPHA, BETA = 1.0, 0.1  # initial values of the learned scales, as in version 2 of the paper
 
@@ -24,8 +27,8 @@ ALPHA, BETA = 1.0, 0.1  # initial values of the learned scales, as in version 2 
 
 
 def textbook_dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -> Tensor:
-    """The weight of a Dirac convolution as the paper writes it, for readers, tests and traces; see
-    `dirac_weight`."""
+    """The weight of a Dirac convolution as the paper writes it, for readers, tests and all that
+    traces or transforms functions; see `dirac_weight`."""
     delta = dirac_delta(weight, groups)  # I
     norms = filter_norms(weight)  # ||W||
     return per_filter(alpha, weight) * delta + per_filter(beta / norms, weight) * weight
@@ -36,7 +39,8 @@ def dirac_delta(weight: Tensor, groups: int = 1) -> Tensor:
 
     If a group has more outputs than inputs, the remaining rows are zero.
     """
-    out, in_per_group, *kernel = weight.shape
+    # torch.jit.trace records sizes as tensors; ONNX needs the numbers.
+    out, in_per_group, *kernel = map(index, weight.shape)
     eye = torch.eye(out // groups, in_per_group, dtype=weight.dtype, device=weight.device)
     taps = eye.repeat(groups, 1).view(out, in_per_group, *[1] * len(kernel))
     # F.pad takes the zeros before and after, of the last dimension first.
@@ -72,9 +76,23 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
     To compute several ungrouped weights of one shape at once, concatenate them and make each a
     group.
     """
-    if torch.jit.is_tracing():  # a trace can be saved only without custom autograd functions
+    if has_torch_function((weight, alpha, beta)):  # in a graph of torch.fx, this is one node
+        tensors = (weight, alpha, beta)
+        return handle_torch_function(dirac_weight, tensors, *tensors, groups)
+    if _is_transformed():
         return textbook_dirac_weight(weight, alpha, beta, groups)
     return _FastDiracWeight.apply(weight, alpha, beta, groups)
+
+
+def _is_transformed():
+    """Whether torch records or transforms what is computed now. It cannot do either with
+    `_FastDiracWeight` in all cases."""
+    return (
+        torch.compiler.is_compiling()  # also torch.export, and the ONNX export that is based on it
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()  # torch.func: vmap, jacrev, ...
+        or forward_ad._current_level >= 0  # forward-mode derivatives
+    )
 
 
 # --- the layers ------------------------------------------------------------------------------
@@ -87,8 +105,13 @@ class DiracConv:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if 'plain_class' in vars(cls):  # a subclass of a layer has a signature of its own
-            cls.__signature__ = inspect.signature(cls.plain_class)  # help() shows torch's arguments
+        if 'plain_class' in vars(cls) and '__init__' not in vars(cls):
+
+            @functools.wraps(cls.plain_class.__init__)  # help() shows torch's arguments
+            def __init__(self, *args, **kwargs):
+                super(cls, self).__init__(*args, **kwargs)
+
+            cls.__init__ = __init__
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -136,20 +159,13 @@ class DiracConv:
             error_msgs.append(f'{prefix}delta is not the identity of this layer')
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        if not self.alpha.is_meta:
-            alpha, beta = self.alpha.detach().mean(), self.beta.detach().mean()
-            text += f', alpha={alpha:.3g}, beta={beta:.3g}'
-        return text
-
 
 class DiracConv1d(DiracConv, nn.Conv1d):
     """A 1-d convolution with the Dirac weight. Takes the arguments of `torch.nn.Conv1d`.
 
     Input (N, in, L), output (N, out, L'). Parameters: weight, bias, and alpha and beta, (out,)
     each. Do not apply weight decay to alpha and beta: both would collapse to zero (paper,
-    section 3). The repr shows their means.
+    section 3).
     """
 
     plain_class = nn.Conv1d
@@ -240,8 +256,6 @@ def split_weight(weight: Tensor, groups: int = 1) -> tuple[Tensor, Tensor, Tenso
 class _FastDiracWeight(torch.autograd.Function):
     """`textbook_dirac_weight` without a delta in memory, and with a backward pass by hand, which
     reads the weight fewer times than autograd's."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight, alpha, beta, groups):

@@ -95,17 +95,17 @@ def dirac_weights(architecture: Architecture, params: Params) -> Params:
     The weights of all blocks of one shape are computed together, which is faster: they are the
     groups of one large weight.
     """
-    names_by_shape, weights = {}, {}
-    for name in architecture.blocks:
+    names_by_channels, weights = {}, {}
+    for name, *channels in sum(architecture.groups, []):
         if f'{name}.alpha' in params or f'{name}.beta' in params:
-            names_by_shape.setdefault(params[f'{name}.conv'].shape, []).append(name)
-    for shape, names in names_by_shape.items():
+            names_by_channels.setdefault(tuple(channels), []).append(name)
+    for (_, out), names in names_by_channels.items():
         stacked = [
             torch.cat([params[f'{name}.{part}'] for name in names])
             for part in ('conv', 'alpha', 'beta')
         ]
-        effective = dirac_weight(*stacked, groups=len(names)).split(shape[0])
-        weights.update(zip((f'{name}.conv' for name in names), effective))
+        effective = dirac_weight(*stacked, groups=len(names)).split(out)
+        weights.update({f'{name}.conv': effective[i] for i, name in enumerate(names)})
     return weights
 
 
