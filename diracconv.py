@@ -41,8 +41,10 @@ def dirac_delta(weight: Tensor, groups: int = 1) -> Tensor:
     """
     # torch.jit.trace records sizes as tensors; ONNX needs the numbers.
     out, in_per_group, *kernel = map(index, weight.shape)
-    eye = torch.eye(out // groups, in_per_group, dtype=weight.dtype, device=weight.device)
-    taps = eye.repeat(groups, 1).view(out, in_per_group, *[1] * len(kernel))
+    # Not torch.eye, which torch.export cannot decompose for more than 255 channels (torch 2.14).
+    outputs = torch.arange(out, device=weight.device) % (out // groups)  # numbered in each group
+    inputs = torch.arange(in_per_group, device=weight.device)
+    taps = (outputs[:, None] == inputs).to(weight.dtype).view(out, in_per_group, *[1] * len(kernel))
     # F.pad takes the zeros before and after, of the last dimension first.
     zeros = [n for size in reversed(kernel) for n in (size // 2, (size - 1) // 2)]
     return F.pad(taps, zeros)
@@ -293,4 +295,4 @@ def _central_diagonal(weight, groups):
     """View of the taps where the delta is one, (groups, min(out, in) / groups)."""
     center = tuple(size // 2 for size in weight.shape[2:])
     taps = weight[(slice(None), slice(None), *center)]  # (out, in / groups)
-    return taps.unflatten(0, (groups, -1)).diagonal(dim1=1, dim2=2)
+    return taps.view(groups, -1, taps.shape[1]).diagonal(dim1=1, dim2=2)
