@@ -276,7 +276,7 @@ class _FastDiracWeight(torch.autograd.Function):
         weight, beta = ctx.saved_tensors
         diagonal = _central_diagonal(grad, ctx.groups)
         missing = weight.shape[0] // ctx.groups - diagonal.shape[1]  # outputs without identity
-        grad_alpha = F.pad(diagonal, (0, missing)).flatten()
+        grad_alpha = F.pad(diagonal, (0, missing)).reshape(-1)
         norms = filter_norms(weight)
         grad_beta = torch.linalg.vecdot(_rows(grad, weight), _rows(weight, weight)) / norms
         # d W / d weight = beta / n * (grad - weight * <grad, weight> / n^2), with the norms n
@@ -288,7 +288,7 @@ class _FastDiracWeight(torch.autograd.Function):
 
 def _rows(tensor, like):
     """The filters of a tensor as rows, (out, taps), in the memory order of `like`."""
-    return (tensor if like.is_contiguous() else tensor.movedim(1, -1)).flatten(1)
+    return (tensor if like.is_contiguous() else tensor.movedim(1, -1)).reshape(len(tensor), -1)
 
 
 def _central_diagonal(weight, groups):
