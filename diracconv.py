@@ -90,8 +90,7 @@ def _is_transformed():
     """Whether torch records or transforms what is computed now. It cannot do either with
     `_FastDiracWeight` in all cases."""
     return (
-        torch.compiler.is_compiling()  # also torch.export, and the ONNX export that is based on it
-        or torch.jit.is_tracing()
+        torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()  # torch.func: vmap, jacrev, ...
         or forward_ad._current_level >= 0  # forward-mode derivatives
     )
@@ -262,6 +261,8 @@ class _FastDiracWeight(torch.autograd.Function):
     @staticmethod
     def forward(weight, alpha, beta, groups):
         effective = weight * per_filter(beta / filter_norms(weight), weight)
+        if torch.compiler.is_compiling():  # also torch.export, whose graphs must be functional
+            return effective + per_filter(alpha, weight) * dirac_delta(weight, groups)
         diagonal = _central_diagonal(effective, groups)  # a view
         diagonal.add_(alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]])
         return effective
