@@ -99,10 +99,19 @@ def _is_transformed():
 # --- the layers ------------------------------------------------------------------------------
 
 
+def refuse_script(module: nn.Module) -> None:
+    """The `__prepare_scriptable__` of a module, which torch.jit.script calls before it compiles."""
+    raise NotImplementedError(
+        f'torch.jit.script cannot compile {type(module).__name__}: compile the network that '
+        'diracify.fold returns, or use torch.jit.trace, torch.export or torch.compile'
+    )
+
+
 class DiracConv:
     """What the three layers share; a base class listed before the `torch.nn` convolution."""
 
     plain_class: type[nn.Module]  # the convolution of torch.nn
+    __prepare_scriptable__ = refuse_script
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -199,6 +208,8 @@ class DiracParametrization(nn.Module):
     The convolution still computes the same function (see `split_weight`). With fresh=True, alpha
     and beta start at 1.0 and 0.1 and the weight is kept, so the function changes.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, conv: nn.Module, fresh: bool = False) -> None:
         super().__init__()

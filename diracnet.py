@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import diracparams
-from diracconv import dirac_weight
+from diracconv import dirac_weight, refuse_script
 from diracparams import Architecture, BnInit, Params, Scale, check, copy_tensors
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
@@ -175,7 +175,13 @@ class Network(nn.Module):
         f: f(inputs, params, mode); mode is this module's `training`.
         params: flat dict. Tensors that require gradients become parameters, the others buffers.
             The module shares their memory, but has gradients of its own.
+
+    Its batch norms are not modules. Whatever looks for such modules finds none and does nothing,
+    without an error: `torch.optim.swa_utils.update_bn`, `nn.SyncBatchNorm.convert_sync_batchnorm`,
+    a loop that freezes each `nn.BatchNorm2d`. docs/export.md has what to do instead.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, f: Function, params: Params) -> None:
         super().__init__()
