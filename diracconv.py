@@ -87,8 +87,8 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
 
 
 def _is_transformed():
-    """Whether torch records or transforms what is computed now. It cannot do either with
-    `_FastDiracWeight` in all cases."""
+    """Whether torch traces or transforms this computation in a way that `_FastDiracWeight` does not
+    support. It supports torch.compile and torch.export."""
     return (
         torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()  # torch.func: vmap, jacrev, ...
