@@ -11,11 +11,14 @@ weight; `fold()` turns one into the equivalent plain convolution.
 Source: Zagoruyko and Komodakis, arXiv 1706.00388, section 3. This file needs torch alone.
 """
 
-import inspect
+import functools
+from operator import index
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 ALPHA, BETA = 1.0, 0.1  # initial values of the learned scales, as in version 2 of the paper
 
@@ -24,8 +27,8 @@ ALPHA, BETA = 1.0, 0.1  # initial values of the learned scales, as in version 2 
 
 
 def textbook_dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -> Tensor:
-    """The weight of a Dirac convolution as the paper writes it, for readers, tests and traces; see
-    `dirac_weight`."""
+    """The weight of a Dirac convolution as the paper writes it, for readers, tests and all that
+    traces or transforms functions; see `dirac_weight`."""
     delta = dirac_delta(weight, groups)  # I
     norms = filter_norms(weight)  # ||W||
     return per_filter(alpha, weight) * delta + per_filter(beta / norms, weight) * weight
@@ -36,9 +39,12 @@ def dirac_delta(weight: Tensor, groups: int = 1) -> Tensor:
 
     If a group has more outputs than inputs, the remaining rows are zero.
     """
-    out, in_per_group, *kernel = weight.shape
-    eye = torch.eye(out // groups, in_per_group, dtype=weight.dtype, device=weight.device)
-    taps = eye.repeat(groups, 1).view(out, in_per_group, *[1] * len(kernel))
+    # torch.jit.trace records sizes as tensors; ONNX needs the numbers.
+    out, in_per_group, *kernel = map(index, weight.shape)
+    # Not torch.eye, which torch.export cannot decompose for more than 255 channels (torch 2.14).
+    outputs = torch.arange(out, device=weight.device) % (out // groups)  # numbered in each group
+    inputs = torch.arange(in_per_group, device=weight.device)
+    taps = (outputs[:, None] == inputs).to(weight.dtype).view(out, in_per_group, *[1] * len(kernel))
     # F.pad takes the zeros before and after, of the last dimension first.
     zeros = [n for size in reversed(kernel) for n in (size // 2, (size - 1) // 2)]
     return F.pad(taps, zeros)
@@ -72,23 +78,50 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
     To compute several ungrouped weights of one shape at once, concatenate them and make each a
     group.
     """
-    if torch.jit.is_tracing():  # a trace can be saved only without custom autograd functions
+    if has_torch_function((weight, alpha, beta)):  # in a graph of torch.fx, this is one node
+        tensors = (weight, alpha, beta)
+        return handle_torch_function(dirac_weight, tensors, *tensors, groups)
+    if _is_transformed():
         return textbook_dirac_weight(weight, alpha, beta, groups)
     return _FastDiracWeight.apply(weight, alpha, beta, groups)
 
 
+def _is_transformed():
+    """Whether torch traces or transforms this computation in a way that `_FastDiracWeight` does not
+    support. It supports torch.compile and torch.export."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()  # torch.func: vmap, jacrev, ...
+        or forward_ad._current_level >= 0  # forward-mode derivatives
+    )
+
+
 # --- the layers ------------------------------------------------------------------------------
+
+
+def refuse_script(module: nn.Module) -> None:
+    """The `__prepare_scriptable__` of a module, which torch.jit.script calls before it compiles."""
+    raise NotImplementedError(
+        f'torch.jit.script cannot compile {type(module).__name__}: compile the network that '
+        'diracify.fold returns, or use torch.jit.trace, torch.export or torch.compile'
+    )
 
 
 class DiracConv:
     """What the three layers share; a base class listed before the `torch.nn` convolution."""
 
     plain_class: type[nn.Module]  # the convolution of torch.nn
+    __prepare_scriptable__ = refuse_script
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if 'plain_class' in vars(cls):  # a subclass of a layer has a signature of its own
-            cls.__signature__ = inspect.signature(cls.plain_class)  # help() shows torch's arguments
+        if 'plain_class' in vars(cls) and '__init__' not in vars(cls):
+
+            @functools.wraps(cls.plain_class.__init__)  # help() shows torch's arguments
+            def __init__(self, *args, **kwargs):
+                super(cls, self).__init__(*args, **kwargs)
+
+            cls.__init__ = __init__
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -137,20 +170,13 @@ class DiracConv:
             error_msgs.append(f'{prefix}delta is not the identity of this layer')
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def extra_repr(self) -> str:
-        text = super().extra_repr()
-        if not self.alpha.is_meta:
-            alpha, beta = self.alpha.detach().mean(), self.beta.detach().mean()
-            text += f', alpha={alpha:.3g}, beta={beta:.3g}'
-        return text
-
 
 class DiracConv1d(DiracConv, nn.Conv1d):
     """A 1-d convolution with the Dirac weight. Takes the arguments of `torch.nn.Conv1d`.
 
     Input (N, in, L), output (N, out, L'). Parameters: weight, bias, and alpha and beta, (out,)
     each. Do not apply weight decay to alpha and beta: both would collapse to zero (paper,
-    section 3). The repr shows their means.
+    section 3).
     """
 
     plain_class = nn.Conv1d
@@ -183,6 +209,8 @@ class DiracParametrization(nn.Module):
     The convolution still computes the same function (see `split_weight`). With fresh=True, alpha
     and beta start at 1.0 and 0.1 and the weight is kept, so the function changes.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, conv: nn.Module, fresh: bool = False) -> None:
         super().__init__()
@@ -242,11 +270,11 @@ class _FastDiracWeight(torch.autograd.Function):
     """`textbook_dirac_weight` without a delta in memory, and with a backward pass by hand, which
     reads the weight fewer times than autograd's."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(weight, alpha, beta, groups):
         effective = weight * per_filter(beta / filter_norms(weight), weight)
+        if torch.compiler.is_compiling():  # also torch.export, whose graphs must be functional
+            return effective + per_filter(alpha, weight) * dirac_delta(weight, groups)
         diagonal = _central_diagonal(effective, groups)  # a view
         diagonal.add_(alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]])
         return effective
@@ -261,7 +289,7 @@ class _FastDiracWeight(torch.autograd.Function):
         weight, beta = ctx.saved_tensors
         diagonal = _central_diagonal(grad, ctx.groups)
         missing = weight.shape[0] // ctx.groups - diagonal.shape[1]  # outputs without identity
-        grad_alpha = F.pad(diagonal, (0, missing)).flatten()
+        grad_alpha = F.pad(diagonal, (0, missing)).reshape(-1)
         norms = filter_norms(weight)
         grad_beta = torch.linalg.vecdot(_rows(grad, weight), _rows(weight, weight)) / norms
         # d W / d weight = beta / n * (grad - weight * <grad, weight> / n^2), with the norms n
@@ -273,11 +301,11 @@ class _FastDiracWeight(torch.autograd.Function):
 
 def _rows(tensor, like):
     """The filters of a tensor as rows, (out, taps), in the memory order of `like`."""
-    return (tensor if like.is_contiguous() else tensor.movedim(1, -1)).flatten(1)
+    return (tensor if like.is_contiguous() else tensor.movedim(1, -1)).reshape(len(tensor), -1)
 
 
 def _central_diagonal(weight, groups):
     """View of the taps where the delta is one, (groups, min(out, in) / groups)."""
     center = tuple(size // 2 for size in weight.shape[2:])
     taps = weight[(slice(None), slice(None), *center)]  # (out, in / groups)
-    return taps.unflatten(0, (groups, -1)).diagonal(dim1=1, dim2=2)
+    return taps.view(groups, -1, taps.shape[1]).diagonal(dim1=1, dim2=2)

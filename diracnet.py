@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import diracparams
-from diracconv import dirac_weight
+from diracconv import dirac_weight, refuse_script
 from diracparams import Architecture, BnInit, Params, Scale, check, copy_tensors
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
@@ -95,17 +95,17 @@ def dirac_weights(architecture: Architecture, params: Params) -> Params:
     The weights of all blocks of one shape are computed together, which is faster: they are the
     groups of one large weight.
     """
-    names_by_shape, weights = {}, {}
-    for name in architecture.blocks:
+    names_by_channels, weights = {}, {}
+    for name, *channels in sum(architecture.groups, []):
         if f'{name}.alpha' in params or f'{name}.beta' in params:
-            names_by_shape.setdefault(params[f'{name}.conv'].shape, []).append(name)
-    for shape, names in names_by_shape.items():
+            names_by_channels.setdefault(tuple(channels), []).append(name)
+    for (_, out), names in names_by_channels.items():
         stacked = [
             torch.cat([params[f'{name}.{part}'] for name in names])
             for part in ('conv', 'alpha', 'beta')
         ]
-        effective = dirac_weight(*stacked, groups=len(names)).split(shape[0])
-        weights.update(zip((f'{name}.conv' for name in names), effective))
+        effective = dirac_weight(*stacked, groups=len(names)).split(out)
+        weights.update({f'{name}.conv': effective[i] for i, name in enumerate(names)})
     return weights
 
 
@@ -175,7 +175,13 @@ class Network(nn.Module):
         f: f(inputs, params, mode); mode is this module's `training`.
         params: flat dict. Tensors that require gradients become parameters, the others buffers.
             The module shares their memory, but has gradients of its own.
+
+    Its batch norms are not modules. Whatever looks for such modules finds none and does nothing,
+    without an error: `torch.optim.swa_utils.update_bn`, `nn.SyncBatchNorm.convert_sync_batchnorm`,
+    a loop that freezes each `nn.BatchNorm2d`. docs/export.md has what to do instead.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, f: Function, params: Params) -> None:
         super().__init__()

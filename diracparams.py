@@ -62,11 +62,6 @@ class Architecture:
             for g, (count, out) in enumerate(zip(counts, self.widths))
         ]
 
-    @property
-    def blocks(self) -> list[str]:
-        """The names of all blocks."""
-        return [name for group in self.groups for name, _, _ in group]
-
 
 def make_architecture(
     depth: int,

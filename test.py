@@ -126,7 +126,8 @@ class TestDiracWeight(unittest.TestCase):
         for device in DEVICES:
             for shape, groups in [((4, 2, 3), 1), ((2, 4, 3, 3), 1), ((4, 2, 2, 2), 2)]:
                 tensors = random_tensors(shape, device, requires_grad=True)
-                self.assertTrue(gradcheck(dirac_weight, (*tensors, groups)))
+                checks = {'check_forward_ad': True, 'check_batched_grad': True}
+                self.assertTrue(gradcheck(dirac_weight, (*tensors, groups), **checks))
                 self.assertTrue(gradgradcheck(dirac_weight, (*tensors, groups)))
 
     def test_zero_filter(self):

@@ -1,21 +1,31 @@
-"""diracconv.py beyond test.py: state dicts, other types and devices, torch's compilers."""
+"""diracconv.py beyond test.py: arguments, state dicts, other types and devices."""
 
 import copy
 import inspect
-import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diracconv import DiracConv2d, dirac_weight
-from test import CASES, LAYERS, random_layer, relative_error
+from test import LAYERS, random_layer, relative_error
 
 
 def test_takes_the_arguments_of_torch():
     for kind, conv in ((1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)):
         assert issubclass(LAYERS[kind], conv)
         assert inspect.signature(LAYERS[kind]) == inspect.signature(conv)
+
+    class Square(DiracConv2d):
+        def __init__(self, channels):
+            super().__init__(channels, channels, 3, padding=1)
+
+    class Same(Square):
+        pass
+
+    assert str(inspect.signature(Square)) == str(inspect.signature(Same)) == '(channels)'
+    assert Same(4)(torch.zeros(1, 4, 5, 5)).shape == (1, 4, 5, 5)
 
 
 def test_memory_format_does_not_matter():
@@ -41,12 +51,12 @@ def test_loads_the_originals_state_dicts(kind):
         LAYERS[kind](4, 6, 3).load_state_dict(state)
 
 
-def test_repr():
-    expected = (
-        'DiracConv2d(4, 6, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False, alpha=1, '
-        'beta=0.1)'
-    )
-    assert repr(DiracConv2d(4, 6, 3, padding=1, bias=False)) == expected
+def test_repr_reads_no_values():
+    """They may be fake or sharded."""
+    conv = nn.Conv2d(4, 6, 3, padding=1, bias=False)
+    with FakeTensorMode():
+        layer = DiracConv2d(4, 6, 3, padding=1, bias=False)
+    assert repr(layer) == repr(conv).replace('Conv2d', 'DiracConv2d')
 
 
 # The tolerances are about two units in the last place.
@@ -75,25 +85,5 @@ def test_meta_device():
     x = torch.empty(2, 4, 8, 8, device='meta', dtype=torch.half)
     assert layer(x).shape == (2, 6, 8, 8)
     assert layer.fold().weight.is_meta
-    assert 'DiracConv2d(4, 6' in repr(layer)
     layer.to_empty(device='cpu').reset_parameters()
     assert (layer.alpha == 1).all() and layer.weight.isfinite().all()
-
-
-@pytest.mark.parametrize('kind, size, args, kwargs', CASES[1:7:2])
-def test_trace_export_compile(kind, size, args, kwargs):
-    layer = random_layer(kind, *args, **kwargs)
-    x = torch.randn(2, args[0], *[size] * kind)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # torch.jit is deprecated
-        traced = torch.jit.trace(layer, x)
-    exported = torch.export.export(layer, (x,)).module()
-    # All of the tracing without the C++ compiler, which is slow; test_recompute.py uses it.
-    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
-    for other in (traced, exported, compiled):
-        torch.testing.assert_close(other(x), layer(x))
-    compiled(x).sum().backward()
-    gradient = layer.weight.grad.clone()
-    layer.zero_grad()
-    layer(x).sum().backward()
-    torch.testing.assert_close(gradient, layer.weight.grad)
