@@ -37,7 +37,8 @@ def textbook_dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: i
 def dirac_delta(weight: Tensor, groups: int = 1) -> Tensor:
     """The weight I with conv(x, I) = x, in the shape of `weight`, as `torch.nn.init.dirac_`.
 
-    If a group has more outputs than inputs, the remaining rows are zero.
+    If a group has more outputs than inputs, the remaining rows are zero. Even kernels have no
+    center: there, conv(x, I) is shifted by up to a pixel.
     """
     # torch.jit.trace records sizes as tensors; ONNX needs the numbers.
     out, in_per_group, *kernel = map(index, weight.shape)
