@@ -5,37 +5,45 @@ torch.fx traces the network's code; nothing of the network changes. This file ne
 
 import builtins
 import contextlib
+import dis
 import inspect
+import itertools
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from operator import attrgetter
+from types import CodeType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
+from torch.fx.proxy import TraceError
+from torch.optim.swa_utils import AveragedModel
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 AnyBatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of these four and of others
 MAX_PATHS = 64  # through the code of a network
-REFUSALS = (AssertionError, ValueError)  # of inputs, by the network's own code
+WRAPPERS = (AveragedModel, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 # --- kinds of modules ------------------------------------------------------------------------
 
 
 def torch_class(module: nn.Module, classes: tuple[type, ...]) -> type | None:
-    """The one of these classes whose computation a module runs or inherits, or None."""
+    """The one of these classes that a module is an instance of, if it has the class's forward and
+    what this calls, or None."""
 
-    def inherits(kind, method):
+    def inherits(kind, method):  # or neither has it
         own = getattr(module, method, None)
         return getattr(own, '__func__', None) is getattr(kind, method, None)
 
     for kind in classes:
         if isinstance(module, kind) and inherits(kind, 'forward'):
-            return kind if inherits(kind, '_conv_forward') else None
+            inner = inherits(kind, '_conv_forward') and inherits(kind, 'dirac_weight')
+            return kind if inner else None
     return None
 
 
@@ -49,6 +57,12 @@ def is_plain(layer: nn.Module, classes: tuple[type, ...]) -> bool:
     )
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module computes what its attribute `module` does."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return torch_class(module, WRAPPERS) is not None and not hooks
+
+
 def is_batch_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm of torch, or has running statistics, as a frozen one."""
     return isinstance(module, AnyBatchNorm) or getattr(module, 'running_var', None) is not None
@@ -57,11 +71,11 @@ def is_batch_norm(module: nn.Module) -> bool:
 # --- which batch norm follows which layer ----------------------------------------------------
 
 
-def foldable_norms(model: nn.Module) -> tuple[dict, list[str]]:
+def foldable_norms(model: nn.Module) -> tuple[dict, str]:
     """The batch norms of a model in evaluation mode that can be folded.
 
     Each call of such a norm follows one of its layers, and each call of these layers is followed
-    by the norm alone, in all paths through the code.
+    by the norm alone, in all paths that are traced.
 
     Args:
         model: a copy, because its code runs with proxies as inputs, and may store them.
@@ -69,64 +83,97 @@ def foldable_norms(model: nn.Module) -> tuple[dict, list[str]]:
     Returns:
         foldable: a dict {norm: (layers, statistics)} with (mean, var, eps, weight, bias) as
             statistics.
-        errors: why torch.fx cannot trace the model, and then those of its parts that it cannot
-            trace either.
+        error: why torch.fx cannot trace the model as a whole; '' if it can.
     """
-    errors = []
-    layers_before, norms_after, statistics = defaultdict(set), defaultdict(set), {}
-    for part, graph in _traced_parts(model, errors, set()):
+    # In both, None stands for a call that cannot be folded.
+    layers_before, norms_after = defaultdict(set), defaultdict(set)
+    statistics, errors = {}, {}
+    for part, graph in _traced_parts(model, errors):
         norm_after = {}
         for node in graph.nodes:
             norm, values = _batch_norm(part, node)
             if norm:
                 layer = _layer_before(part, node, norm, values)
                 layers_before[norm].add(layer)
-                norm_after[node.all_input_nodes[0]] = layer and norm
                 statistics[norm] = values
+                if layer:
+                    norm_after[node.all_input_nodes[0]] = norm
         for node in graph.nodes:
             if node.op == 'call_module':
                 norms_after[part.get_submodule(node.target)].add(norm_after.get(node))
-            elif node.op == 'get_attr' and _owner_name(node) != _module_name(node):
-                # Code of another module reads a tensor of a layer or norm.
-                owner = part.get_submodule(_owner_name(node))
-                layers_before[owner].add(None)
-                norms_after[owner].add(None)
+            elif node.op == 'get_attr':
+                for owner in _owners(part, node):
+                    if owner is not part.get_submodule(_module_name(node)):
+                        # Code of another module reads a tensor of a layer or norm.
+                        layers_before[owner].add(None)
+                        norms_after[owner].add(None)
     foldable = {
         norm: (layers, statistics[norm])
         for norm, layers in layers_before.items()
         if None not in layers and all(norms_after[layer] == {norm} for layer in layers)
     }
-    return foldable, errors
+    return foldable, errors.get(model, '')
 
 
-def _traced_parts(model, errors, seen):
-    """The largest parts of a model that torch.fx can trace, each with the graph of each path."""
-    if model in seen:
-        return
-    seen.add(model)
+def _traced_parts(model, errors):
+    """The largest parts of a model that torch.fx can trace, each with the graph of each path. Adds
+    to `errors` why others cannot be traced."""
+    called = set()
     try:
         paths = _paths(model)
     except Exception as error:  # tracing runs the model's own code
         reason = str(error).partition('\n')[0].partition('. ')[0]
-        errors.append(f'torch.fx cannot trace {type(model).__name__}: {reason}')
-        for child in model.children():
-            yield from _traced_parts(child, errors, seen)
-        return
-    yield from ((model, path.graph) for path in paths)
-    # What forward does not call, another method may call.
-    called = set().union(*(path.called for path in paths))
-    for module in model.modules():
-        if called.isdisjoint(module.modules()):
-            yield from _traced_parts(module, errors, seen)
-            seen.update(module.modules())
+        errors[model] = f'torch.fx cannot trace {type(model).__name__}: {reason}'
+    else:
+        yield from ((model, path.graph) for path in paths)
+        called = called.union(*(path.called for path in paths))
+    for part in _uncalled_parts(model, called):
+        if part not in errors:
+            yield from _traced_parts(part, errors)
+
+
+def _uncalled_parts(model, called):
+    """The largest submodules of a model of which no part is among the modules `called`, and which
+    the code around them, as far as it knows them, only calls as a whole."""
+    reads = _attributes_read(model)
+    for name, child in model.named_children():
+        if name in reads or not called.isdisjoint(child.modules()):
+            yield from _uncalled_parts(child, called)
+        else:
+            yield child
+
+
+def _attributes_read(module):
+    """The names of all attributes that a module's own code reads, except to call them at once."""
+    classes = itertools.takewhile(lambda kind: kind is not nn.Module, type(module).__mro__)
+    functions = [f for kind in classes for name, f in vars(kind).items() if name != '__init__']
+    functions.append(vars(module).get('forward'))
+    codes = [getattr(inspect.unwrap(f), '__code__', None) for f in functions]
+    names = set()
+    for code in filter(None, codes):
+        codes.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
+        names.update(
+            instruction.argval
+            for instruction in dis.get_instructions(code)
+            # Until Python 3.11, calls of attributes have an instruction of their own.
+            if instruction.opname == 'LOAD_ATTR'
+            and not (sys.version_info >= (3, 12) and instruction.arg & 1)
+        )
+    return names
 
 
 def _paths(model):
-    """The paths through a model's code, as tracers. A branch on a value is followed both ways, and
-    optional arguments are given in some paths and left out in others."""
+    """The paths through a model's code that are traced, as tracers. Each branch on a value is
+    followed both ways, and each optional argument is given or not, in all combinations."""
+    if 'forward' in vars(model):
+        raise RuntimeError('its forward is not that of its class')
     arguments = inspect.signature(model.forward).parameters.values()
     defaults = {each.name: each.default for each in arguments if each.default is not each.empty}
-    pending = [(constants, ()) for constants in ([None, defaults] if defaults else [None])]
+    pending = [
+        (dict(constants) or None, ())
+        for n in range(len(defaults) + 1)
+        for constants in itertools.combinations(defaults.items(), n)
+    ]
     paths, n_traced, refusal = [], 0, None
     while pending:
         constants, decisions = pending.pop()
@@ -135,8 +182,10 @@ def _paths(model):
             with _proxies_as_tensors():
                 tracer.trace(model, constants)
             paths.append(tracer)
-        except REFUSALS as error:
-            refusal = error
+        except TraceError:
+            raise
+        except (AssertionError, ValueError) as error:
+            refusal = error  # the model's own code refuses such an input
         new = range(len(decisions), len(tracer.decisions))
         pending += [(constants, (*tracer.decisions[:n], True)) for n in new]
         n_traced += 1
@@ -177,6 +226,8 @@ class _Tracer(torch.fx.Tracer):
 
     def call_module(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
         self.called.add(module)
+        if is_wrapper(module):
+            return module.module(*args, **kwargs)
         hooks = module._forward_hooks or module._forward_pre_hooks
         if not hooks or self.is_leaf_module(module, self.path_of_module(module)):
             return super().call_module(module, forward, args, kwargs)
@@ -191,7 +242,11 @@ def _read(value):
 
 
 class _TensorProxy(torch.fx.Proxy):
-    """Passes for a tensor where code asks what it is given: for an attribute, or by isinstance."""
+    """Passes for a tensor where code asks what it is given: for an attribute, or by isinstance.
+    Membership of a set cannot be followed, because it begins with the hash."""
+
+    def __hash__(self):
+        raise TypeError('whether a set has a value is not known')
 
     def __getattr__(self, name):
         if not hasattr(Tensor, name):
@@ -201,8 +256,8 @@ class _TensorProxy(torch.fx.Proxy):
 
 @contextlib.contextmanager
 def _proxies_as_tensors():
-    """isinstance(proxy, Tensor) is true. A proxy with Tensor as its __class__ would crash C code,
-    which asks in the same way, and then reads the tensor's memory."""
+    """isinstance(proxy, Tensor) is true meanwhile, for Python code. C code would crash if it took
+    a proxy for a tensor, so __class__ stays as it is."""
     original = builtins.isinstance
 
     def patched(obj, kinds):
@@ -215,9 +270,13 @@ def _proxies_as_tensors():
         builtins.isinstance = original
 
 
-def _owner_name(node):
-    """The name of the module whose tensor a node gets."""
-    return node.target.rpartition('.')[0]
+def _owners(model, node):
+    """The modules that have the tensor that a node gets, under any name."""
+    tensor = attrgetter(node.target)(model)
+    for module in model.modules():
+        own = (*module._parameters.values(), *module._buffers.values())
+        if any(each is tensor for each in own):
+            yield module
 
 
 def _module_name(node):
@@ -267,7 +326,8 @@ def _layer_before(model, node, norm, values):
         return None
     readers = [user for user in source.users if not _reads_shape(user)]
     has_size = len(layer.weight) == values[0].numel()
-    return layer if len(readers) == 1 and has_size and not layer._forward_hooks else None
+    has_hooks = layer._forward_hooks or layer._forward_pre_hooks  # which may change the weight
+    return layer if len(readers) == 1 and has_size and not has_hooks else None
 
 
 def _reads_shape(node):
@@ -285,7 +345,10 @@ def without_norm(norm: nn.Module, layers: set[nn.Module]) -> nn.Module | None:
     if torch_class(norm, BATCH_NORMS):
         is_linear = any(isinstance(layer, nn.Linear) for layer in layers)
         return FeatureIdentity() if is_linear else nn.Identity()
-    paths = _paths(norm)
+    try:
+        paths = _paths(norm)
+    except Exception:  # its code needs the arguments that the network passes
+        return None
     if len(paths) > 1:
         return None
     graph = paths[0].graph

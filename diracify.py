@@ -20,7 +20,6 @@ from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weig
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.optim.swa_utils import AveragedModel
 
 import diracnet
 from diracconv import (
@@ -32,10 +31,16 @@ from diracconv import (
     like_conv,
     split_weight,
 )
-from diracfold import foldable_norms, is_batch_norm, is_plain, torch_class, without_norm
+from diracfold import (
+    foldable_norms,
+    is_batch_norm,
+    is_plain,
+    is_wrapper,
+    torch_class,
+    without_norm,
+)
 
 LAYERS = {nn.Conv1d: DiracConv1d, nn.Conv2d: DiracConv2d, nn.Conv3d: DiracConv3d}
-WRAPPERS = (AveragedModel, nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 # --- into Dirac convolutions -----------------------------------------------------------------
@@ -171,13 +176,14 @@ def fold(model: nn.Module | Mapping[str, Tensor]) -> nn.Module | dict[str, Tenso
     """
     if not isinstance(model, nn.Module):
         return diracnet.fold(model)
-    model = _copy(_unwrapped(model)).eval()
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            setattr(module, name, _unwrapped(child))
+    model = _copy(_unwrapped(model))
+    model.eval()
+    compiled = [module for module in model.modules() if _is_compiled(module)]
+    model = _with_replaced(model, {module: _unwrapped(module) for module in compiled})
+    for module in model.modules():
         _store_computed_weights(module)
     dirac = [module for module in model.modules() if _is_dirac(module)]
-    model = _replace(model, {module: _plain(module) for module in dirac})
+    model = _with_replaced(model, {module: _plain(module) for module in dirac})
     if not any(is_batch_norm(module) for module in model.modules()):
         return model
     return _fold_batch_norms(model)
@@ -185,9 +191,21 @@ def fold(model: nn.Module | Mapping[str, Tensor]) -> nn.Module | dict[str, Tenso
 
 def _unwrapped(model):
     """The module inside wrappers that compute the same."""
-    while isinstance(model, WRAPPERS) or '_orig_mod' in model._modules:  # as torch.compile calls it
-        model = model.module if isinstance(model, WRAPPERS) else model._orig_mod
+    while is_wrapper(model) or _is_compiled(model):
+        model = model._orig_mod if _is_compiled(model) else model.module
     return model
+
+
+def _is_compiled(module):
+    return '_orig_mod' in module._modules  # as torch.compile names what it wraps
+
+
+def _with_replaced(model, made):
+    """A copy of a model with the values of `made` in the place of the keys, wherever modules hold
+    them: also in lists and other attributes. Its tensors are those of the model."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    memo.update({id(module): replacement for module, replacement in made.items()})
+    return copy.deepcopy(model, memo)
 
 
 def _copy(model):
@@ -229,9 +247,10 @@ def _store_computed_weights(module):
 
 
 def _is_dirac(module):
-    return isinstance(module, (DiracConv, diracnet.Network)) or (
-        parametrize.is_parametrized(module, 'weight')
-        and any(isinstance(part, DiracParametrization) for part in module.parametrizations.weight)
+    if isinstance(module, (DiracConv, diracnet.Network)):  # a subclass may compute something else
+        return torch_class(module, (*LAYERS.values(), diracnet.Network)) is not None
+    return parametrize.is_parametrized(module, 'weight') and any(
+        isinstance(part, DiracParametrization) for part in module.parametrizations.weight
     )
 
 
@@ -263,8 +282,10 @@ def _folded_network(network):
     with torch.no_grad():
         if not torch.allclose(folded(x), network.f(x, params, False), 1e-6, 1e-6, equal_nan=True):
             raise ValueError('the function of this Network is not that of a DiracNet')
-    first = next(network.parameters())
-    folded.to(first.dtype).requires_grad_(first.requires_grad)
+    folded.to(network.params()['conv'].dtype)
+    for name, parameter in folded.named_parameters():
+        source = name.removeprefix(folded.prefix).replace('conv.bias', 'bn.bias')
+        parameter.requires_grad_(params[source.replace('conv.weight', 'conv')].requires_grad)
     # Such as the names of the classes.
     own = {name: value for name, value in vars(network).items() if name not in ('f', 'owners')}
     vars(folded).update({name: value for name, value in own.items() if name not in vars(folded)})
@@ -273,7 +294,7 @@ def _folded_network(network):
 
 def _fold_batch_norms(model):
     traced = _copy(model)
-    foldable, errors = foldable_norms(traced)
+    foldable, error = foldable_norms(traced)
     own = dict(zip(traced.modules(), model.modules()))
     made = {}
     for norm, (layers, statistics) in foldable.items():
@@ -283,10 +304,10 @@ def _fold_batch_norms(model):
             made[norm] = _keep_hooks(replacement, norm)
             for layer in layers:
                 _fold_statistics(layer, statistics)
-    model = _replace(model, made)
+    model = _with_replaced(model, made)
     left = [name or type(model).__name__ for name, m in model.named_modules() if is_batch_norm(m)]
     if left:
-        reason = f' ({errors[0]})' if errors else ''
+        reason = f' ({error})' if error else ''
         warnings.warn(
             f'batch norms that cannot be folded{reason} stay: {", ".join(left)}', stacklevel=3
         )
@@ -295,8 +316,8 @@ def _fold_batch_norms(model):
 
 def _fold_statistics(layer, statistics):
     mean, var, eps, scale, shift = statistics
-    flags = [tensor.requires_grad for tensor in (layer.bias, shift) if tensor is not None]
+    given = [tensor for tensor in (layer.bias, shift, layer.weight) if tensor is not None]
     layer.weight, layer.bias = fuse_conv_bn_weights(
         layer.weight, layer.bias, mean, var, eps, scale, shift
     )
-    layer.bias.requires_grad_([*flags, layer.weight.requires_grad][0])
+    layer.bias.requires_grad_(given[0].requires_grad)  # a new bias is trained if the norm's was

@@ -246,9 +246,9 @@ def fold_chain(
         known: what a key may begin with, after the name of its block.
         folded_prefix: of the keys of the convolutions.
     """
-    doubles = {key: tensor.double() for key, tensor in params.items() if key[:3] != 'eye'}
     folded = OrderedDict()
     try:
+        doubles = {key: tensor.double() for key, tensor in params.items() if key[:3] != 'eye'}
         for key in doubles:
             prefix, name = re.fullmatch(r'(group\d+\.block\d+\.)?(.*)', key).groups('')
             check(name.partition('.')[0] in known, f'{key} is unknown: it cannot be folded')

@@ -159,6 +159,8 @@ def to_onnx(net, shape, metadata, opset=None, lowest=LOWEST_OPSET):
     newer = sorted({node.op_type for node in model.graph.node} - STABLE)
     if newer:
         lowest = EXPORTER_OPSET
+    elif any(node.op_type == 'Gemm' and len(node.input) == 2 for node in model.graph.node):
+        newer, lowest = ['Gemm without bias'], max(lowest, 11)  # as of a new network, where it is 0
     opset = opset or lowest
     if opset < lowest:
         raise OptionError(

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -265,6 +266,60 @@ class Checkpointed(Block):
         return checkpoint(self.features, x, use_reentrant=False)
 
 
+class HoldsList(Block):
+    def __init__(self):
+        super().__init__()
+        self.steps = [self.conv, (self.bn, torch.relu)]
+
+    def forward(self, x):
+        first, rest = self.steps
+        return rest[1](rest[0](first(x)))
+
+
+class ReadsParts(Block):
+    def forward(self, x):
+        for _ in range(int(x.shape[0])):
+            x = self.features[0](x) + 1
+        return self.features(x)
+
+
+class Sizes(Block):
+    def forward(self, x, sizes=None):
+        x = self.conv(x)
+        if sizes:
+            return torch.cat([F.adaptive_avg_pool2d(x, size).flatten(1) for size in sizes], 1)
+        return self.bn(x)
+
+
+class TwoOptions(Block):
+    def forward(self, x, early=None, late=None):
+        x = self.conv(x)
+        return x if early is not None and late is None else self.bn(x)
+
+
+class Mode(Block):
+    def forward(self, x, mode='all'):
+        x = self.conv(x)
+        return x if mode in {'early'} else self.bn(x)
+
+
+class Alias(Block):
+    def __init__(self):
+        super().__init__()
+        del self.conv
+        self.weight = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.conv = conv()
+        self.conv.weight = self.weight
+
+    def forward(self, x):
+        return self.bn(self.conv(x)) + F.conv2d(x, self.conv.weight, padding=1)
+
+
+class TrainsItself(Block):
+    def train(self, mode=True):
+        super().train(mode)
+
+
 @pytest.mark.parametrize(
     'kind, kwargs, left',
     [
@@ -279,11 +334,22 @@ class Checkpointed(Block):
         (ReadsNorm, {}, ['bn']),
         (Noise, {}, []),
         (Endless, {}, ['bn']),
-        (Checkpointed, {}, ['bn']),
+        (Checkpointed, {}, ['bn', 'features.1']),
+        (HoldsList, {}, []),
+        (ReadsParts, {}, ['bn', 'features.1']),
+        (Sizes, {}, ['bn']),
+        (Sizes, {'sizes': [2, 3]}, ['bn']),
+        (TwoOptions, {}, ['bn']),
+        (TwoOptions, {'early': 1}, ['bn']),
+        (Mode, {}, ['bn']),
+        (Mode, {'mode': 'early'}, ['bn']),
+        (Alias, {}, ['bn']),
+        (TrainsItself, {}, []),
     ],
 )
 def test_a_folded_network_takes_the_branches_of_the_original(kind, kwargs, left):
-    model, x = randomize(kind()).eval(), torch.randn(2, 4, 5, 5)
+    model, x = randomize(kind()), torch.randn(2, 4, 5, 5)
+    model.eval()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         folded = fold(model)
@@ -297,6 +363,53 @@ def test_a_folded_network_takes_the_branches_of_the_original(kind, kwargs, left)
     assert type(folded) is kind and type(folded.conv) is nn.Conv2d
     assert relative_error(folded.features(x), model.features(x)) < 1e-5
     assert [name for name, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)] == left
+
+
+def test_a_forward_of_the_instance_stays():
+    model, x = randomize(Block()), torch.randn(2, 4, 5, 5)
+    model.forward = MethodType(lambda self, x: self.bn(self.conv(x) + 1), model.eval())
+    with pytest.warns(UserWarning, match='bn$'):
+        folded = fold(model)
+    assert relative_error(folded(x), model(x)) < 1e-5
+
+
+class ScaledConv(DiracConv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class SquaredConv(DiracConv2d):
+    def dirac_weight(self):
+        return super().dirac_weight() ** 2
+
+
+class Sum(Network):
+    def forward(self, x):
+        return super().forward(x).sum(1)
+
+
+class Half(nn.DataParallel):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def test_subclasses_compute_as_before():
+    network = Sum(*define_diracnet(10, 1, 'digits')).eval()
+    cases = [(conv(ScaledConv), 4), (conv(SquaredConv), 4), (network, 1), (Half(conv()), 4)]
+    for module, channels in cases:
+        x = torch.randn(2, channels, 8, 8)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            assert relative_error(fold(module)(x), module(x)) < 1e-5
+
+
+def test_a_partly_frozen_network():
+    network = diracnet(10, dataset='digits')
+    frozen = ['conv', 'group1.block0.bn.bias', 'fc.weight']
+    for key in frozen:
+        network.get_parameter(key).requires_grad_(False)
+    kept = {name for name, p in fold(network).named_parameters() if not p.requires_grad}
+    assert kept == {'features.conv.weight', 'features.group1.block0.conv.bias', 'fc.weight'}
 
 
 def test_hooks_and_frozen_parameters_stay():

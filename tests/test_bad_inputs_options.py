@@ -102,7 +102,7 @@ FOLDERS = [
     (lambda folder: (folder / 'run.json').write_text('mine'), 2, 'run.json'),
     (lambda folder: (folder / 'photos').mkdir(), 2, 'photos'),
     (make_pipe, 2, 'run.json'),
-    (lambda folder: (folder.rmdir(), folder.write_text('mine')), 1, 'File exists'),
+    (lambda folder: (folder.rmdir(), folder.write_text('mine')), 1, 'not a folder'),
 ]
 
 

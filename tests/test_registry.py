@@ -142,7 +142,9 @@ def define_own(depth, width, dataset, *, slope=0.0, dropout=0.0, scaled=False, *
     architecture = make_architecture(depth, width, dataset, **choices)
     params = chain_params(architecture, plain_conv_params)
     if scaled:
-        params |= {f'{name}.scale': torch.full((), 2.0) for name in architecture.blocks}
+        params |= {
+            f'{name}.scale': torch.full((), 2.0) for name, _, _ in sum(architecture.groups, [])
+        }
     return partial(diracnet.chain, architecture, block=block), params
 
 
