@@ -164,15 +164,17 @@ def _attributes_read(module):
 
 def _paths(model):
     """The paths through a model's code that are traced, as tracers. Each branch on a value is
-    followed both ways, and each optional argument is given or not, in all combinations."""
+    followed both ways, and optional arguments are given or not, in all combinations."""
     if 'forward' in vars(model):
         raise RuntimeError('its forward is not that of its class')
     arguments = inspect.signature(model.forward).parameters.values()
     defaults = {each.name: each.default for each in arguments if each.default is not each.empty}
+    choices = [
+        [(name, value), (name, not value) if isinstance(value, bool) else None]
+        for name, value in defaults.items()
+    ]
     pending = [
-        (dict(constants) or None, ())
-        for n in range(len(defaults) + 1)
-        for constants in itertools.combinations(defaults.items(), n)
+        (dict(filter(None, constants)) or None, ()) for constants in itertools.product(*choices)
     ]
     paths, n_traced, refusal = [], 0, None
     while pending:
@@ -181,6 +183,8 @@ def _paths(model):
         try:
             with _proxies_as_tensors():
                 tracer.trace(model, constants)
+            for module in model.modules():
+                map_aggregate(vars(module), _read)  # what the code stored has one more reader
             paths.append(tracer)
         except TraceError:
             raise

@@ -157,8 +157,8 @@ def fold(model: nn.Module | Mapping[str, Tensor]) -> nn.Module | dict[str, Tenso
     A batch norm is folded into the convolution directly before it, or into the linear layer if
     it is a BatchNorm1d of features (N, C). `torch.nn.Identity` takes its place; an activation in
     the batch norm's module stays. The batch norm stays, and a warning names it, if there is no such
-    layer, if another module or a hook also sees the layer's output, or if the code that calls them
-    is not clear to torch.fx.
+    layer, if other code or a hook also sees the layer's output, or if torch.fx cannot trace the
+    code that calls them. docs/export.md says what tracing does not see.
 
     Args:
         model: any module, with layers of diracconv.py or with DiracParametrization; or a
@@ -166,9 +166,10 @@ def fold(model: nn.Module | Mapping[str, Tensor]) -> nn.Module | dict[str, Tenso
 
     Returns:
         A copy that computes the same as the model in evaluation mode. Its classes, methods, hooks
-        and `requires_grad` are those of the model, but it has no wrappers: the copy of a
-        `torch.compile`d, DataParallel or AveragedModel is that of the module inside, and a weight
-        that pruning or an old weight or spectral norm computes is an ordinary one.
+        and `requires_grad` are those of the model, with exceptions: a `diracnet.Network` becomes a
+        DiracNet; a wrapper (`torch.compile`, DataParallel, AveragedModel) becomes the module
+        inside; weights that pruning, or torch's old weight and spectral norm, compute become
+        ordinary ones.
 
     Raises:
         TypeError: the model cannot be copied; the message names the attribute.

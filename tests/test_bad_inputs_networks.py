@@ -303,6 +303,18 @@ class Mode(Block):
         return x if mode in {'early'} else self.bn(x)
 
 
+class Stores(Block):
+    def forward(self, x):
+        self.seen = [self.conv(x)]
+        return self.bn(self.seen[0])
+
+
+class Flag(Block):
+    def forward(self, x, normalize=True):
+        x = self.conv(x)
+        return x if normalize is False else self.bn(x)
+
+
 class Alias(Block):
     def __init__(self):
         super().__init__()
@@ -343,6 +355,8 @@ class TrainsItself(Block):
         (TwoOptions, {'early': 1}, ['bn']),
         (Mode, {}, ['bn']),
         (Mode, {'mode': 'early'}, ['bn']),
+        (Stores, {}, ['bn']),
+        (Flag, {'normalize': False}, ['bn']),
         (Alias, {}, ['bn']),
         (TrainsItself, {}, []),
     ],
