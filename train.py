@@ -25,10 +25,9 @@ import sys
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from lab import distributed
-from lab.device import DTYPES, autocast, choose_device, set_up
+from lab.device import DTYPES, choose_device, set_up
 from lab.distributed import say, world
 from lab.errors import printable, run
 from lab.runs.checkpoint import run_metadata
@@ -46,6 +45,7 @@ from lab.training.optimizers import clip_gradients, make_optimizer, set_rates
 from lab.training.options import parse
 from lab.training.passes import Meters, Pass
 from lab.training.recalibration import recalibrate
+from lab.training.step import loss_and_logits, make_step
 
 
 def main(arguments=None):
@@ -95,6 +95,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
         if resumed:
             state.restore(resumed)
         model = distributed.share_gradients(module, device)
+        step = make_step(model, options, scaler, train_batches.batch_size, stop.say)
 
         # The folder.
         metadata = run_metadata(options, network, data)
@@ -111,9 +112,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
             with train_pass:
                 for inputs, targets in train_batches:  # from where the pass starts
                     set_rates(options, optimizer, norm, train_pass)
-                    optimizer.zero_grad()
-                    loss, logits = loss_and_logits(model, inputs, targets, options)
-                    scaler.scale(loss * loss_weight(targets, train_pass)).backward()
+                    loss, logits = step(inputs, targets, loss_weight(targets, train_pass))
                     clip_gradients(module, optimizer, scaler, options['clip'])
                     scaler.step(optimizer)
                     scaler.update()
@@ -173,18 +172,6 @@ def evaluate(checkpoint, options, device, recalibrates):
     test_pass = Pass('test', test_batches, meters, checkpoint.epoch)
     results = test(module, test_pass, options, BrokenImages(), train_batches)
     print_evaluation(checkpoint, options, results, recalibrates, test_batches.n)
-
-
-def loss_and_logits(model, inputs, targets, options):
-    """Mean loss and logits, (N, classes), of a batch."""
-    dtype, autocast_dtype = DTYPES[options['dtype']]
-    smoothing = options['label_smoothing'] if model.training else 0
-    with autocast(inputs.device, autocast_dtype):
-        inputs = inputs.to(dtype)
-        logits = model(inputs)
-        if options['tta'] == 'flip' and not model.training:
-            logits = (logits + model(inputs.flip(3))) / 2
-    return F.cross_entropy(logits.to(dtype), targets, label_smoothing=smoothing), logits
 
 
 def loss_weight(targets, train_pass):

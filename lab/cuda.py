@@ -1,5 +1,7 @@
 """What only CUDA has. Everything else is the same code on every device."""
 
+import contextlib
+
 import torch
 
 BACKEND = 'cpu:gloo,cuda:nccl'  # of torch.distributed
@@ -41,23 +43,27 @@ def send(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def graphed(step):
-    """step() captured as a CUDA graph: a function that launches all its kernels at once.
+@contextlib.contextmanager
+def beside():
+    """A context whose kernels run on another stream, as those before a capture must."""
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
-    It must work on the same tensors each time, and set gradients to None at its beginning.
+
+def capture(function):
+    """Capture the kernels of function() as a CUDA graph, without running them.
+
+    The function must not wait for the GPU, and must read its inputs from the same tensors each
+    time.
+
+    Returns:
+        replay: a function that runs the kernels.
+        outputs: what the function returned; each replay overwrites its tensors.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # capturing needs a step or more on another stream before
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step()
-
-    def replay():
-        graph.replay()
-
-    replay.step = step  # its tensors must live as long as the graph
-    return replay
+        outputs = function()
+    return graph.replay, outputs

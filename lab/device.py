@@ -90,6 +90,8 @@ def set_up(options, device):
     """Set torch's global switches. Raises OptionError for a dtype that the device cannot train."""
     if options['dtype'] == 'half' and device.type != 'cuda':
         raise OptionError(f'--dtype half needs CUDA, but the device is {device}; use bfloat16')
+    if options['graph'] and device.type != 'cuda':
+        raise OptionError(f'--graph needs CUDA, but the device is {device}')
     if device.type == 'cuda':
         cuda.set_up()
     elif not options['recompute']:  # --recompute saves memory, so malloc should return it

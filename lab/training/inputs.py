@@ -9,6 +9,7 @@ from lab.data.names import readable
 from lab.data.preprocessing import Preprocessing
 from lab.distributed import world
 from lab.errors import UserError, printable
+from lab.models.registry import form_of
 
 
 def load_data(options, checkpoint=None, is_test=False):
@@ -43,9 +44,12 @@ def load_data(options, checkpoint=None, is_test=False):
 
 def make_batches(data, options, device, train):
     """Batches of the training or the test set. Raises OptionError."""
+    batch_size = options['batch_size']
+    if not train and device.type == 'cuda' and form_of(options) == 'cifar':
+        batch_size = max(batch_size, 1000)  # fewer kernels to start
     batches = data.batches(
         train,
-        batch_size=options['batch_size'],
+        batch_size=batch_size,
         device=device,
         seed=options['seed'],
         pad=options['randomcrop_pad'],

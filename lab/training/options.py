@@ -23,10 +23,10 @@ from lab.training.recipes import FAST, changes_of, recipe_for
 # Options that a resumed run may change; --epochs only with --schedule step.
 CHANGEABLE_ON_RESUME = {
     *('save', 'resume', 'dataroot', 'imagenetpath', 'nthread', 'epochs', 'checkpoint_minutes'),
-    *('report', 'tensorboard', 'device', 'cuda', 'gpu_id', 'ngpu'),
+    *('report', 'tensorboard', 'device', 'cuda', 'gpu_id', 'ngpu', 'graph'),
 }
 # Options that a resumed run does not take from its checkpoint: it may be on another machine.
-MACHINE_OPTIONS = {'device', 'cuda', 'gpu_id', 'ngpu'}
+MACHINE_OPTIONS = {'device', 'cuda', 'gpu_id', 'ngpu', 'graph'}
 # Options that not all models have, and their defaults, by model.
 MODEL_OPTIONS = {model: {**own_options(model), **initial_scales(model)} for model in MODELS}
 
@@ -96,6 +96,16 @@ def initial_bn(text):
 COUNT = number(int, at_least=0)
 POSITIVE = number(float, above=0)
 FLAG = dict(action='store_true', default=False)
+
+
+class Switch(argparse.Action):
+    """Two flags for one option: --NAME turns it on, --no_NAME off."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, option_string == self.option_strings[0])
 
 
 # --- the parser ------------------------------------------------------------------------------
@@ -213,6 +223,8 @@ def add_training_options(add):
     add('--weight_decay', '--weightDecay', type=number(float, at_least=0),
         help='weight decay of tensors with more than one dimension; of all tensors in '
              f'{" and ".join(VERSION_1)}')
+    add('--accumulate', type=number(int, at_least=1), default=1, metavar='N',
+        help='compute a batch in N parts, for less memory; batch norm normalizes each part alone')
     add('--label_smoothing', type=number(float, at_least=0, at_most=1), metavar='E',
         help='in training, share of the target probability that all classes get in equal parts')
     add('--clip', type=POSITIVE, default=None, metavar='NORM',
@@ -257,6 +269,9 @@ def add_device_options(add):
     add('--ngpu', type=number(int, at_least=1, at_most=1024), default=1, metavar='N',
         help='processes on this machine that share each batch, each with a GPU (or all on the '
              'CPU); short for torchrun --nproc_per_node=N')
+    add('--graph', '--no_graph', action=Switch, default=False,
+        help='CUDA: replay the training steps as a CUDA graph, or do not; not with several '
+             'processes, --dropout, or --bn_momentum cumulative')
     add('--sync_bn', **FLAG,
         help='compute batch statistics over all processes instead of within each')
 # fmt: on

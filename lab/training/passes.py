@@ -46,12 +46,14 @@ class Meters:
         if not self.pending:
             return
         self.chunk.reset()
-        sums = torch.zeros(len(self.pending), 2, dtype=torch.float64)  # loss, samples
-        for row, (loss, logits, targets) in zip(sums, self.pending):
-            if len(targets):  # a process may have no sample of a small last batch of a test
-                row[0], row[1] = loss.item() * len(targets), len(targets)
-                self.chunk.add(logits.float(), targets)
+        losses, logits, targets = zip(*self.pending)
         self.pending.clear()
+        sizes = torch.tensor([len(each) for each in targets], dtype=torch.float64)
+        # A process may have no sample of a small last batch of a test; its mean loss is NaN.
+        losses = torch.where(sizes > 0, torch.stack(losses).cpu().double(), 0)
+        if sizes.any():
+            self.chunk.add(torch.cat(logits).float().cpu(), torch.cat(targets).cpu())
+        sums = torch.stack([losses * sizes, sizes], dim=1)
         for value, n in distributed.total(sums).tolist():
             self.batches += 1
             if not math.isfinite(value) and not self.diverged:
