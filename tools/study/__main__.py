@@ -5,7 +5,8 @@
     python -m tools.study studies/depth.yaml --table              # train nothing
 
 Finished runs are not repeated, so the same command resumes after Ctrl-C. A run that diverged is
-finished too: failed.txt in its folder says why; without that file it runs again.
+finished too: failed.txt in its folder says why; without that file it runs again. If all runs
+diverged, no figure is drawn.
 
 Runs, table (Markdown and CSV) and figure (PNG and SVG) go to logs/reference/study-NAME. With a data
 set other than the study's own, they go to logs/study-NAME-DATASET; for a file outside studies/, to
