@@ -296,6 +296,7 @@ def _sound_tensors(tensors):
 def _read_network(stated, params):
     """The arguments of `registry.define` for the network that a file states, and whether its
     tensors, which must be these, are folded."""
+    _check_names(stated)
     network = {**stated, 'form': registry.form_of(stated)}
     # The names alone of its tensors could fill the memory. Layers may share their tensors.
     if network['depth'] > max(1000, len(params)):
@@ -304,6 +305,19 @@ def _read_network(stated, params):
     folded = params.keys() != expected.keys() and registry.is_folded(params)
     registry.check_shapes(params, registry.fold(network['model'], expected) if folded else expected)
     return network, folded
+
+
+def _check_names(stated):
+    """Raise ValueError unless what a file states of its network can be passed to its model here."""
+    for name in ('model', 'depth', 'width', 'dataset', 'num_classes', 'in_channels'):
+        if name not in stated:
+            raise ValueError(f'its network has no {name}')
+    model = stated['model']
+    if model not in registry.MODELS:
+        raise ValueError(f'its model is {model}, which this code does not know')
+    known = {*registry.network_option_names(model), 'num_classes', 'in_channels'}
+    for name in stated.keys() - known:
+        raise ValueError(f'its model has the option {name}, which this code does not know')
 
 
 def check_metadata(network, classes, preprocessing):
