@@ -110,6 +110,21 @@ def form_of(network):
     return network.get('form') or DATASETS[network['dataset']][0]
 
 
+def misfit(network, dataset):
+    """Why a network is not for this data set, in words; '' if its form, channels and classes fit. A
+    folder of images has both forms and any number of classes."""
+    form, channels, classes = DATASETS[dataset]
+    own_channels = network['in_channels']
+    own_form = network.get('form', form)  # that of an .onnx file is unknown
+    if dataset != 'folder' and own_form != form:
+        return f'has the form {own_form}, but {dataset} has {form}'
+    if own_channels != channels:
+        return f'is for {own_channels}-channel images, but {dataset} has {channels}-channel ones'
+    if classes not in (None, network['num_classes']):
+        return f'has {network["num_classes"]} classes, but {dataset} has {classes}'
+    return ''
+
+
 def network_option_names(model):
     """The options of train.py that define a network of this model."""
     return ('model', 'depth', 'width', 'dataset', 'form', *own_options(model))
@@ -237,8 +252,7 @@ def recognize(params):
             f'{error}, but those of another network ({names}, ...); without the options of a run, '
             'only DiracNets and plain chains are recognized'
         ) from None
-    shape = (network['form'], network['in_channels'], network['num_classes'])
-    fitting = [name for name in DATASETS if DATASETS[name] == shape]
+    fitting = [name for name in DATASETS if name != 'folder' and not misfit(network, name)]
     fallback = 'ImageNet' if network['form'] == 'imagenet' else 'CIFAR10'
     network = {'model': model, **network, 'dataset': [*fitting, fallback][0]}
     expected = shapes(**network)
@@ -256,5 +270,9 @@ def check_shapes(tensors, expected):
     """Raise ValueError unless two dicts of tensors have the same keys and shapes; identities that
     the original's files store (eye64_64_3_3) do not matter."""
     for key in {**expected, **tensors}:
-        there, here = (tuple(d[key].shape) if key in d else 'missing' for d in (tensors, expected))
-        check(there == here or key.startswith('eye'), f'{key} is {there} instead of {here}')
+        if key.startswith('eye'):
+            continue
+        check(key in expected, f'unknown tensor {key}')
+        here = tuple(expected[key].shape)
+        there = tuple(tensors[key].shape) if key in tensors else 'missing'
+        check(there == here, f'{key} is {there} instead of {here}')
