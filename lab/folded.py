@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from diracparams import DATASETS
 from lab.data import datasets
 from lab.data.image_files import prepare, read_image
 from lab.data.names import readable
 from lab.data.preprocessing import Preprocessing, normalize
 from lab.errors import UserError, one_line, printable
+from lab.models.registry import misfit
 from lab.runs.checkpoint import Checkpoint
 
 FILE_IMAGES = 500  # sample_pixels reads at most this many image files
@@ -29,10 +29,17 @@ class FoldedNetwork:
     checkpoint: Checkpoint
     folded: torch.nn.Module
     unfolded: torch.nn.Module
-    dataset: str
-    preprocessing: Preprocessing
     data: datasets.Data = None
     missing: str = ''
+
+    @property
+    def dataset(self):
+        """The name of its data set."""
+        return self.checkpoint.network['dataset']
+
+    @property
+    def preprocessing(self):
+        return Preprocessing.from_dict(self.checkpoint.preprocessing)
 
     @property
     def input_shape(self):
@@ -45,7 +52,7 @@ class FoldedNetwork:
         """What an exported file says about its network: a dict of values that JSON can hold."""
         classes = self.checkpoint.classes or (list(self.data.classes) if self.data else None)
         return {
-            'network': {**self.checkpoint.network, 'dataset': self.dataset},
+            'network': self.checkpoint.network,
             'classes': readable(classes, self.checkpoint.network['num_classes']),
             'preprocessing': self.preprocessing.as_dict(),
         }
@@ -105,26 +112,32 @@ def load_folded(checkpoint, dataset=None, dataroot=None):
         UserError: the network does not fold, its preprocessing is unknown, or the data set does
             not fit the network.
     """
-    network = checkpoint.network
-    if not checkpoint.preprocessing and dataset == 'folder' and network['form'] == 'cifar':
-        # Small images are normalized as the training images of their folder.
-        preprocessing = load_data(checkpoint, dataset, None, dataroot).preprocessing.as_dict()
-        network = {**network, 'dataset': dataset}
-        checkpoint = replace(checkpoint, preprocessing=preprocessing, network=network)
-    folded = checkpoint.fold().float()
-    preprocessing = preprocessing_of(checkpoint, dataset)
-    if checkpoint.preprocessing:  # otherwise, the data set was only inferred from shapes
-        dataset = checkpoint.network['dataset']
-    network = FoldedNetwork(
-        checkpoint, folded, checkpoint.module().float(), dataset or 'ImageNet', preprocessing
-    )
+    checkpoint = with_preprocessing(checkpoint, dataset, dataroot)
+    network = FoldedNetwork(checkpoint, checkpoint.fold().float(), checkpoint.module().float())
     try:
-        network.data = load_data(checkpoint, network.dataset, preprocessing, dataroot)
+        network.data = load_data(checkpoint, network.dataset, network.preprocessing, dataroot)
     except UserError as error:
         network.missing = str(error)
         return network
     check_classes(checkpoint, network.data)
     return network
+
+
+def with_preprocessing(checkpoint, dataset=None, dataroot=None):
+    """The checkpoint, with data set and preprocessing if it does not record them: its data set was
+    only inferred from shapes. Args, raises: as `load_folded`."""
+    if checkpoint.preprocessing:
+        return checkpoint
+    if dataset == 'folder' and checkpoint.network['form'] == 'cifar':
+        check_fits(checkpoint, dataset)
+        # Small images are normalized as the training images of their folder.
+        preprocessing = load_data(checkpoint, dataset, None, dataroot).preprocessing
+    else:
+        preprocessing = preprocessing_of(checkpoint, dataset)
+    if not dataset:  # of the ImageNet form
+        dataset = 'folder' if misfit(checkpoint.network, 'ImageNet') else 'ImageNet'
+    network = {**checkpoint.network, 'dataset': dataset}
+    return replace(checkpoint, preprocessing=preprocessing.as_dict(), network=network)
 
 
 def load_data(checkpoint, dataset, preprocessing, dataroot=None):
@@ -159,26 +172,27 @@ def preprocessing_of(trained, dataset=None):
     """
     if trained.preprocessing:
         return Preprocessing.from_dict(trained.preprocessing)
-    if not dataset and trained.network.get('form') == 'imagenet':
-        dataset = 'ImageNet'
+    form = trained.network.get('form')
+    if not dataset and form == 'imagenet':
+        dataset = 'folder'  # prepared as ImageNet, with any number of classes
     if not dataset:
         raise UserError(
             f'{trained.path} does not say how its images were prepared: name its data set with '
             '--dataset'
         )
-    form = trained.network.get('form')
-    if form not in (None, DATASETS[dataset][0]):
+    check_fits(trained, dataset)
+    if dataset == 'folder' and form == 'cifar':
         raise UserError(
             f'{trained.path} does not say how its images were prepared, nor does --dataset '
             f'{dataset} for the form {form}: pass its run, or what tools.export wrote of it'
         )
-    preprocessing, expected = datasets.PREPROCESSING[dataset], trained.network['in_channels']
-    if preprocessing.channels != expected:
-        raise UserError(
-            f'{trained.path} expects images with {expected} channels, not '
-            f'{preprocessing.channels}: name the data set that it was trained on with --dataset'
-        )
-    return preprocessing
+    return datasets.PREPROCESSING[dataset]
+
+
+def check_fits(trained, dataset):
+    """Raise UserError unless a network, a Checkpoint or an OnnxNetwork, is for this data set."""
+    if wrong := misfit(trained.network, dataset):
+        raise UserError(f'{trained.path} {wrong}: choose another --dataset')
 
 
 def check_classes(checkpoint, data):

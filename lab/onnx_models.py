@@ -164,8 +164,8 @@ def to_onnx(net, shape, metadata, opset=None, lowest=LOWEST_OPSET):
     opset = opset or lowest
     if opset < lowest:
         raise OptionError(
-            f'--opset {opset} is too low for {", ".join(newer)}: '
-            f'choose one from {lowest} to {HIGHEST_OPSET}'
+            f'--opset {opset} is too low: our files of networks with {", ".join(newer)} '
+            f'need one from {lowest} to {HIGHEST_OPSET}'
         )
     if opset < EXPORTER_OPSET:
         _lower(model, opset)

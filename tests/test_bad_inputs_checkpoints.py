@@ -111,7 +111,9 @@ CONTENTS = [
     ('deep', lambda: within('network', depth=60004), '60004'),
     ('wide', lambda: within('network', width=1e9), 'large'),
     ('plain', lambda: within('network', model='plain'), 'alpha'),
-    ('unknown', lambda: within('network', model='mine'), 'mine'),
+    ('unknown', lambda: within('network', model='mine'), 'its model is mine'),
+    ('option', lambda: within('network', slope=0.1), 'the option slope'),
+    ('no-dataset', lambda: exported(network=without(run()['network'], 'dataset')), 'no dataset'),
     ('imagenet', lambda: within('network', dataset='ImageNet'), 'ImageNet'),
     ('11-classes', lambda: within('network', num_classes=11), '11'),
     ('export', lambda: exported(network={**run()['network'], 'depth': 16}), 'group0'),
@@ -225,12 +227,12 @@ def test_a_resnet_does_not_become_a_chain(tmp_path, refused):
 
 
 def test_a_fold_that_overflows_its_type(tmp_path, refused):
-    params = {key: tensor.half() for key, tensor in bare().items()}
-    params['bn.weight'] = torch.full_like(params['bn.weight'], 60_000)
+    params = bare()
+    params['bn.weight'] = torch.full_like(params['bn.weight'], 1e38)
     params['bn.running_var'] = torch.zeros_like(params['bn.running_var'])  # which is allowed
-    path = tmp_path / 'half.pth'
+    path = tmp_path / 'large.pth'
     torch.save(params, path)
-    words = [path, 'features.conv.weight', 'float16']
+    words = [path, 'features.conv.weight', 'float32']
     refused(1, words, export.main, path, tmp_path / 'out.pth', '--dataset', 'digits')
 
 

@@ -17,7 +17,7 @@ from lab.data import datasets
 from lab.errors import UserError
 from lab.folded import load_folded
 from lab.runs import checkpoint
-from tools import predict
+from tools import export, predict
 
 
 def saved(content, path, old=True):
@@ -253,7 +253,30 @@ def test_a_bare_state_dict_fits_a_folder(
 def test_another_data_set_has_other_classes(tmp_path, refused):
     path = tmp_path / 'own.pth'
     torch.save(DiracNet(10, 0.5, 'CIFAR10', num_classes=3).state_dict(), path)
-    for options, n in (((), 10), (('--dataset', 'CIFAR100'), 100)):
-        refused(2, [path, '3 classes', str(n)], train.main, '--evaluate', path, *options)
     fits = '--dataset folder --form cifar fits'
+    for options, n in (((), 10), (('--dataset', 'CIFAR100'), 100)):
+        refused(2, [path, '3 classes', str(n), fits], train.main, '--evaluate', path, *options)
     refused(2, [path, fits], train.main, '--evaluate', path, '--dataset', 'digits')
+    for main, argument in ((predict.main, tmp_path), (export.main, tmp_path / 'out.pth')):
+        refused(1, [path, '3 classes'], main, path, argument, '--dataset', 'CIFAR10')
+
+
+def test_a_data_set_that_is_guessed_is_named(digits_run, tmp_path, call):
+    path = tmp_path / 'bare.pth'
+    torch.save(checkpoint.load(digits_run).params, path)
+    for options, lines in (((), 1), (('--dataset', 'digits'), 0)):
+        result = call(train.main, '--evaluate', path, *options)
+        assert result.status == 0 and len(result.err.splitlines()) == lines
+        assert lines == 0 or 'digits, FashionMNIST' in result.err
+
+
+@pytest.mark.parametrize('dtype', [torch.half, torch.bfloat16])
+def test_half_networks_are_folded_as_floats(dtype, digits_run, tmp_path, call):
+    params = checkpoint.load(digits_run).params
+    path, out = tmp_path / 'half.pth', tmp_path / 'out.pth'
+    torch.save({key: tensor.to(dtype) for key, tensor in params.items()}, path)
+    assert call(export.main, path, out, '--dataset', 'digits').status == 0
+    rounded = {key: tensor.to(dtype).float() for key, tensor in params.items()}
+    expected = fold(rounded)
+    folded = torch.load(out, weights_only=True)['state_dict']
+    assert all(torch.equal(folded[key], expected[key]) for key in expected)

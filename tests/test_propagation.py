@@ -111,6 +111,18 @@ def test_measures_of_a_fresh_network(model, batch):
         assert row['active'] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_measures_of_other_types(dtype, batch):
+    """They are those of the same values in float32, the type of the images."""
+    rows = []
+    for types in ([dtype], [dtype, torch.float32]):
+        checkpoint = fresh('diracnet', 10)
+        for one in types:
+            checkpoint.params = {key: t.to(one) for key, t in checkpoint.params.items()}
+        rows.append(propagation.measure(checkpoint, *batch))
+    assert rows[0] == rows[1]
+
+
 def test_gradients_are_those_of_the_outputs(batch):
     """That of the last batch norm, by its own formula, from the softmax of the logits."""
     checkpoint, (images, targets) = fresh('diracnet', 10), batch
@@ -159,6 +171,7 @@ DIGITS = '--dataset digits --depth 10'
         (['--dataset digits --model resnet'], 2, 'resnet'),
         (['--dataset digits --depth 11'], 2, '11'),
         ([f'{DIGITS} --beta 0'], 2, '--beta'),
+        ([f'{DIGITS} --help'], 2, '--help'),
         ([f'{DIGITS} --recompute --compile'], 2, '--recompute'),
     ],
 )

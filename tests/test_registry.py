@@ -131,11 +131,11 @@ def test_the_params_of_another_model_do_not_fold(model, other):
 # --- a model of one's own ----------------------------------------------------------------------
 
 
-def define_own(depth, width, dataset, *, slope=0.0, dropout=0.0, scaled=False, **choices):
+def define_own(depth, width, dataset, *, slope=0.0, cap=1e9, dropout=0.0, scaled=False, **choices):
     """A plain chain with the tensors of plain, unless it is scaled."""
 
     def block(x, params, name, mode, norm):
-        x = F.dropout(F.leaky_relu(x, slope), dropout, mode)
+        x = F.dropout(F.leaky_relu(x, slope).clamp(max=cap), dropout, mode)
         x = F.conv2d(x, params[f'{name}.conv'], padding=1) * params.get(f'{name}.scale', 1)
         return diracnet.batch_norm(x, params, f'{name}.bn', mode, norm)
 
@@ -181,6 +181,16 @@ def test_a_checkpoint_is_of_the_model_that_it_names(definition, tmp_path, monkey
         loaded.fold()
 
 
+@pytest.mark.parametrize('error', [TypeError, RuntimeError])
+def test_a_mistake_in_a_definition_is_seen(error, monkeypatch):
+    def define_wrong(depth, width, dataset):
+        raise error('a mistake')
+
+    monkeypatch.setitem(MODELS, 'own', define_wrong)
+    with pytest.raises(error, match='a mistake'):
+        shapes(model='own', depth=10, width=1, dataset='digits')
+
+
 @pytest.mark.parametrize('options', [{}, {'slope': 0.0}, {'dropout': 0.5}])
 def test_options_with_which_a_model_folds(options, tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, 'own', define_own)
@@ -189,7 +199,9 @@ def test_options_with_which_a_model_folds(options, tmp_path, monkeypatch):
     assert relative_error(loaded.fold()(images), logits) <= 1e-5
 
 
-@pytest.mark.parametrize('options', [{'slope': 0.1}, {'scaled': True}])
+@pytest.mark.parametrize(
+    'options', [{'slope': 0.1}, {'cap': 3.0}, {'cap': 100.0}, {'scaled': True}]
+)
 def test_options_with_which_a_model_does_not_fold(options, tmp_path, refused, monkeypatch):
     monkeypatch.setitem(MODELS, 'own', define_own)
     monkeypatch.setitem(registry.FOLDS, 'own', registry.FOLDS['plain'])

@@ -77,9 +77,27 @@ def test_a_run(digits_run, tmp_path, call):
 
 def test_files_without_a_run(digits_run, tmp_path, call):
     torch.save(fold(checkpoint.load(digits_run).params), tmp_path / 'folded.pth')
-    page, _ = make(call, tmp_path, tmp_path / 'folded.pth')
+    page, _ = make(call, tmp_path, tmp_path / 'folded.pth', '--dataset', 'digits')
     absent = {'Scales of the Dirac weights', 'Signal over depth', 'Options', 'Images'}
     assert page.headings == HEADINGS - absent and 'command' not in page.metadata
+    for options in ((), ('--dataset', 'SVHN')):  # which data set, or another one
+        page, result = make(call, tmp_path, tmp_path / 'folded.pth', *options)
+        assert 'Images' in page.headings and 'test accuracy' not in page.metadata
+        assert '--dataset' in result.err
+
+
+def test_a_bare_state_dict_of_small_images(image_folder, tmp_path, call):
+    """Its images are normalized as the training images of their folder."""
+    options = ('--dataset', 'folder', '--dataroot', image_folder)
+    run = ('--form', 'cifar', '--depth', 10, '--epochs', 1, '--batch_size', 4)
+    assert call(train.main, *options, *run, '--save', tmp_path / 'run').status == 0
+    trained = checkpoint.load(tmp_path / 'run')
+    torch.save(trained.params, tmp_path / 'bare.pth')
+    pages = [make(call, tmp_path, tmp_path / name, *options)[0] for name in ('run', 'bare.pth')]
+    accuracies = [page.metadata['test accuracy'] for page in pages]
+    assert accuracies[0] == accuracies[1] and accuracies[0].endswith('of 6 test images')
+    surest = [{alt for alt in page.pictures if 'truly' in alt} for page in pages]
+    assert surest[0] == surest[1] != set()
 
 
 @pytest.mark.parametrize('model', ['diracnet-v1', 'repvgg', 'resnet-dirac'])

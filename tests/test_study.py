@@ -64,7 +64,13 @@ def test_trains_once_tabulates_and_draws(tiny, tmp_path, call, refused):
     assert float(rows[0]['error']) == pytest.approx(sum(errors) / 2)
     assert [float(rows[0]['least']), float(rows[0]['most'])] == errors
     table = (out / 'table.md').read_text()
-    for text in ('A sentence.\n\nAnother paragraph.', '| 5.5 |', f'| {sum(errors) / 2:.2f} |'):
+    command = f'`python -m tools.study {tiny} --out {out}`'
+    for text in (
+        command,
+        'A sentence.\n\nAnother paragraph.',
+        '| 5.5 |',
+        f'| {sum(errors) / 2:.2f} |',
+    ):
         assert text in table
     assert result.out.strip() == table.strip()
     for suffix in ('png', 'svg'):
@@ -88,6 +94,8 @@ def test_trains_once_tabulates_and_draws(tiny, tmp_path, call, refused):
         ('lr: 0.1', 'lr: 0.2', ('--lr', '0.1', '0.2')),
         ('width: 0.5', '', ('--width', '0.5', '1')),
         ('epochs: 2, epoch_step: [2]', 'epochs: 1, epoch_step: [2]', ('--epochs', '2', '1')),
+        ('epochs: 2, epoch_step: [2]', 'epochs: 1', ('--epochs', '2', '1')),
+        ('epochs: 2, epoch_step: [2]', 'epochs: 60', ('--epoch_step', '[2]', '60 epochs')),
     ):
         tiny.write_text(TINY.replace(old, new))
         refused(1, words, main, tiny, '--out', out)
@@ -130,6 +138,16 @@ def test_a_run_that_diverges_is_a_result(tiny, tmp_path, call, refused):
     folder = tmp_path / 'out' / 'diracnet-10' / 'seed1'
     assert 'the loss is' in (folder / 'failed.txt').read_text()
 
+    # No figure can be drawn.
+    text = tiny.read_text()
+    heat_map = 'x: model, y: depth, panels: model'
+    for figure in ('x: epoch', 'x: seconds', 'signal: true', heat_map):
+        tiny.write_text(text.replace('x: depth, lines: model', figure))
+        result = call(main, tiny, '--out', tmp_path / 'out', '--table')
+        assert result.status == 0 and len(result.err.splitlines()) == 1
+    assert not list((tmp_path / 'out').glob('figure*'))
+    tiny.write_text(text)
+
     # It is none of a study with another learning rate, also if it has no log.
     (folder / 'log.txt').unlink()
     tiny.write_text(tiny.read_text().replace('lr: 0.001', 'lr: 0.01'))
@@ -160,12 +178,13 @@ MALFORMED = [
     (('dataset: digits', 'dataset: digits\nkeep: [a]'), 1, 'keep'),
     (('seeds: [1, 2]', 'seeds: 1'), 1, 'seeds'),
     (('seeds: [1, 2]', 'seeds: [one]'), 2, 'one'),
-    (('seeds: [1, 2]', 'seeds: [1, 1]'), 1, 'twice'),
+    (('seeds: [1, 2]', 'seeds: [1, 1]'), 1, 'seeds [1, 1]'),
     (('dataset: digits', 'dataset: digitz'), 2, 'digitz'),
     (('  digits:', '  digitz:'), 2, 'digitz'),
     (TINY.partition('runs:')[0] + 'runs: [abc, def]\ntable: [model]', 1, 'abc'),
     # options of runs
     (('lr: 0.1', 'rate: 0.1'), 2, 'rate'),
+    (('lr: 0.1', 'help: true'), 2, 'help'),
     (('lr: 0.1', 'recompute: true, compile: true'), 2, '--compile'),
     (('depth: 8', 'depth: 8, dropout: 0.1'), 2, '--dropout'),
     (('width: 0.5', 'save: /tmp/mine'), 2, 'save'),
@@ -202,6 +221,9 @@ def test_mistakes_in_the_command_line(tiny, tmp_path, refused):
     refused(2, '--seeds', main, tiny, '--seeds', '1,')
     refused(2, '--jobs', main, tiny, '--jobs', '0')
     refused(1, 'out', main, tiny, '--out', tiny / 'out')  # below a file
+    (tmp_path / 'link').symlink_to('nowhere')
+    refused(1, ['link', 'nowhere'], main, tiny, '--out', tmp_path / 'link')
+    assert not (tmp_path / 'nowhere').exists()
     refused(1, 'finished', main, tiny, '--out', tmp_path / 'out', '--table')
 
 
@@ -263,3 +285,5 @@ def test_heat_maps(tiny, tmp_path):
     texts = re.findall(r'<!-- ([\d.]+) -->', Path(svg).read_text())
     cells = [text for text in texts if float(text) >= 10]
     assert sorted(cells) == ['10.1', '10.2', '10.2', '20.1', '20.1']
+    _, svg = draw_heat_maps(read(tiny), [{**row, 'error': 0.0} for row in rows], tmp_path / 'map')
+    assert Path(svg).read_text().count('<!-- 0.0 -->') == 6

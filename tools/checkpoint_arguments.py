@@ -13,10 +13,15 @@ def add_checkpoint(parser):
         type=path_argument,
         help='a run folder, its model.pt7 or a state dict',
     )
-    parser.add_argument(
-        '--dataset', choices=PREPROCESSING, help='the data set, if CHECKPOINT does not record it'
-    )
+    add_dataset(parser, 'CHECKPOINT')
     parser.add_argument('--ema', action='store_true', help="take train.py's moving averages")
+
+
+def add_dataset(parser, checkpoint):
+    """Add --dataset, for a checkpoint that the help calls so."""
+    parser.add_argument(
+        '--dataset', choices=PREPROCESSING, help=f'the data set, if {checkpoint} does not record it'
+    )
 
 
 def load_checkpoint(args):

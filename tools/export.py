@@ -17,9 +17,10 @@ Old runtimes refuse a newer opset of ONNX than they know. --opset therefore defa
 that has the network's operators: 9 for .onnx, 13 for .int8.onnx.
 
 Each file is loaded again and compared with the unfolded network on test images. Its logit error is
-the largest difference between two logits, as a fraction of the largest logit of the same image. If
-that of a float format is more than 1e-4, or int8 loses more than 0.5 points of top-1, the file is
-not written, and the exit status is 1. What takes time is named on stderr when it begins.
+the largest difference between a logit of the file and the same logit of the unfolded network, as a
+fraction of the largest logit of that image. If that of a float format is more than 1e-4, or int8
+loses more than 0.5 points of top-1, the file is not written, and the exit status is 1. What takes
+time is named on stderr when it begins.
 """
 
 import io
@@ -123,7 +124,7 @@ def export_file(network, out, opset, inputs, targets, expected):
         logits = compute_logits(load_exported(trial), inputs)
     error = relative_error(logits, expected)
     before, after = top1(expected, targets), top1(logits, targets)
-    print_row(out, f'{error:.1e}', after, before, len(content))
+    print_row(out, f'{error:.1e}', after, before, f'{len(content):,}')
     if out.name.endswith(INT8):
         if before - after > INT8_LIMIT:
             return f'{out} loses {before - after:.2f} points of top-1, more than {INT8_LIMIT}'
@@ -150,7 +151,7 @@ def comparison_images(network):
 
 
 def relative_error(logits, expected):
-    """The largest difference between two logits, relative to the largest logit of its image."""
+    """The largest difference from the same expected logit, relative to the largest of its image."""
     differences = np.abs(logits - expected).max(1)
     scales = np.maximum(np.abs(expected).max(1), np.finfo(np.float32).tiny)
     return float((differences / scales).max())
@@ -162,7 +163,7 @@ def announce(step):
 
 def print_row(name, error, after, before, size):
     percents = ['-' if value is None else f'{value:.2f} %' for value in (after, before)]
-    print(f'| {printable(str(name))} | {error} | {" | ".join(percents)} | {size:,} |', flush=True)
+    print(f'| {printable(str(name))} | {error} | {" | ".join(percents)} | {size} |', flush=True)
 
 
 # --- command line ----------------------------------------------------------------------------
@@ -225,15 +226,16 @@ def main(arguments=None):
     print(
         f'{printable(str(loaded.path))}: {n_parameters:,} parameters when folded{which}\n'
         f'Each file is compared with the unfolded network on {what}.\n'
-        'logit error: the largest difference between two logits, as a fraction of the largest '
-        f'logit of the same image; at most {FLOAT_LIMIT} in a float format.\n'
+        'logit error: the largest difference between a logit of the file and the same logit of the '
+        'unfolded network,\nas a fraction of the largest logit of that image; '
+        f'at most {FLOAT_LIMIT} in a float format.\n'
         'top-1: images whose largest logit is that of their class; int8 may lose '
         f'{INT8_LIMIT} points.\n'
     )
     print('| file | logit error | top-1 | top-1, unfolded | bytes |')
     print('| --- | --- | --- | --- | --- |')
     accuracy = top1(expected, targets)
-    print_row('(unfolded)', '', accuracy, accuracy, loaded.path.stat().st_size)
+    print_row('(unfolded)', '', accuracy, accuracy, '')
     failures = []
     try:
         for out in args.outs:

@@ -168,8 +168,10 @@ def first_batch(chains, dataroot):
 
 def measure(checkpoint, images, targets):
     """The measurements of a checkpoint: one dict for each measured layer of its chain."""
-    version_1 = checkpoint.network['model'] in VERSION_1
-    rows = weight_rows(checkpoint, version_1)
+    model = checkpoint.network['model']
+    version_1 = model in VERSION_1
+    params = {key: tensor.float() for key, tensor in checkpoint.params.items()}  # as the images
+    rows = weight_rows(model, params)
     layers, stem = count(1), None
 
     def norm(*args, **kwargs):  # of all layers, in order
@@ -190,8 +192,7 @@ def measure(checkpoint, images, targets):
 
     f, _ = registry.define(**checkpoint.network)
     params = {
-        key: tensor.clone().requires_grad_('.running_' not in key)
-        for key, tensor in checkpoint.params.items()
+        key: tensor.clone().requires_grad_('.running_' not in key) for key, tensor in params.items()
     }
     F.cross_entropy(f(images, params, True, norm=norm), targets).backward()
     return list(rows.values())
@@ -208,19 +209,19 @@ def measured_layers(n):
     return np.unique(spread.round().astype(int)).tolist()
 
 
-def weight_rows(checkpoint, version_1):
+def weight_rows(model, params):
     """{number of a measured layer: dict of what its weight tells}."""
-    names = [key for key in checkpoint.params if key.rpartition('.')[2] == 'conv']
-    folded = registry.fold(checkpoint.network['model'], checkpoint.params)
+    names = [key for key in params if key.rpartition('.')[2] == 'conv']
+    folded = registry.fold(model, params)
     weights = [weight for key, weight in folded.items() if key.endswith('conv.weight')]
     rows = {}
     for layer in measured_layers(len(names)):
         name, weight = names[layer - 1], weights[layer - 1]
         row = rows[layer] = {'layer': layer, 'name': name}
         if layer > 1:  # the first convolution has no identity
-            row['identity'] = identity_share(weight, version_1)
+            row['identity'] = identity_share(weight, model in VERSION_1)
             for part in ('alpha', 'beta'):  # plain weights have none
-                scale = checkpoint.params.get(f'{name.removesuffix("conv")}{part}')
+                scale = params.get(f'{name.removesuffix("conv")}{part}')
                 if scale is not None:
                     row[part] = scale.abs().mean().item()
     return rows

@@ -114,7 +114,7 @@ class Data:
             folders = ', '.join(f'{name}/' for name in TEST_FOLDERS)
             raise UserError(
                 f'{printable(self.name)} has no test images ({folders}): add a folder of them, or '
-                'test on training images with --holdout 20%'
+                'test on training images with train.py --holdout 20%'
             )
         return self
 

@@ -14,6 +14,10 @@ from lab.files import size_of
 
 # What torch.load says of a file that contains more than tensors and plain values.
 REFUSED = 'GLOBAL |Can only (create|build)|unrecognized function'
+LOADABLE = (
+    'pass a run folder, a .pth or .safetensors file, digits or fashion (only tools.predict reads '
+    '.onnx)'
+)
 
 
 class BrokenFile(UserError):
@@ -40,6 +44,8 @@ def read_archive(path):
             return torch.load(file, map_location='cpu', weights_only=True)
     except (MemoryError, UserError):
         raise
+    except FileNotFoundError:
+        raise BrokenFile(f'{path} does not exist; {LOADABLE}') from None
     except Exception as error:  # there are many types for truncated or random files
         if re.search(REFUSED, str(error)):
             raise UserError(
@@ -49,8 +55,7 @@ def read_archive(path):
         reason = getattr(error, 'strerror', None) or type(error).__name__
         raise BrokenFile(
             f'{path} cannot be read as a PyTorch checkpoint ({reason}): it may be truncated, '
-            'damaged or of another kind; pass a run folder, a .pth or .safetensors file, digits or '
-            'fashion (only tools.predict reads .onnx)'
+            f'damaged or of another kind; {LOADABLE}'
         ) from None
 
 

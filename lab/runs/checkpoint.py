@@ -126,7 +126,10 @@ class Checkpoint:
         model, reason = self.network['model'], registry.why_unfoldable(self.network)
         if reason:
             raise UserError(f'{self.path} cannot be folded: {reason}')
-        folded = self.params if self.folded else registry.fold(model, self.params)
+        # The products of a fold need the precision of floats.
+        dtype = torch.promote_types(self.dtype, torch.float)
+        params = {key: tensor.to(dtype) for key, tensor in self.params.items()}
+        folded = params if self.folded else registry.fold(model, params)
         for key, tensor in folded.items():
             if not tensor.isfinite().all():
                 raise UserError(
@@ -142,22 +145,16 @@ class Checkpoint:
         images in both forms; `cli_options` may choose among them.
         """
         network = {**registry.own_options(self.network['model']), **self.network}
-        dataset = cli_options.get('dataset', network['dataset'])
-        form, channels, classes = DATASETS[dataset]
-        has_form = dataset == 'folder' or form == network['form']
-        if has_form and channels == network['in_channels'] and not self.preprocessing:
-            if classes not in (None, network['num_classes']):
-                raise OptionError(
-                    f'{self.path} has {network["num_classes"]} classes, but {dataset} has '
-                    f'{classes}: name its data set with --dataset'
-                )
-            network['dataset'] = dataset
+        fits = f'{network_flags(self.network)} fits'
+        if not self.preprocessing:
+            network['dataset'] = cli_options.get('dataset', network['dataset'])
+            if wrong := registry.misfit(network, network['dataset']):
+                raise OptionError(f'{self.path} {wrong}; {fits}')
         names = registry.network_option_names(network['model'])
         for name in names:
             if cli_options.get(name, network[name]) != network[name]:
                 raise OptionError(
-                    f'--{name} is {cli_options[name]}, but {self.path} has {network[name]}; '
-                    f'{network_flags(self.network)} fits'
+                    f'--{name} is {cli_options[name]}, but {self.path} has {network[name]}; {fits}'
                 )
         return {name: network[name] for name in names}
 
@@ -279,7 +276,7 @@ def _sound_tensors(tensors):
         if not isinstance(tensor, torch.Tensor):
             raise ValueError(f'{key} is not a tensor, but of the type {type(tensor).__name__}')
         if tensor.dtype not in FLOATS:
-            raise ValueError(f'{key} has the type {tensor.dtype}, not one of real numbers')
+            raise ValueError(f'{key} has the type {tensor.dtype}, not one of floats')
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise ValueError(f'{key} repeats its numbers: save a contiguous copy of it')
         if not tensor.isfinite().all():
@@ -296,6 +293,7 @@ def _sound_tensors(tensors):
 def _read_network(stated, params):
     """The arguments of `registry.define` for the network that a file states, and whether its
     tensors, which must be these, are folded."""
+    _check_names(stated)
     network = {**stated, 'form': registry.form_of(stated)}
     # The names alone of its tensors could fill the memory. Layers may share their tensors.
     if network['depth'] > max(1000, len(params)):
@@ -304,6 +302,19 @@ def _read_network(stated, params):
     folded = params.keys() != expected.keys() and registry.is_folded(params)
     registry.check_shapes(params, registry.fold(network['model'], expected) if folded else expected)
     return network, folded
+
+
+def _check_names(stated):
+    """Raise ValueError unless what a file states of its network can be passed to its model here."""
+    for name in ('model', 'depth', 'width', 'dataset', 'num_classes', 'in_channels'):
+        if name not in stated:
+            raise ValueError(f'its network has no {name}')
+    model = stated['model']
+    if model not in registry.MODELS:
+        raise ValueError(f'its model is {model}, which this code does not know')
+    known = {*registry.network_option_names(model), 'num_classes', 'in_channels'}
+    if unknown := [name for name in stated if name not in known]:
+        raise ValueError(f'its model has the option {unknown[0]}, which this code does not know')
 
 
 def check_metadata(network, classes, preprocessing):

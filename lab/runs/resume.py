@@ -1,10 +1,13 @@
 """What a run resumes from, with which options, and the command that resumes it."""
 
 import shlex
+import sys
 from pathlib import Path
 
-from lab.distributed import from_first, launched_here, local_world, say, world
+from diracparams import DATASETS
+from lab.distributed import from_first, launched_here, local_world, rank, say, world
 from lab.errors import OptionError, UserError, printable
+from lab.models import registry
 from lab.runs import checkpoint
 from lab.runs.folder import COMMANDS, read_commands
 from lab.runs.pretrained import find_pretrained, network_options
@@ -111,11 +114,22 @@ def options_to_train(resumed, cli_options, pretrained):
             return complete(cli_options, stored)
     if resumed.folded:
         raise UserError(f'{resumed.path} is folded: it can be tested (--evaluate) but not trained')
+    _name_data_sets(resumed, cli_options)
     say(
         f'{resumed.path} is not a run of train.py: training starts from its tensors at epoch '
         f'{resumed.epoch}, with a new optimizer'
     )
     return complete({**network, **cli_options})
+
+
+def _name_data_sets(loaded, cli_options):
+    """If several data sets fit a file that does not record its own, say on stderr which it is."""
+    fitting = [name for name in DATASETS if not registry.misfit(loaded.network, name)]
+    taken = cli_options.get('dataset', loaded.network['dataset'])
+    if loaded.preprocessing or 'dataset' in cli_options or len(fitting) == 1 or rank():
+        return
+    text = f'{loaded.path} fits {", ".join(fitting)}: it is taken as {taken}; choose with --dataset'
+    print(printable(text), file=sys.stderr)
 
 
 def find_to_evaluate(cli_options):
@@ -135,5 +149,6 @@ def find_to_evaluate(cli_options):
     with checkpoint.refusing(tested.path):
         options = complete(cli_options, {**defaults_for(own), **own, **stored, **cli_options})
     check_combination(options)
+    _name_data_sets(tested, cli_options)
     tested.network.update(own)
     return tested.averaged() if 'ema' in cli_options else tested, options

@@ -113,8 +113,14 @@ class Switch(argparse.Action):
 
 def build_parser(description=None):
     """The parser of train.py. An option that recipes change, or that not all models have, has no
-    default in it: see recipes.py, and the definitions of the models."""
-    parser = OneLineParser(prog='train.py', description=description, argument_default=SUPPRESS)
+    default in it: see recipes.py, and the definitions of the models. Only train.py's own command
+    line, which has a description, has --help."""
+    parser = OneLineParser(
+        prog='train.py',
+        description=description,
+        argument_default=SUPPRESS,
+        add_help=description is not None,
+    )
     add_network_options(parser.add_argument_group('network').add_argument)
     add_data_options(parser.add_argument_group('data').add_argument)
     add_training_options(parser.add_argument_group('training').add_argument)
@@ -277,7 +283,7 @@ def add_device_options(add):
 # fmt: on
 
 
-OPTIONS = {action.dest: action for action in build_parser()._actions if action.dest != 'help'}
+OPTIONS = {action.dest: action for action in build_parser()._actions}
 # The defaults of the options that neither a recipe nor a model decides about.
 DEFAULTS = {name: action.default for name, action in OPTIONS.items() if action.default != SUPPRESS}
 

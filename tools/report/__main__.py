@@ -28,13 +28,14 @@ from lab.folded import (
     compute_logits,
     images_tested,
     load_data,
-    preprocessing_of,
     sample_pixels,
+    with_preprocessing,
 )
 from lab.runs import checkpoint
 from lab.runs.folder import COMMANDS, REPORT, read_commands
 from lab.runs.log import parse_line
 from tools import propagation
+from tools.checkpoint_arguments import add_dataset
 from tools.report import sections
 
 TEMPLATE = Path(__file__).with_name('page.html')
@@ -56,7 +57,7 @@ class Tests:
 
 def test(loaded, dataroot):
     """The Tests of a Checkpoint. Raises UserError if the data set is missing or does not fit."""
-    preprocessing = preprocessing_of(loaded, loaded.network['dataset'])
+    preprocessing = Preprocessing.from_dict(loaded.preprocessing)
     data = load_data(loaded, loaded.network['dataset'], preprocessing, dataroot)
     check_classes(loaded, data)
     classes = readable(list(loaded.classes or data.classes), len(data.classes))
@@ -70,19 +71,25 @@ def test(loaded, dataroot):
     return Tests(data, preprocessing, kind, classes, pixels, targets, predicted, probabilities)
 
 
-def describe(loaded, starts, dataroot):
+def describe(loaded, starts, dataset, dataroot):
     """What the page about a Checkpoint says.
 
     Args:
         starts: the commands of its run, or None.
+        dataset, dataroot: as for `with_preprocessing`.
 
     Returns:
         The variables of page.html, and the reason why the images could not be had, or ''.
     """
     log = [parse_line(line, 'its log') for line in loaded.log or []]
     network, options = loaded.network, sorted(loaded.options.items())
+    title = f'{network["model"]}-{network["depth"]}-{network["width"]:g}'
     parts = [sections.training(log)]
     try:
+        loaded = with_preprocessing(loaded, dataset, dataroot)
+        root = loaded.options.get('dataroot', dataroot or './data')
+        name = display_name(loaded.network['dataset'], root)
+        title = f'{title} on {name}'
         tests, missing = test(loaded, dataroot), ''
     except UserError as error:
         tests, missing = None, str(error)
@@ -93,9 +100,8 @@ def describe(loaded, starts, dataroot):
     parts += [sections.filters(loaded.params), sections.scales(loaded.params)]
     if tests and not loaded.folded and not propagation.why_unmeasurable(network):
         parts += [sections.signal(loaded, tests)]
-    name = display_name(network['dataset'], loaded.options.get('dataroot', '.'))
     content = {
-        'title': printable(f'{network["model"]}-{network["depth"]}-{network["width"]:g} on {name}'),
+        'title': printable(title),
         'metadata': metadata(loaded, starts or [{}], log, tests),
         'sections': filter(None, parts),
         'options': [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in options],
@@ -144,6 +150,7 @@ def main(arguments=None):
     parser.add_argument(
         '--out', type=path_argument, help='the HTML file to write (default: see above)'
     )
+    add_dataset(parser, 'RUN')
     parser.add_argument('--dataroot', help='folder of the data set, if it has moved')
     args = parser.parse_args(arguments)
     loaded = checkpoint.load(args.checkpoint)
@@ -151,7 +158,7 @@ def main(arguments=None):
         raise OptionError(f'{loaded.path} is not in the folder of a run: add --out')
     out = args.out or str(loaded.path.with_name(REPORT))
     starts = read_commands(loaded.path.with_name(COMMANDS))
-    content, missing = describe(loaded, starts, args.dataroot)
+    content, missing = describe(loaded, starts, args.dataset, args.dataroot)
     template = jinja2.Template(TEMPLATE.read_text('utf-8'), autoescape=True, trim_blocks=True)
     write_output(out, template.render(content, percent=percent).encode())
     if missing:

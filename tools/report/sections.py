@@ -151,7 +151,7 @@ def signal(checkpoint, tests):
     rows = measure(checkpoint, images, torch.from_numpy(targets))
     curves = {}
     for name, meaning in (
-        ('active', 'units that ReLU does not set to zero'),
+        ('active', 'units that the activation does not set to zero'),
         ('neighbour', 'images whose nearest other image has their class'),
         ('identity', "energy of the weight at the identity's taps"),
     ):

@@ -5,7 +5,8 @@
     python -m tools.study studies/depth.yaml --table              # train nothing
 
 Finished runs are not repeated, so the same command resumes after Ctrl-C. A run that diverged is
-finished too: failed.txt in its folder says why; without that file it runs again.
+finished too: failed.txt in its folder says why; without that file it runs again. If all runs
+diverged, no figure is drawn.
 
 Runs, table (Markdown and CSV) and figure (PNG and SVG) go to logs/reference/study-NAME. With a data
 set other than the study's own, they go to logs/study-NAME-DATASET; for a file outside studies/, to
@@ -37,6 +38,8 @@ The YAML file has
 Other keys, equal runs, and options that the study sets itself (seed, save, ...) are errors.
 """
 
+import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -82,10 +85,13 @@ def study_folder(study, dataset):
 
 
 def draw(study, rows, runs, folder, dataroot):
-    """Draw the figure that the study asks for."""
+    """Draw the figure that the study asks for, if a run did not diverge."""
     out = folder / 'figure'
-    folders = [one.folder for one in runs if one.seed == runs[0].seed and not one.failed]
-    if 'signal' not in study.figure:
+    trained = [one for one in runs if not one.failed]
+    folders = [one.folder for one in trained if one.seed == trained[0].seed]
+    if not trained:
+        print(f'{out}.png is not drawn: all runs diverged', file=sys.stderr)
+    elif 'signal' not in study.figure:
         draw_study(study, rows, runs, out)
     elif all((path / FILE_NAME).exists() for path in folders):
         propagation.report(list(map(propagation.read_run, folders)), out, dataroot)
@@ -94,11 +100,23 @@ def draw(study, rows, runs, folder, dataroot):
         print(f'{out}.png is not drawn again: {reason}', file=sys.stderr)
 
 
+def command(args, study, dataset):
+    """The command line that makes the table."""
+    path = study.path.resolve()
+    words = [path.relative_to(ROOT) if path.is_relative_to(ROOT) else study.path]
+    if dataset != study.dataset:
+        words += ['--dataset', dataset]
+    if args.out:
+        words += ['--out', args.out]
+    return shlex.join(['python', '-m', 'tools.study', *map(str, words)])
+
+
 def main(arguments=None):
     args = parse_arguments(arguments)
     study = read(args.study)
     dataset = args.dataset or study.dataset
-    folder = Path(args.out).resolve() if args.out else study_folder(study, dataset)
+    # A broken link stays: resolving it would make its target.
+    folder = Path(os.path.abspath(args.out)) if args.out else study_folder(study, dataset)
     if args.dataroot:
         study.options['dataroot'] = args.dataroot
     seeds = args.seeds or study.seeds
@@ -120,7 +138,7 @@ def main(arguments=None):
     if not runs:
         raise UserError(f'{folder} has no finished runs yet')
     rows = collect(study, runs)
-    write_tables(study, rows, dataset, folder)
+    write_tables(study, rows, dataset, folder, command(args, study, dataset))
     if study.figure:
         draw(study, rows, runs, folder, args.dataroot)
     print((folder / 'table.md').read_text())

@@ -10,6 +10,7 @@ import time
 from tqdm import tqdm
 
 from lab.errors import UserError
+from lab.files import make_folder
 from lab.runs.folder import OUTPUT
 from tools.study.runs import FAILED, ROOT
 
@@ -49,7 +50,7 @@ def execute(runs, jobs, device):
 def start(one, device, jobs):
     """The process that trains a run to its next stop; it prints to a file in the run's folder."""
     try:
-        one.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(one.folder)
     except OSError as error:
         raise UserError(f'{one.folder} cannot be created ({error.strerror})') from None
     one.keep_checkpoint()  # in case an earlier process was killed just before doing so

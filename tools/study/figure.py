@@ -71,7 +71,7 @@ def draw_errors(study, rows, out):
     ax.set_xlabel(x)
     ax.set_ylabel('test error, % (median, min to max)')
     ax.set_title(textwrap.fill(figures.plain(study.title), 60), fontsize=9)
-    if lines and rows_by_label:
+    if lines:
         figure.legend(title=', '.join(lines), loc='outside lower center', ncols=3, fontsize=8)
     return figures.save(figure, out)
 
@@ -97,5 +97,5 @@ def label_numbers(ax, ticks):
 def spans_decades(rows):
     """Whether the errors differ enough for a logarithmic axis."""
     trained = [row for row in rows if row['error'] is not None]
-    least = min((row['least'] for row in trained), default=0)
+    least = min(row['least'] for row in trained)
     return least > 0 and max(row['most'] for row in trained) > 3 * least

@@ -18,7 +18,7 @@ def draw_heat_maps(study, rows, out):
     x, y, panels = (study.figure[part] for part in ('x', 'y', 'panels'))
     columns, lines, titles = (distinct(rows, name) for name in (x, y, panels))
     errors = {tuple(text_of(row[name]) for name in (panels, x, y)): row['error'] for row in rows}
-    highest = max((error for error in errors.values() if error is not None), default=100)
+    highest = max([1, *(error for error in errors.values() if error is not None)])
     width, height = 0.8 * len(columns), 1.3 + 0.45 * len(lines)
     figure, [axes] = figures.new_figure(1, len(titles), width, height)
     for ax, title in zip(axes, titles):

@@ -98,13 +98,15 @@ class Run:
         stored = log[-1] if log else self.started_with() if self.failed else {}
         changed = [name for name in self.all_options if name not in CHANGEABLE_ON_RESUME]
         if epochs > self.n_epochs:  # fewer are resumed
-            changed.append('epochs')
+            changed.insert(0, 'epochs')
         for name in changed:
             value = self.all_options[name]
             if stored.get(name, value) != value:
+                is_default = name == 'epoch_step' and name not in self.options
+                reason = f', the default for {self.n_epochs} epochs' if is_default else ''
                 raise UserError(
                     f'{self.folder} was run with --{name} {stored[name]}, but the study has '
-                    f'{value}: move the folder away, or change the study'
+                    f'{value}{reason}: move the folder away, or change the study'
                 )
         return bool(self.failed) or epochs >= self.n_epochs
 
@@ -138,9 +140,12 @@ def all_runs(study, seeds, dataset, folder):
 
     Raises:
         OptionError: train.py would not accept the options of a run.
-        UserError: no run has an option of the table, or two runs would have the same row of the
-            table or the same folder.
+        UserError: a seed is there twice, no run has an option of the table, or two runs would have
+            the same row of the table or the same folder.
     """
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise UserError(f'{study.path}: the seeds {seeds} have {seed} twice')
     rows = [(row, options.get('seeds', seeds)) for options in study.runs for row in expand(options)]
     runs = [
         Run(study, row, seed, dataset, folder)

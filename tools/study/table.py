@@ -48,25 +48,23 @@ def median_or_none(values):
     return median(values) if values else None
 
 
-def write_tables(study, rows, dataset, folder):
-    """Write table.csv and table.md. Raises UserError if they cannot be written."""
+def write_tables(study, rows, dataset, folder, command):
+    """Write table.csv and table.md, which names the command. Raises UserError if they cannot be
+    written."""
     try:
         with open(folder / 'table.csv', 'w', newline='') as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-        (folder / 'table.md').write_text(page(study, rows, dataset))
+        (folder / 'table.md').write_text(page(study, rows, dataset, command))
     except OSError as error:
         raise UserError(f'the table in {folder} cannot be written ({error.strerror})') from None
 
 
-def page(study, rows, dataset):
+def page(study, rows, dataset, command):
     """The text of table.md: title, how it was made, table, and the note on the results."""
-    command = f'python -m tools.study studies/{study.name}.yaml'
     dataroot = study.options.get('dataroot')
     name = display_name(dataset, dataroot) if dataroot else dataset
-    if dataset != study.dataset:
-        command += f' --dataset {dataset}'
     lines = [
         f'# {study.title}',
         '',
