@@ -72,11 +72,11 @@ def test_studies(name, tmp_path):
             assert f'--seed {one.seed} ' in start['command']
             assert ('--holdout' in start['command']) == name.endswith('-holdout')
     rows = collect(study, runs)
-    write_tables(study, rows, study.dataset, tmp_path)
+    command = f'python -m tools.study studies/{name}.yaml'
+    write_tables(study, rows, study.dataset, tmp_path, command)
     for table in ('table.csv', 'table.md'):
-        assert (folder / table).read_text() == (tmp_path / table).read_text(), (
-            f'make it again: python -m tools.study studies/{name}.yaml --table'
-        )
+        made = (tmp_path / table).read_text()
+        assert (folder / table).read_text() == made, f'make it again: {command} --table'
     assert all(row['n'] + row['diverged'] == len(row['seeds'].split()) for row in rows)
     if study.figure:
         assert (folder / 'figure.png').stat().st_size > 10_000
