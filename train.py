@@ -102,7 +102,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
         stop.listen()  # from here on, a signal stops the run after a step, with a checkpoint
         log = folder.open(arguments, device, module, options, resumed)
         recorder = Recorder(folder, stop, state, metadata, log)
-        stop.say(describe_run(options, data, recorder.n_parameters, device, resumed))
+        stop.say(describe_run(options, data, network, device, resumed))
 
         progress, first_epoch = (resumed.progress, resumed.epoch + 1) if resumed else (None, 1)
         for epoch in range(first_epoch, options['epochs'] + 1):

@@ -30,10 +30,11 @@ def memory(device):
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def peak_memory(device):
-    """The most memory in bytes that tensors took on a device since the last call."""
+def peak_memory(device, restart=True):
+    """The most memory in bytes that tensors took on a device since the last restart."""
     peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    if restart:
+        torch.cuda.reset_peak_memory_stats(device)
     return peak
 
 

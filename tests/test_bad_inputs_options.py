@@ -36,6 +36,8 @@ ROWS = [
     ('--ngpu 99999', ['--ngpu', '99999']),
     ('--warmup ramp:x', ['--warmup', 'ramp:x']),
     ('--warmup jump:3', ['--warmup', 'jump:3']),
+    ('--warmup 5e', ['--warmup', '5e']),
+    ('--warmup ramp:nane', ['--warmup', 'nan']),
     ('--randomcrop_pad 8', '--randomcrop_pad 8'),
     ('--holdout 1437', '--holdout 1437'),
     ('--holdout 0%', '--holdout'),

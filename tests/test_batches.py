@@ -5,6 +5,7 @@ import pytest
 import torch
 from data_helpers import epoch_of, folder_batches, small_set
 from scipy.stats import chi2_contingency, chisquare
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab.data import datasets
 
@@ -62,6 +63,26 @@ def test_pixels_in_memory_do_not_depend_on_history_or_batch_size(device):
     assert sum(not torch.equal(by_index[int(y)], x) for x, y in next_epoch) > 280
     batch, _ = next(iter(cifar_like(device=device)))
     assert batch.is_contiguous(memory_format=torch.channels_last) and batch.device.type == device
+
+
+class Cpu(TorchDispatchMode):
+    """Lists the operations that make a tensor on the CPU."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and result.device.type == 'cpu':
+            self.operations.append(operation)
+        return result
+
+
+def test_batches_on_a_device_need_no_tensor_of_the_cpu():
+    """Copying one would wait for a GPU. The meta device has no values, only shapes."""
+    batches = iter(cifar_like(device='meta', cutout=8))
+    next(batches)
+    Cpu.operations = []
+    with Cpu():
+        shapes = [inputs.shape for inputs, _ in batches]
+    assert shapes == 3 * [(64, 3, 32, 32)] + [(44, 3, 32, 32)] and not Cpu.operations
 
 
 # --- the distributions ------------------------------------------------------------------------

@@ -1,10 +1,13 @@
-"""What a run says after each epoch."""
+"""What a run says after its first step and after each epoch."""
 
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from lab import cuda
 from lab.runs.describe import describe_epoch
+from lab.runs.recorder import Recorder
 
 STATS = {
     **{'epoch': 2, 'epochs': 2, 'num_classes': 10, 'recalibrate_bn': False},
@@ -31,3 +34,20 @@ STATS = {
 def test_an_epoch(stats, present, absent):
     line = describe_epoch(STATS | stats, SimpleNamespace(batches=range(100)))
     assert all(text in line for text in present) and not any(text in line for text in absent), line
+
+
+@pytest.mark.parametrize(
+    'name, expected', [('cuda:0', ['0.42 GB of memory on cuda:0']), ('cpu', [])]
+)
+def test_memory_after_the_first_step(name, expected, monkeypatch):
+    monkeypatch.setattr(cuda, 'peak_memory', lambda device, restart: 4.2e8)
+    parameters, lines = [SimpleNamespace(device=torch.device(name))], []
+    state = SimpleNamespace(module=SimpleNamespace(parameters=lambda: iter(parameters)))
+    metadata = {
+        'network': {'model': 'diracnet', 'depth': 10, 'width': 1, 'dataset': 'digits'},
+        'options': {'checkpoint_minutes': 10},
+    }
+    recorder = Recorder(None, SimpleNamespace(signal=0, say=lines.append), state, metadata, [])
+    for _ in range(2):
+        recorder.save_or_exit_if_due(SimpleNamespace(meters=SimpleNamespace(diverged=None)))
+    assert lines == expected

@@ -203,6 +203,7 @@ def test_schedules():
     expected = rates_of_torch(lambda sgd: scheduler.CosineAnnealingLR(sgd, T_max=20), 20)
     assert found == pytest.approx(expected)
     found = rates(5, epochs=4, schedule='linear', warmup='ramp:6')
+    assert found == rates(5, epochs=4, schedule='linear', warmup='ramp:1.2e')
     expected = rates_of_torch(lambda sgd: scheduler.LinearLR(sgd, 1 / 6, 1, total_iters=5), 6)
     expected += rates_of_torch(lambda sgd: scheduler.LinearLR(sgd, 1, 0, total_iters=14), 14)
     assert found == pytest.approx(expected)

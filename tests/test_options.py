@@ -35,6 +35,7 @@ from lab.training.recipes import CHANGES, CIFAR
         ('--ema 0.9', {'ema': 0.9}),
         ('--warmup 100', {'warmup': 100}),
         ('--warmup ramp:400', {'warmup': 'ramp:400'}),
+        ('--warmup ramp:5.0e', {'warmup': 'ramp:5e'}),
         ('--epoch_step []', {'epoch_step': []}),
         ('--epoch_step [1,20]', {'epoch_step': [1, 20]}),
         ('--holdout 100', {'holdout': 100}),

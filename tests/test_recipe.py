@@ -21,7 +21,7 @@ from tools import export, predict
 
 SHORT = '--depth 10 --width 0.5 --epochs 2'
 ALL = (
-    f'{SHORT} --schedule cosine --warmup ramp:10 --label_smoothing 0.1 --clip 1 --ema 0.9 '
+    f'{SHORT} --schedule cosine --warmup ramp:0.5e --label_smoothing 0.1 --clip 1 --ema 0.9 '
     '--cutout 3 --tta flip --randomcrop_pad 1 --recalibrate_bn'
 )
 ONE_BATCH = 64 * 8 * 8  # pixels, for the recalibration

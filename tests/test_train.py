@@ -296,6 +296,24 @@ def test_parameters_of_deep_networks_are_counted_without_making_them(model):
         assert network.count_parameters({**arguments, 'depth': 10_000, 'width': 1}) == 162_686_010
 
 
+@pytest.mark.parametrize('depth', [34, 1000])
+def test_multiplications(depth):
+    """Those of a count by hand."""
+    n = (depth - 4) // 3 - 1  # 3 x 3 convolutions of a group after its first
+    groups = 9 * (
+        (3 * 32 + 32 * 32 * (n + 1)) * 32**2
+        + (32 * 64 + 64 * 64 * n) * 16**2
+        + (64 * 128 + 128 * 128 * n) * 8**2
+    )
+    cifar = dict(model='diracnet', depth=depth, width=2, dataset='CIFAR10', in_channels=3)
+    assert network.count_multiplications(cifar, 32) == groups + 128 * 10
+    imagenet = {**cifar, 'depth': 18, 'width': 1, 'dataset': 'ImageNet'}
+    groups = 64 * 64 * 4 * 56**2
+    groups += sum((c // 2 * c + c * c * 3) * (7 * 512 // c) ** 2 for c in (128, 256, 512))
+    stem = 7 * 7 * 3 * 64 * 112**2
+    assert network.count_multiplications(imagenet, 224) == stem + 9 * groups + 512 * 1000
+
+
 @pytest.mark.parametrize('dtype, size', [('float', 4), ('double', 8)])
 def test_network_that_is_too_large(dtype, size, tmp_path, refused, monkeypatch):
     """Parameters, gradients and momenta must fit the memory."""

@@ -71,6 +71,11 @@ class Batches:
         for start in range(self.start * self.batch_size, self.n, self.batch_size):
             yield order[start : start + self.batch_size][self.rank :: self.world]
 
+    def _send(self, tensor):
+        """A tensor of the CPU on `device`, without waiting for a GPU."""
+        is_cuda = self.device.type == 'cuda'
+        return cuda.send(tensor, self.device) if is_cuda else tensor.to(self.device)
+
 
 class MemoryBatches(Batches):
     """Batches of images that are all in the device's memory.
@@ -100,53 +105,60 @@ class MemoryBatches(Batches):
             self.images = whiten(self.images, whitening)
 
     def __iter__(self):
-        augmented = self.pad or self.mirrored
-        windows = self._windows() if augmented else None
-        squares = self._squares() if self.cutout else None
-        for indices in self.order():
-            indices = torch.from_numpy(indices).to(self.images.device)
-            images = self._crop(indices, *windows) if augmented else self.images[indices]
+        # All that is small is made for the whole epoch, so that a batch costs a GPU four kernels,
+        # and Python no copy that waits for the GPU.
+        shares = [torch.from_numpy(share) for share in self.order()]
+        order = self._send(torch.cat([torch.empty(0, dtype=torch.int64), *shares]))
+        targets, is_augmented = self.targets[order], self.pad or self.mirrored
+        rows, columns = self._pixels(order) if is_augmented else (None, None)
+        in_rows, in_columns = self._squares(order) if self.cutout else (None, None)
+        start = 0
+        for share in shares:
+            batch = slice(start, start + len(share))
+            start += len(share)
+            if is_augmented:
+                images = self._gather(rows[batch], columns[batch])
+            else:
+                images = self.images[order[batch]]
             inputs = normalize(images, self.preprocessing)
             if self.cutout:
-                inputs.masked_fill_(self._mask(squares[indices]), 0)
-            yield inputs, self.targets[indices]
+                mask = in_rows[batch, :, None] & in_columns[batch, None, :]  # (B, H, W)
+                inputs.masked_fill_(mask[:, None], 0)
+            yield inputs, targets[batch]
 
-    def _windows(self):
-        """For each sample of this epoch: crop offsets (N, 2) in 0 .. 2 pad; 1 if mirrored (N,)."""
+    def _pixels(self, order):
+        """Where the cropped and mirrored images of the samples in `order` come from, in the list of
+        all pixels: where the row of each pixel begins (M, H), and its place in that row (M, W)."""
         random = np.random.default_rng((self.seed, self.epoch, 1))
-        offsets = random.integers(0, 2 * self.pad + 1, (self.n, 2))
-        flips = random.integers(0, 2, self.n) if self.mirrored else np.zeros(self.n, np.int64)
-        device = self.images.device
-        return torch.from_numpy(offsets).to(device), torch.from_numpy(flips).to(device)
-
-    def _crop(self, indices, offsets, flips):
-        """Crop, reflect and mirror the images with one gather from the list of all pixels."""
-        n, height, width, channels = self.images.shape
-        device = self.images.device
-        rows = torch.arange(height, device=device) + offsets[indices, :1] - self.pad  # (B, H)
-        columns = torch.arange(width, device=device) + offsets[indices, 1:] - self.pad  # (B, W)
-        columns = torch.where(flips[indices, None] > 0, columns.flip(1), columns)
-        rows = (indices[:, None] * height + _reflect(rows, height)) * width
-        columns = _reflect(columns, width)
-        pixels = rows[:, :, None] + columns[:, None, :]  # (B, H, W)
-        cropped = self.images.view(-1, channels).index_select(0, pixels.view(-1))
-        return cropped.view(len(indices), height, width, channels)
-
-    def _squares(self):
-        """The first row and column of each sample's square of --cutout in this epoch, (N, 2). Its
-        center is in the image, but a part of it may be outside."""
-        random = np.random.default_rng((self.seed, self.epoch, 2))
-        centers = random.integers(0, self.images.shape[1:3], (self.n, 2))
-        return torch.from_numpy(centers - self.cutout // 2).to(self.images.device)
-
-    def _mask(self, squares):
-        """Which pixels are in the squares: (B, 1, H, W)."""
+        offsets = self._send(torch.from_numpy(random.integers(0, 2 * self.pad + 1, (self.n, 2))))
+        height, width = self.images.shape[1:3]
         rows, columns = (
-            torch.arange(size, device=squares.device) - first[:, None]
-            for size, first in zip(self.images.shape[1:3], squares.T)
+            _reflect(torch.arange(size, device=self.device) + first[order, None] - self.pad, size)
+            for size, first in zip((height, width), offsets.T)
         )
-        rows, columns = ((place >= 0) & (place < self.cutout) for place in (rows, columns))
-        return (rows[:, :, None] & columns[:, None, :])[:, None]
+        if self.mirrored:
+            flips = self._send(torch.from_numpy(random.integers(0, 2, self.n)))
+            columns = torch.where(flips[order, None] > 0, columns.flip(1), columns)
+        return (order[:, None] * height + rows) * width, columns
+
+    def _gather(self, rows, columns):
+        """The pixels at these places: (B, H, W, C)."""
+        pixels = rows[:, :, None] + columns[:, None, :]  # (B, H, W)
+        images = self.images.view(-1, self.images.shape[3]).index_select(0, pixels.view(-1))
+        return images.view(*pixels.shape, -1)
+
+    def _squares(self, order):
+        """Which rows (M, H) and columns (M, W) of the samples in `order` are in the square of
+        --cutout in this epoch. Its center is in the image, but a part of it may be outside."""
+        random = np.random.default_rng((self.seed, self.epoch, 2))
+        sizes = self.images.shape[1:3]
+        centers = random.integers(0, sizes, (self.n, 2))
+        squares = self._send(torch.from_numpy(centers - self.cutout // 2))
+        places = (
+            torch.arange(size, device=self.device) - first[order, None]
+            for size, first in zip(sizes, squares.T)
+        )
+        return ((place >= 0) & (place < self.cutout) for place in places)
 
 
 def _reflect(positions, size):
@@ -194,9 +206,8 @@ class FolderBatches(Batches):
                     f'{next(iter(problems.values()))}'
                 )
             if targets or self.world > 1:  # all processes need the same number of batches
-                send = cuda.send if self.device.type == 'cuda' else torch.Tensor.to
-                images = send(self.slots[slot, : len(targets)], self.device)
-                targets = send(torch.tensor(targets, dtype=torch.int64), self.device)
+                images = self._send(self.slots[slot, : len(targets)])
+                targets = self._send(torch.tensor(targets, dtype=torch.int64))
                 yield normalize(images, self.preprocessing), targets
 
 

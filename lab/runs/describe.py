@@ -6,21 +6,24 @@ from lab.data.names import percent, rounded
 from lab.distributed import say, world
 from lab.errors import UserError, printable
 from lab.runs.log import format_line
+from lab.training.network import count_multiplications, count_parameters
 from lab.training.recalibration import describe_lag
 
 
-def describe_run(options, data, n_parameters, device, resumed):
-    """What trains on what, in words."""
+def describe_run(options, data, network, device, resumed):
+    """What trains on what, in words. `network` is what network_arguments returns."""
     name = f'{options["model"]}-{options["depth"]}-{options["width"]:g}'
     test_images = 'held-out training' if options['holdout'] else 'test'
     processes = f', {world()} processes' if world() > 1 else ''
+    multiplications = count_multiplications(network, data.preprocessing.image_size)
     return '\n'.join(
         (
             *(data.notes if not resumed else ()),
             f'{name} on {printable(data.name)}, {len(data.train[1])} training and '
             f'{len(data.test[1])} {test_images} images, {device}{processes}, in '
             f'{printable(options["save"])}',
-            f'{n_parameters:,} parameters, {describe_rate(options)}',
+            f'{count_parameters(network):,} parameters, {rounded(multiplications / 1e6)} million '
+            f'multiplications per image, {describe_rate(options)}',
             *([f'resuming after {resumed.position}'] if resumed else ()),
         )
     )

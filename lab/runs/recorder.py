@@ -4,6 +4,7 @@ import signal
 import time
 
 from lab import cuda, distributed
+from lab.data.names import rounded
 from lab.errors import UserError
 from lab.runs.checkpoint import describe_position
 from lab.runs.log import format_line
@@ -24,6 +25,8 @@ class Recorder:
         self.folder, self.stop, self.state = folder, stop, state
         self.metadata, self.log = metadata, log
         self.n_parameters = count_parameters(metadata['network'])
+        self.device = next(state.module.parameters()).device
+        self.memory_is_unknown = self.device.type == 'cuda'
         self._schedule_save()
 
     def _schedule_save(self):
@@ -33,13 +36,18 @@ class Recorder:
     # --- checkpoints ---
 
     def save_or_exit_if_due(self, train_pass):
-        """Save if it is time to. If a signal has come, save and exit.
+        """After a step: save if it is time to. If a signal has come, save and exit. After the first
+        step of the program, say how much memory it took on a CUDA device.
 
         Raises:
             UserError: the loss is not finite.
             SystemExit: a signal has come; all processes exit together.
         """
         self._check_loss(train_pass)
+        if self.memory_is_unknown:
+            self.memory_is_unknown = False
+            peak = cuda.peak_memory(self.device, restart=False)
+            self.stop.say(f'{rounded(peak / 1e9, 2)} GB of memory on {self.device}')
         due = time.monotonic() >= self.next_save
         number, due = distributed.agree(self.stop.signal, int(due))
         if number:
@@ -99,9 +107,8 @@ class Recorder:
             'n_parameters': self.n_parameters,
             'train_images_per_second': train_pass.batches.n / results['train_time'],
         }
-        device = next(self.state.module.parameters()).device
-        if device.type == 'cuda':
-            stats['train_peak_memory'] = cuda.peak_memory(device)
+        if self.device.type == 'cuda':
+            stats['train_peak_memory'] = cuda.peak_memory(self.device)
         stats.update(broken_stats)
         self.log.append(format_line(stats))
         self.folder.write_log(self.log)

@@ -34,23 +34,44 @@ def count_parameters(network):
 
     Raises OptionError if there is no such network.
     """
+    return _count_over_depth(_parameters, network)
+
+
+def count_multiplications(network, image_size):
+    """The multiplications for an image of `image_size` x `image_size` pixels, in the convolutions
+    and linear layers of `registry.define(**network)`; those of Dirac weights, batch norm and
+    pooling are few."""
+    return _count_over_depth(partial(_multiplications, image_size=image_size), network)
+
+
+def _count_over_depth(count, network):
+    """count(network), or, for a deep one, as much as follows from the counts of two others."""
     depth, longest = network['depth'], 60
     if depth <= longest or registry.form_of(network) == 'imagenet':
-        return _count(network)
+        return count(network)
     base = longest - 12 + depth % 6
     try:
-        small, larger = (_count({**network, 'depth': d}) for d in (base, base + 6))
+        small, larger = (count({**network, 'depth': d}) for d in (base, base + 6))
     except OptionError:
-        return _count(network)  # raises the error for this depth
+        return count(network)  # raises the error for this depth
     return small + (depth - base) // 6 * (larger - small)  # 6 more layers add the same number
 
 
-def _count(network):
+def _parameters(network):
     try:
         tensors = registry.shapes(**network).values()
     except ValueError as error:
         raise OptionError(str(error)) from None
     return sum(tensor.numel() for tensor in tensors if tensor.requires_grad)
+
+
+def _multiplications(network, image_size):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device('meta'), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        f, params = registry.define(**network)
+        f(torch.empty(1, network['in_channels'], image_size, image_size), params, False)
+    return counter.get_total_flops() // 2  # it counts multiplications and additions
 
 
 def check_memory(n_parameters, options, device):

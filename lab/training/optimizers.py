@@ -56,7 +56,7 @@ def learning_rate(options, step, epoch_steps):
     """
     lr, warmup = options['lr'], options.get('warmup', 0)
     is_ramp = isinstance(warmup, str)
-    n_warmup = int(warmup.removeprefix('ramp:')) if is_ramp else warmup
+    n_warmup = warmup_steps(warmup, epoch_steps)
     if step < n_warmup:
         return lr * (step + 1) / n_warmup if is_ramp else lr / 100
     if options.get('schedule', 'step') == 'step':
@@ -67,6 +67,14 @@ def learning_rate(options, step, epoch_steps):
     if options['schedule'] == 'linear':
         return lr * (1 - done)
     return lr * (1 + math.cos(math.pi * done)) / 2
+
+
+def warmup_steps(warmup, epoch_steps):
+    """The steps that --warmup takes: 30, 'ramp:30' (both in steps) or 'ramp:5e' (in epochs)."""
+    length = str(warmup).removeprefix('ramp:')
+    if length.endswith('e'):
+        return round(float(length.removesuffix('e')) * epoch_steps)
+    return int(length)
 
 
 def set_rates(options, optimizer, norm, train_pass):

@@ -76,8 +76,11 @@ def epoch_list(text):
 
 
 def warmup(text):
-    """A number of steps, or ramp:STEPS."""
-    steps = number(int, at_least=0)(text.removeprefix('ramp:'))
+    """A number of steps, ramp:STEPS, or ramp:EPOCHSe."""
+    length = text.removeprefix('ramp:')
+    if text.startswith('ramp:') and length.endswith('e'):
+        return f'ramp:{number(float, at_least=0)(length.removesuffix("e")):g}e'
+    steps = number(int, at_least=0)(length)
     return f'ramp:{steps}' if text.startswith('ramp:') else steps
 
 
@@ -220,8 +223,8 @@ def add_training_options(add):
         help='how the learning rate falls: step, at each epoch of --epoch_step; or after each '
              'step, as half a cosine or a line that ends at 0 with the last one')
     add('--warmup', type=warmup, metavar='STEPS',
-        help='ramp:STEPS: steps in which the learning rate rises to --lr in equal parts; without '
-             'ramp: steps with a hundredth of --lr')
+        help='ramp:STEPS, or ramp:5e for 5 epochs: how long the learning rate rises to --lr in '
+             'equal parts; without ramp: steps with a hundredth of --lr')
     add('--lr_decay_ratio', type=POSITIVE,
         help='factor that multiplies the learning rate at each epoch of --epoch_step')
     add('--batch_size', '--batchSize', type=number(int, at_least=1),

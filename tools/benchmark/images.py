@@ -1,8 +1,16 @@
-"""Images made for the benchmarks, and the batches of them."""
+"""Images made for the benchmarks, the batches of them, and other decoders of JPEGs."""
 
+import io
+import time
+from collections import deque
+from functools import partial
+from importlib.util import find_spec
+from unittest.mock import patch
+
+import numpy as np
 import torch
 
-from lab.data import datasets
+from lab.data import datasets, image_files
 
 CHANNELS_AND_SIZE = {'digits': (1, 8), 'CIFAR10': (3, 32), 'ImageNet': (3, 224)}
 
@@ -23,16 +31,15 @@ def small_batches(n, device='cpu'):
     return data.batches(True, batch_size=128, pad=4, device=device)
 
 
-def jpeg_batches(folder, part):
-    """Batches of 64 from folder/train or folder/val, decoded in two processes."""
-    return datasets.load('folder', folder).batches(part == 'train', batch_size=64, workers=2)
+def jpeg_batches(folder, part, workers=2):
+    """Batches of 64 from folder/train or folder/val, decoded in `workers` processes."""
+    return datasets.load('folder', folder).batches(part == 'train', batch_size=64, workers=workers)
 
 
 def write_photographs(folder, n):
     """Write n JPEGs of two classes to each of train/ and val/: crops of 500 x 375 pixels of
     scikit-learn's two photographs."""
     import cv2
-    import numpy as np
     from sklearn.datasets import load_sample_images
 
     photographs, random = load_sample_images().images, np.random.default_rng(0)
@@ -44,3 +51,57 @@ def write_photographs(folder, n):
             crop = photographs[i % 2][top : top + 375, left : left + 500]
             path = folder / part / str(i % 2) / f'{i:05}.jpg'
             cv2.imwrite(str(path), crop[..., ::-1])  # OpenCV's order of colors
+
+
+# --- decoders: functions of a file's bytes; unlike ours, the others decode whole images alone ----
+
+
+def decode_with_torchvision(content, *_):
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    image = decode_jpeg(torch.from_numpy(content), ImageReadMode.RGB, apply_exif_orientation=True)
+    return image.permute(1, 2, 0).numpy()
+
+
+def decode_with_pillow(content, *_):
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))
+
+
+def decode_with_simplejpeg(content, *_, **options):
+    import simplejpeg
+
+    return simplejpeg.decode_jpeg(content, 'RGB', **options)
+
+
+DECODERS = {
+    'ours': image_files.decode,
+    'torchvision': decode_with_torchvision,
+    'Pillow': decode_with_pillow,
+}
+if find_spec('simplejpeg'):  # not among the requirements
+    DECODERS['simplejpeg'] = decode_with_simplejpeg
+    less_exact = partial(decode_with_simplejpeg, fastdct=True, fastupsample=True)
+    DECODERS['simplejpeg, less exact'] = less_exact
+
+
+def decoding_times(batches, rounds):
+    """{decoder: the ms of CPU time that a pass over the batches takes, one for each round}."""
+    torch.set_num_threads(1)
+    times, order = {name: [] for name in DECODERS}, list(DECODERS)
+    for _ in range(rounds + 1):  # the first fills caches
+        order.append(order.pop(0))
+        for name in order:
+            with patch.object(image_files, 'decode', DECODERS[name]):
+                start = time.process_time()
+                deque(batches, maxlen=0)
+                times[name].append(1000 * (time.process_time() - start))
+    return {name: own[1:] for name, own in times.items()}
+
+
+def largest_difference(decoder, paths):
+    """The largest difference between a decoder's pixels and ours."""
+    contents = map(image_files.read_bytes, paths)
+    pairs = ((DECODERS[decoder](c, ''), image_files.decode(c, '')) for c in contents)
+    return max(np.abs(theirs.astype(int) - ours).max() for theirs, ours in pairs)

@@ -6,7 +6,13 @@ import tempfile
 from pathlib import Path
 
 from tools.benchmark.contestants import race
-from tools.benchmark.images import write_photographs
+from tools.benchmark.images import (
+    DECODERS,
+    decoding_times,
+    jpeg_batches,
+    largest_difference,
+    write_photographs,
+)
 from tools.benchmark.report import Report, ratio_of_medians
 
 LEGEND = (
@@ -95,4 +101,19 @@ def bench_data(args):
             label = f'pass over JPEGs, 500 x 375 to 224, batch 64, {use}, two cores'
             add(label, n_large, 'JPEGs', folder, part)
         del os.environ['THP_MEM_ALLOC_ENABLE']
+        add_decoders(report, Path(folder), n_large, args.rounds)
     return report
+
+
+def add_decoders(report, folder, n, rounds):
+    """Add rows about decoders of the JPEGs in a folder, n for training and n for evaluation."""
+    for part, use in (('train', 'training'), ('val', 'evaluation')):
+        times = decoding_times(jpeg_batches(folder, part, workers=0), rounds)
+        for name, own in times.items():
+            ratio = '{:.3f} ({:.3f} to {:.3f})'.format(*ratio_of_medians(times['ours'], own))
+            label = f'CPU time of a pass over these JPEGs, {use}'
+            report.add(label, name, own, '' if name == 'ours' else ratio, n)
+    paths = sorted(folder.glob('train/*/*'))[:100]
+    for name in DECODERS:
+        difference = largest_difference(name, paths)
+        report.add('largest difference to our pixels, of 255', name, str(difference))
