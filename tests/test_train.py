@@ -314,6 +314,16 @@ def test_multiplications(depth):
     assert network.count_multiplications(imagenet, 224) == stem + 9 * groups + 512 * 1000
 
 
+def test_a_block_that_reads_values_has_unknown_multiplications(monkeypatch):
+    def define(depth, width, dataset, **choices):
+        f, params = registry.define_diracnet(depth, width, dataset, **choices)
+        return lambda inputs, params, mode: f(inputs / float(inputs.max()), params, mode), params
+
+    monkeypatch.setitem(registry.MODELS, 'plain', define)
+    plain = dict(model='plain', depth=10, width=1, dataset='digits', in_channels=1)
+    assert network.count_multiplications(plain, 8) is None
+
+
 @pytest.mark.parametrize('dtype, size', [('float', 4), ('double', 8)])
 def test_network_that_is_too_large(dtype, size, tmp_path, refused, monkeypatch):
     """Parameters, gradients and momenta must fit the memory."""

@@ -16,14 +16,16 @@ def describe_run(options, data, network, device, resumed):
     test_images = 'held-out training' if options['holdout'] else 'test'
     processes = f', {world()} processes' if world() > 1 else ''
     multiplications = count_multiplications(network, data.preprocessing.image_size)
+    work = ''
+    if multiplications:
+        work = f'{rounded(multiplications / 1e6)} million multiplications per image, '
     return '\n'.join(
         (
             *(data.notes if not resumed else ()),
             f'{name} on {printable(data.name)}, {len(data.train[1])} training and '
             f'{len(data.test[1])} {test_images} images, {device}{processes}, in '
             f'{printable(options["save"])}',
-            f'{count_parameters(network):,} parameters, {rounded(multiplications / 1e6)} million '
-            f'multiplications per image, {describe_rate(options)}',
+            f'{count_parameters(network):,} parameters, {work}{describe_rate(options)}',
             *([f'resuming after {resumed.position}'] if resumed else ()),
         )
     )

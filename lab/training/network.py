@@ -40,8 +40,11 @@ def count_parameters(network):
 def count_multiplications(network, image_size):
     """The multiplications for an image of `image_size` x `image_size` pixels, in the convolutions
     and linear layers of `registry.define(**network)`; those of Dirac weights, batch norm and
-    pooling are few."""
-    return _count_over_depth(partial(_multiplications, image_size=image_size), network)
+    pooling are few. None if the network reads values: the tensors here have none."""
+    try:
+        return _count_over_depth(partial(_multiplications, image_size=image_size), network)
+    except RuntimeError:
+        return None
 
 
 def _count_over_depth(count, network):
