@@ -1,5 +1,8 @@
 """Images made for the benchmarks, and the batches of them."""
 
+import pickle
+
+import numpy as np
 import torch
 
 from lab.data import datasets
@@ -32,7 +35,6 @@ def write_photographs(folder, n):
     """Write n JPEGs of two classes to each of train/ and val/: crops of 500 x 375 pixels of
     scikit-learn's two photographs."""
     import cv2
-    import numpy as np
     from sklearn.datasets import load_sample_images
 
     photographs, random = load_sample_images().images, np.random.default_rng(0)
@@ -44,3 +46,18 @@ def write_photographs(folder, n):
             crop = photographs[i % 2][top : top + 375, left : left + 500]
             path = folder / part / str(i % 2) / f'{i:05}.jpg'
             cv2.imwrite(str(path), crop[..., ::-1])  # OpenCV's order of colors
+
+
+def write_cifar10(folder, n, n_test):
+    """Write random images in the format of CIFAR-10: n for training, n_test for testing."""
+    from torchvision.datasets import CIFAR10
+
+    folder, random = folder / CIFAR10.base_folder, np.random.default_rng(0)
+    folder.mkdir()
+    parts = [(name, n // 5) for name, _ in CIFAR10.train_list]
+    for name, size in (*parts, (CIFAR10.test_list[0][0], n_test)):
+        data = random.integers(0, 256, (size, 3 * 32 * 32), np.uint8)
+        content = {'data': data, 'labels': [i % 10 for i in range(size)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = {CIFAR10.meta['key']: [str(i) for i in range(10)]}
+    (folder / CIFAR10.meta['filename']).write_bytes(pickle.dumps(names))
