@@ -167,6 +167,16 @@ def test_batches_without_data(tmp_path):
     assert inputs.is_meta and labels.is_meta and inputs.shape == (64, 1, 8, 8)
 
 
+@pytest.mark.parametrize('kind', UNTESTED)
+def test_untested_devices(kind, capsys):
+    """Fake tensors of devices that this machine does not have."""
+    with FakeTensorMode():
+        device = choose_device({'device': kind})
+        assert device == torch.device(kind, 0)
+        set_up(complete({}), device)
+    assert kind in capsys.readouterr().out
+
+
 class NoDoubles(TorchDispatchMode):
     """Fails where a tensor of double precision is on a device other than the CPU."""
 
@@ -178,24 +188,18 @@ class NoDoubles(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize('kind', UNTESTED)
-def test_untested_devices(kind, capsys, monkeypatch):
-    """Fake tensors of devices that this machine does not have: they are accepted, with a line that
-    says so, and what needs double precision runs on the CPU."""
+def test_folding_needs_no_doubles(monkeypatch):
+    """On MPS, which has none: they are on the CPU."""
     monkeypatch.setattr(diracnet, 'check', lambda *_: None)  # fake tensors have no values
-    options = complete({'device': kind})
     with torch.no_grad(), FakeTensorMode(), NoDoubles():
-        device = choose_device(options)
-        assert device == torch.device(kind, 0)
-        set_up(options, device)
-        assert kind in capsys.readouterr().out
-        _, params = define('diracnet', 10, 0.5, 'CIFAR10')
-        params = {key: tensor.detach().to(device) for key, tensor in params.items()}
-        conv = DiracConv2d(4, 4, 3)
+        params, conv = network('diracnet')[1], DiracConv2d(4, 4, 3)
+        params = {key: tensor.detach().to('mps:0') for key, tensor in params.items()}
         for name, parameter in list(conv.named_parameters()):
-            setattr(conv, name, torch.nn.Parameter(parameter.to(device)))
+            setattr(conv, name, torch.nn.Parameter(parameter.to('mps:0')))
         for folded in (fold(params).values(), conv.fold().parameters()):
-            assert {(tensor.device, tensor.dtype) for tensor in folded} == {(device, torch.float)}
+            assert {(tensor.device.type, tensor.dtype) for tensor in folded} == {
+                ('mps', torch.float)
+            }
 
 
 @pytest.mark.parametrize('dtype', ['double', 'half'])
