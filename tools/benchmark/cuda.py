@@ -129,7 +129,8 @@ def run_tests(device, quick, report):
     for line in lines_of('-m', 'pytest', *options, '--continue-on-collection-errors', *chosen):
         if re.search(r'\b(FAILED|ERROR)\b', line):
             print(line, flush=True)
-        summary = line
+        if re.search(r'\d+ passed.* in ', line):
+            summary = line
     report.add('tests on the device', summary.strip('= '), [1000 * (time.perf_counter() - start)])
 
 
@@ -148,8 +149,9 @@ def run_epochs(network, batch, mode, device, quick, report):
     with tempfile.TemporaryDirectory() as folder:
         write_cifar10(Path(folder), n, n_test)
         options += f' --epochs {EPOCHS} --device {device} --dataroot {folder} --save {folder}/run'
-        lines = lines_of('-c', program, *options.split())
-        utilization = utilization_during(lines) if device == 'cuda' else deque(lines, 0)
+        lines = printed(lines_of('-c', program, *options.split()))
+        is_watched = device == 'cuda' and shutil.which('nvidia-smi')
+        utilization = utilization_during(lines) if is_watched else deque(lines, 0)
         epochs = log_of(folder)[1:]
     label = f'epoch of {name_of(network, batch)}, bfloat16, {mode}, by train.py'
     training, test = (
@@ -173,7 +175,7 @@ def utilization_during(lines):
     samples = []
     with contextlib.ExitStack() as stack:
         for line in lines:
-            if line.startswith('epoch 1/') and shutil.which('nvidia-smi'):
+            if line.startswith('epoch 1/'):
                 command = ['nvidia-smi', choice, *what]
                 sampler = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
                 stack.callback(sampler.kill)
@@ -194,6 +196,12 @@ def run_processes(device, report):
         duration = time.perf_counter() - start
         accuracy = log_of(folder)[-1]['test_acc']
     report.add(f'digits, {n} processes', f'{accuracy:.1f} %', [1000 * duration])
+
+
+def printed(lines):
+    for line in lines:
+        print('  ', line, flush=True)
+        yield line
 
 
 def log_of(folder):
