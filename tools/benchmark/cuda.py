@@ -263,8 +263,8 @@ def contestants(network, batch, device, options):
         import torchvision
 
         build = partial(build_reference, torchvision.models.resnet18)
-        return {**built, "torchvision's ResNet-18": partial(ours, build=build)}
-    if width < 10:  # a wide one would take long to compile
+        built = {'DiracNet': ours, "torchvision's ResNet-18": partial(ours, build=build), **built}
+    elif width < 10:  # a wide one would take long to compile
         build, shallower = partial(build_reference, None), (depth - 2, width, dataset)
         options = {**options, 'model': 'resnet'}
         resnet = partial(on_a_batch, shallower, batch, device, build, **options)
