@@ -77,15 +77,20 @@ def test_a_failing_part_stops_no_other(monkeypatch, tmp_path):
     def fail(*args):
         raise RuntimeError('no memory')
 
-    monkeypatch.setattr(cuda, 'run_tests', fail)
-    for name in ('run_processes', 'run_epochs'):
-        monkeypatch.setattr(cuda, name, lambda *args: None)
     out = tmp_path / 'cuda'
+    tables = []  # as they are when digits are trained
+
+    monkeypatch.setattr(cuda, 'run_tests', fail)
+    monkeypatch.setattr(cuda, 'run_epochs', lambda *args: None)
+    monkeypatch.setattr(
+        cuda, 'run_processes', lambda *args: tables.append(out.with_suffix('.md').read_text())
+    )
     assert program.main(['cuda', '--device', 'cpu', '--quick', '--out', str(out)]) == 1
     content = json.loads(out.with_suffix('.json').read_text())
     *rows, failed = content['rows']
     assert 'tests: RuntimeError: no memory' in failed[1]
     steps = [row for row in rows if row[0].startswith('step')]
+    assert 'ResNet-8-0.25' in tables[0] and 'folded' not in tables[0]
     bfloat16 = ['DiracNet', 'plain', 'ResNet-8-0.25']
     assert [row[1] for row in steps] == [*bfloat16, 'DiracNet', 'plain']
     assert all(float(row[4]) > 0 for row in steps)
@@ -147,7 +152,7 @@ def test_made_cifar10(monkeypatch, tmp_path):
 
 def test_no_part_begins_late(monkeypatch):
     monkeypatch.setattr(cuda, 'SECONDS', -1)
-    report = cuda.bench_cuda(SimpleNamespace(device='cpu', quick=True))
+    report = cuda.bench_cuda(SimpleNamespace(device='cpu', quick=True, out=None))
     assert len(report.rows) == 1 and len(report.failures) == len(list(cuda.parts('cpu', True)))
 
 

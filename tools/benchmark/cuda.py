@@ -38,6 +38,7 @@ LEGEND = (
 SECONDS = 470  # of all parts
 FIRST = ((34, 2, 'CIFAR10'), 128)  # (depth, width, data set), batch; most goals are about it
 OTHERS = [((28, 10, 'CIFAR10'), 128), ((18, 1, 'ImageNet'), 256), (FIRST[0], 512)]
+TORCHVISION = "torchvision's ResNet-18"
 SMALL = ((10, 0.25, 'CIFAR10'), 8)
 MODES = {
     'eager': {'graph': False},
@@ -74,6 +75,8 @@ def bench_cuda(args):
         except Exception as error:
             report.failures.append(one_line(f'{name}: {type(error).__name__}: {error}'))
             print('failed:', report.failures[-1], flush=True)
+        if args.out:
+            report.write(args.out)  # also for a run that is cut off
     report.add('failed parts', '; '.join(report.failures) or 'none', '')
     return report
 
@@ -95,9 +98,7 @@ def limited(seconds):
 
 def parts(device, quick):
     """Tuples (name, seconds it may take, function of a report); the most important come first."""
-    first, others = (SMALL, []) if quick else (FIRST, OTHERS)
-    eager, graph, compiled = MODES
-    networks = [first, *others]
+    first, *others = networks = [SMALL] if quick else [FIRST, *OTHERS]
     eager, graph, compiled = MODES
     # To compile a network takes longer than everything else that is measured of it.
     modes, slow_modes = ([eager, graph], [compiled]) if device == 'cuda' else ([eager], [])
@@ -256,20 +257,17 @@ def contestants(network, batch, device, options):
     """{name: the function that builds its training step}; the DiracNet is the first."""
     depth, width, dataset = network
     ours = partial(on_a_batch, network, batch, device, **options)
-    built = {'DiracNet': ours, 'plain': partial(ours, model='plain')}
-    if options['dtype'] == 'float':
-        return built
-    if dataset == 'ImageNet':
+    others = {'plain': partial(ours, model='plain')}
+    if options['dtype'] == 'bfloat16' and dataset == 'ImageNet':
         import torchvision
 
         build = partial(build_reference, torchvision.models.resnet18)
-        built = {'DiracNet': ours, "torchvision's ResNet-18": partial(ours, build=build), **built}
-    elif width < 10:  # a wide one would take long to compile
+        others = {TORCHVISION: partial(ours, build=build), **others}
+    elif options['dtype'] == 'bfloat16' and width < 10:  # a wide one would take long to compile
         build, shallower = partial(build_reference, None), (depth - 2, width, dataset)
-        options = {**options, 'model': 'resnet'}
-        resnet = partial(on_a_batch, shallower, batch, device, build, **options)
-        built[f'ResNet-{depth - 2}-{width}'] = resnet
-    return built
+        resnet = partial(on_a_batch, shallower, batch, device, build, model='resnet', **options)
+        others[f'ResNet-{depth - 2}-{width}'] = resnet
+    return {'DiracNet': ours, **others}
 
 
 def goals(network, batch, dtype, mode, variant):
@@ -278,7 +276,7 @@ def goals(network, batch, dtype, mode, variant):
         return {}
     if variant == 'plain':
         return {'ratio': 1.02 if network == (28, 10, 'CIFAR10') else 1.03}
-    if variant == "torchvision's ResNet-18":
+    if variant == TORCHVISION:
         return {'ratio': 1}
     if variant != 'DiracNet':
         return {}
@@ -299,8 +297,9 @@ def measure_step(kept, limits, label, variant, build, batch, device, quick, repo
             kept['MB'] = found['MB']
         elif 'MB' in kept:
             found[RELATIVE_MB] = found['MB'] / kept['MB']
-    for what in limits.keys() & found.keys():
-        check(report, what, found[what], limits[what])
+    for what, limit in limits.items():
+        if what in found:
+            check(report, what, found[what], limit)
 
 
 def measure(label, variant, build, images, device, quick, report, against=None):
