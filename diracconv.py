@@ -152,8 +152,8 @@ class DiracConv:
     def fold(self) -> nn.Module:
         """The equivalent plain convolution: same arguments, device, dtype, mode, requires_grad."""
         # A layer is folded once and used often, so double precision is worth its cost here.
-        tensors = (self.weight.double(), self.alpha.double(), self.beta.double())
-        weight = dirac_weight(*tensors, self.groups).to(self.weight.dtype)
+        tensors = map(in_double, (self.weight, self.alpha, self.beta))
+        weight = dirac_weight(*tensors, self.groups).to(self.weight)
         # The meta device allocates nothing: the tensors are replaced right away.
         plain = like_conv(self.plain_class, self, device='meta', dtype=weight.dtype)
         with torch.enable_grad():  # the weight may be computed, by a parametrization
@@ -241,6 +241,11 @@ def like_conv(kind: type[nn.Module], conv: nn.Module, **kwargs) -> nn.Module:
     names = (*sizes, 'groups', 'padding_mode')
     arguments = {name: getattr(conv, name) for name in names}
     return kind(**arguments, bias=conv.bias is not None, **kwargs)
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """A tensor in double precision, on the CPU if its device may lack that."""
+    return (tensor.cpu() if tensor.device.type in ('mps', 'xpu') else tensor).double()
 
 
 @torch.no_grad()

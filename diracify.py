@@ -28,6 +28,7 @@ from diracconv import (
     DiracConv2d,
     DiracConv3d,
     DiracParametrization,
+    in_double,
     like_conv,
     split_weight,
 )
@@ -274,7 +275,7 @@ def _plain(module):
 
 
 def _folded_network(network):
-    params = {key: tensor.double() for key, tensor in network.params().items()}
+    params = {key: in_double(tensor) for key, tensor in network.params().items()}
     folded = diracnet.DiracNet.from_state_dict(diracnet.fold(params))
     folded.to(params['conv'].device).eval()
     # Another function may have params of the same names and shapes.
@@ -283,7 +284,7 @@ def _folded_network(network):
     with torch.no_grad():
         if not torch.allclose(folded(x), network.f(x, params, False), 1e-6, 1e-6, equal_nan=True):
             raise ValueError('the function of this Network is not that of a DiracNet')
-    folded.to(network.params()['conv'].dtype)
+    folded.to(network.params()['conv'])  # its dtype and device
     for name, parameter in folded.named_parameters():
         source = name.removeprefix(folded.prefix).replace('conv.bias', 'bn.bias')
         parameter.requires_grad_(params[source.replace('conv.weight', 'conv')].requires_grad)

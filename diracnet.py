@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import diracparams
-from diracconv import dirac_weight, refuse_script
+from diracconv import dirac_weight, in_double, refuse_script
 from diracparams import Architecture, BnInit, Params, Scale, check, copy_tensors
 
 BN_EPS, BN_MOMENTUM = 1e-5, 0.1
@@ -248,14 +248,14 @@ def fold_chain(
     """
     folded = OrderedDict()
     try:
-        doubles = {key: tensor.double() for key, tensor in params.items() if key[:3] != 'eye'}
+        doubles = {key: in_double(params[key]) for key in params if key[:3] != 'eye'}
         for key in doubles:
             prefix, name = re.fullmatch(r'(group\d+\.block\d+\.)?(.*)', key).groups('')
             check(name.partition('.')[0] in known, f'{key} is unknown: it cannot be folded')
             check(f'{prefix}conv' in doubles, f'{prefix}conv is missing')
             if name == 'conv':
                 for part, tensor in zip(('weight', 'bias'), folded_conv(doubles, prefix)):
-                    folded[f'{folded_prefix}{key}.{part}'] = tensor.to(params[key].dtype)
+                    folded[f'{folded_prefix}{key}.{part}'] = tensor.to(params[key])
         for key in ('fc.weight', 'fc.bias'):
             folded[key] = params[key].detach().clone()
     except (KeyError, AttributeError) as error:

@@ -9,10 +9,12 @@ import torch
 
 from diracparams import DATASETS
 from lab import cuda, distributed
+from lab.distributed import say
 from lab.errors import OptionError
 from lab.memory import keep_freed_memory
 
 # --dtype: the type of the parameters, and the type that autocast uses for convolutions, if any.
+UNTESTED = ('mps', 'xpu')  # devices that torch has, but that this program was never run on
 DTYPES = {
     'float': (torch.float32, None),
     'double': (torch.float64, None),
@@ -48,19 +50,19 @@ def choose_device(cli_options):
         os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
     name, n_devices = _device_name(cli_options), torch.cuda.device_count()
     kind = name.partition(':')[0]
-    if kind == 'cpu' and (cli_options.get('cuda') or 'gpu_id' in cli_options):
+    if kind in ('cpu', *UNTESTED) and (cli_options.get('cuda') or 'gpu_id' in cli_options):
         raise OptionError(f'--cuda and --gpu_id contradict --device {name}; use one of the two')
     _check_processes(cli_options.get('ngpu', distributed.local_world()), name, n_devices)
     if name == 'cuda':
         name = f'cuda:{distributed.local_rank()}'
     try:
-        if kind in ('cpu', 'cuda'):
+        if kind in ('cpu', 'cuda', *UNTESTED):
             return torch.ones(1, device=name).device
     except (RuntimeError, AssertionError):
         pass
     raise OptionError(
-        f'--device {name!r} cannot be used: this program trains on cpu and cuda (cuda:1, ...), '
-        f'and this machine has {n_devices} CUDA devices'
+        f'--device {name!r} cannot be used: this program trains on cpu, cuda (cuda:1, '
+        f'...), mps and xpu, if torch finds them, and this machine has {n_devices} CUDA devices'
     )
 
 
@@ -82,8 +84,17 @@ def _check_processes(n, name, n_devices):
             f'{name} is one device, but each of the {n} processes needs its own; '
             'choose devices with CUDA_VISIBLE_DEVICES'
         )
+    if name.startswith(UNTESTED) and n > 1:
+        raise OptionError(f'--ngpu {n}: only cpu and cuda train in several processes')
     if name == 'cuda' and n > max(n_devices, 1):
         raise OptionError(f'--ngpu {n} needs as many CUDA devices; this machine has {n_devices}')
+
+
+def _has_double(device):
+    try:
+        return torch.ones(1, dtype=torch.double, device=device).dtype == torch.double
+    except (TypeError, RuntimeError):
+        return False
 
 
 def set_up(options, device):
@@ -92,6 +103,10 @@ def set_up(options, device):
         raise OptionError(f'--dtype half needs CUDA, but the device is {device}; use bfloat16')
     if options['graph'] and device.type != 'cuda':
         raise OptionError(f'--graph needs CUDA, but the device is {device}')
+    if options['dtype'] == 'double' and not _has_double(device):
+        raise OptionError(f'--dtype double: {device} has no double precision; use float')
+    if device.type in UNTESTED:
+        say(f'{device} is untested: compare the first epochs with those of --device cpu')
     if device.type == 'cuda':
         cuda.set_up()
     elif not options['recompute']:  # --recompute saves memory, so malloc should return it

@@ -60,6 +60,10 @@ ROWS = [
     ('--device cpu --cuda', '--cuda'),
     ('--device cpu --gpu_id 0', '--gpu_id'),
     ('--device cpu --dtype half', '--dtype half'),
+    ('--device mps', 'mps'),
+    ('--device xpu:1', 'xpu:1'),
+    ('--device xpu --cuda', '--cuda'),
+    ('--device mps --ngpu 2', '--ngpu 2'),
     # what excludes each other, or the model does not have
     ('--evaluate a --resume b', ['--evaluate', '--resume']),
     ('--schedule cosine --epoch_step [2]', ['--schedule cosine', '--epoch_step']),

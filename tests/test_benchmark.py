@@ -1,14 +1,18 @@
 """tools.benchmark in small, its arithmetic, and the committed results in docs/performance.md."""
 
 import json
+import time
+from statistics import median
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import ROOT
+from lab.data import datasets
+from lab.errors import UserError
 from tools.benchmark import __main__ as program
-from tools.benchmark import contestants, cuda, parts
+from tools.benchmark import contestants, cuda, images, parts
 from tools.benchmark.report import Report, ratio_of_medians
 
 
@@ -73,21 +77,82 @@ def test_a_failing_part_stops_no_other(monkeypatch, tmp_path):
     def fail(*args):
         raise RuntimeError('no memory')
 
-    monkeypatch.setattr(cuda, 'run_tests', fail)
-    monkeypatch.setattr(cuda, 'run_processes', lambda device, report: None)
     out = tmp_path / 'cuda'
+    tables = []  # as they are when digits are trained
+
+    monkeypatch.setattr(cuda, 'run_tests', fail)
+    monkeypatch.setattr(cuda, 'run_epochs', lambda *args: None)
+    monkeypatch.setattr(
+        cuda, 'run_processes', lambda *args: tables.append(out.with_suffix('.md').read_text())
+    )
     assert program.main(['cuda', '--device', 'cpu', '--quick', '--out', str(out)]) == 1
-    *rows, failed = json.loads(out.with_suffix('.json').read_text())['rows']
-    ratios = {variant: ratio for label, variant, _, ratio, *_ in rows if label.startswith('step')}
-    assert ratios.pop('DiracNet') == '1.000' and all(float(ratio) > 0 for ratio in ratios.values())
-    assert list(ratios) == ['plain', '--recompute', 'float32', 'contiguous', 'textbook']
-    assert all(float(row[4]) > 0 for row in rows)
+    content = json.loads(out.with_suffix('.json').read_text())
+    *rows, failed = content['rows']
     assert 'tests: RuntimeError: no memory' in failed[1]
+    steps = [row for row in rows if row[0].startswith('step')]
+    assert 'ResNet-8-0.25' in tables[0] and 'folded' not in tables[0]
+    bfloat16 = ['DiracNet', 'plain', 'ResNet-8-0.25']
+    assert [row[1] for row in steps] == [*bfloat16, 'DiracNet', 'plain']
+    assert all(float(row[4]) > 0 for row in steps)
+    for label, variant, _, ratio, *_ in steps:
+        samples = content['samples'][label]
+        if variant != 'DiracNet':
+            first = samples[f'in turn with {variant}']
+            expected = median(first) / median(samples[variant])
+            assert float(ratio.split()[0]) == pytest.approx(expected, abs=1e-3)
+    goal = rows[rows.index(steps[1]) + 1]
+    verdict, value = goal[1].split(': ')
+    assert goal[0] == 'goal: ratio at most 1.03'
+    assert verdict == ('reached' if float(value) <= 1.03 else 'missed')
+
+
+def test_a_step_is_the_one_that_was_asked_for(monkeypatch):
+    """One that falls back to ordinary steps is not measured as a graph."""
+    monkeypatch.setattr(contestants, 'make_step', lambda *arguments: arguments[-1]('no capture'))
+    with pytest.raises(UserError, match='no capture'):
+        contestants.on_a_batch(*cuda.SMALL)
+
+
+def test_a_program_is_stopped_in_time():
+    lines = cuda.lines_of('-c', 'import time; print("begun", flush=True); time.sleep(60)')
+    assert next(lines) == 'begun'
+    with pytest.raises(UserError, match='stopped after .* begun'), cuda.limited(0.1):
+        next(lines)
+
+
+def test_a_failing_program():
+    lines = cuda.lines_of('-c', 'print("begun"); raise SystemExit(3)')
+    with pytest.raises(UserError, match='exit status 3: begun'):
+        list(lines)
+
+
+def test_utilization_between_epochs(monkeypatch, tmp_path):
+    sampler = tmp_path / 'nvidia-smi'
+    sampler.write_text(f'#!/bin/sh\necho 40\necho 60\ntouch {tmp_path}/begun\nexec sleep 60\n')
+    sampler.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
+
+    def lines():
+        yield 'DiracNet-34-2 on CIFAR10'
+        yield f'epoch 1/{cuda.EPOCHS}: train loss 1'
+        while not (tmp_path / 'begun').exists():
+            time.sleep(0.01)
+        yield f'epoch {cuda.EPOCHS}/{cuda.EPOCHS}: train loss 1'
+
+    assert cuda.utilization_during(lines()) == ['40', '60']
+
+
+def test_made_cifar10(monkeypatch, tmp_path):
+    monkeypatch.setattr('torchvision.datasets.cifar.check_integrity', lambda *arguments: True)
+    images.write_cifar10(tmp_path, 50, 20)
+    data = datasets.load('CIFAR10', tmp_path)
+    assert data.train[0].shape == (50, 32, 32, 3) and data.test[0].shape == (20, 32, 32, 3)
+    assert data.train[1].unique().tolist() == list(range(10)) == [int(c) for c in data.classes]
 
 
 def test_no_part_begins_late(monkeypatch):
     monkeypatch.setattr(cuda, 'SECONDS', -1)
-    report = cuda.bench_cuda(SimpleNamespace(device='cpu', quick=True))
+    report = cuda.bench_cuda(SimpleNamespace(device='cpu', quick=True, out=None))
     assert len(report.rows) == 1 and len(report.failures) == len(list(cuda.parts('cpu', True)))
 
 

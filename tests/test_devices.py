@@ -13,17 +13,23 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import diracnet
 import train
 from conftest import same, train_digits
-from diracnet import Network
+from diracconv import DiracConv2d
+from diracnet import Network, fold
 from lab import cuda, distributed
 from lab.data import datasets
-from lab.device import DTYPES
+from lab.device import DTYPES, UNTESTED, choose_device, set_up
+from lab.errors import OptionError
 from lab.models import registry
 from lab.models.registry import FOLDS, MODELS, define
 from lab.runs import checkpoint
 from lab.training.optimizers import make_optimizer
+from lab.training.options import complete
 from test import randomized, relative_error
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
@@ -160,6 +166,47 @@ def test_batches_without_data(tmp_path):
     batches.epoch = 1
     inputs, labels = next(iter(batches))
     assert inputs.is_meta and labels.is_meta and inputs.shape == (64, 1, 8, 8)
+
+
+@pytest.mark.parametrize('kind', UNTESTED)
+def test_untested_devices(kind, capsys):
+    """Fake tensors of devices that this machine does not have."""
+    with FakeTensorMode():
+        device = choose_device({'device': kind})
+        assert device == torch.device(kind, 0)
+        set_up(complete({}), device)
+    assert kind in capsys.readouterr().out
+
+
+class NoDoubles(TorchDispatchMode):
+    """Fails where a tensor of double precision is on a device other than the CPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            is_double = isinstance(tensor, torch.Tensor) and tensor.dtype == torch.double
+            assert not is_double or tensor.device.type == 'cpu', function
+        return result
+
+
+def test_folding_needs_no_doubles(monkeypatch):
+    """On MPS, which has none: they are on the CPU."""
+    monkeypatch.setattr(diracnet, 'check', lambda *_: None)  # fake tensors have no values
+    with torch.no_grad(), FakeTensorMode(), NoDoubles():
+        params, conv = network('diracnet')[1], DiracConv2d(4, 4, 3)
+        params = {key: tensor.detach().to('mps:0') for key, tensor in params.items()}
+        for name, parameter in list(conv.named_parameters()):
+            setattr(conv, name, torch.nn.Parameter(parameter.to('mps:0')))
+        for folded in (fold(params).values(), conv.fold().parameters()):
+            assert {(tensor.device.type, tensor.dtype) for tensor in folded} == {
+                ('mps', torch.float)
+            }
+
+
+@pytest.mark.parametrize('dtype', ['double', 'half'])
+def test_types_that_mps_lacks(dtype):
+    with pytest.raises(OptionError, match=f'--dtype {dtype}.*mps'):
+        set_up(complete({'dtype': dtype}), torch.device('mps'))
 
 
 @contextlib.contextmanager

@@ -272,7 +272,9 @@ def add_run_options(add):
 
 
 def add_device_options(add):
-    add('--device', help='cpu, cuda, cuda:1, ... (default cuda if available, else cpu)')
+    add('--device',
+        help='cpu, cuda, cuda:1, ...; also mps and xpu, which are untested (default cuda if '
+             'available, else cpu)')
     add('--cuda', action='store_true', help='same as --device cuda')
     add('--gpu_id', help='number of the CUDA device to use')
     add('--ngpu', type=number(int, at_least=1, at_most=1024), default=1, metavar='N',

@@ -9,46 +9,77 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch._dynamo  # an optimizer imports it at its first step: not part of a step's memory
 import torch.nn.functional as F
 
 from diracnet import Network
-from lab import cuda
-from lab.device import DTYPES, autocast, set_up
+from lab.device import set_up
+from lab.errors import UserError
 from lab.models import registry
-from lab.training.network import build_network
-from lab.training.optimizers import make_optimizer
+from lab.training.network import Averages, build_network
+from lab.training.optimizers import clip_gradients, make_optimizer, set_rates
 from lab.training.options import complete
+from lab.training.step import make_step
 from tools.benchmark import images, references
 from tools.benchmark.images import random_batch
 
 # --- training: a network is (depth, width, dataset) ------------------------------------------
 
 
-def on_a_batch(network, batch, device='cpu', layout=torch.channels_last, **options):
-    """The training step of train.py with these options, on a random batch."""
+def on_a_batch(network, batch, device='cpu', build=build_network, **options):
+    """The training step of train.py with these options, on a random batch.
+
+    Args:
+        build: what makes the module and its BatchNorm, as build_network does.
+    """
     depth, width, dataset = network
     options = complete({'depth': depth, 'width': width, 'dataset': dataset, 'lr': 1e-3, **options})
     device = torch.device(device)
     set_up(options, device)
-    inputs, targets = random_batch(dataset, batch, device, layout)
+    inputs, targets = random_batch(dataset, batch, device, torch.channels_last)
     names = registry.network_option_names(options['model'])
     arguments = {name: options[name] for name in names if name in options}
-    arguments['in_channels'] = inputs.shape[1]
-    module = build_network(options, arguments, device)[0].to(memory_format=layout)
+    module, norm = build(options, {**arguments, 'in_channels': inputs.shape[1]}, device)
+    module.train()
     optimizer = make_optimizer(module, options)
-    autocast_dtype = DTYPES[options['dtype']][1]
+    scaler = torch.amp.GradScaler(device.type, enabled=options['dtype'] == 'half')
+    averages = Averages(module, options['ema'])
+    compute = make_step(module, options, scaler, batch, fail)
+    position = SimpleNamespace(epoch=1, step=0, batches=range(100))  # what is read of a Pass
 
     def step():
-        optimizer.zero_grad()
-        with autocast(device, autocast_dtype):
-            logits = module(inputs)
-        F.cross_entropy(logits.float(), targets).backward()
-        optimizer.step()
+        set_rates(options, optimizer, norm, position)
+        compute(inputs, targets)
+        clip_gradients(module, optimizer, scaler, options['clip'])
+        scaler.step(optimizer)
+        scaler.update()
+        averages.update(module)
 
     return step
+
+
+def fail(reason):
+    """Instead of saying why a step is not the one that was asked for."""
+    raise UserError(reason)
+
+
+def build_reference(make, options, network, device):
+    """What build_network returns, for a module that train.py does not have or cannot compile.
+    --compile compiles it as a whole.
+
+    Args:
+        make: makes the module; None for a network of ours.
+    """
+    compiles, options['compile'] = options['compile'], False
+    module, norm = build_network(options, network, device)
+    if make:
+        module = make().to(device, memory_format=torch.channels_last)
+    if compiles:
+        module.compile(dynamic=False)
+    return module, norm
 
 
 def resnet_on_a_batch(network, batch):
@@ -57,12 +88,11 @@ def resnet_on_a_batch(network, batch):
     return on_a_batch((depth - 2, width, dataset), batch, model='resnet')
 
 
-def textbook_on_a_batch(network, batch, device='cpu'):
-    """The same step of the textbook network, in float32 without TF32."""
-    cuda.use_tf32(False)
-    with torch.device(device):
-        step = references.textbook_step(define_params(network))
-    return partial(step, *random_batch(network[2], batch, device))
+def textbook_on_a_batch(network, batch):
+    """The same step of the textbook network."""
+    return partial(
+        references.textbook_step(define_params(network)), *random_batch(network[2], batch)
+    )
 
 
 def define_params(network):

@@ -1,6 +1,7 @@
 """Images made for the benchmarks, the batches of them, and other decoders of JPEGs."""
 
 import io
+import pickle
 import time
 from collections import deque
 from functools import partial
@@ -51,6 +52,21 @@ def write_photographs(folder, n):
             crop = photographs[i % 2][top : top + 375, left : left + 500]
             path = folder / part / str(i % 2) / f'{i:05}.jpg'
             cv2.imwrite(str(path), crop[..., ::-1])  # OpenCV's order of colors
+
+
+def write_cifar10(folder, n, n_test):
+    """Write random images in the format of CIFAR-10: n for training, n_test for testing."""
+    from torchvision.datasets import CIFAR10
+
+    folder, random = folder / CIFAR10.base_folder, np.random.default_rng(0)
+    folder.mkdir()
+    parts = [(name, n // 5) for name, _ in CIFAR10.train_list]
+    for name, size in (*parts, (CIFAR10.test_list[0][0], n_test)):
+        data = random.integers(0, 256, (size, 3 * 32 * 32), np.uint8)
+        content = {'data': data, 'labels': [i % 10 for i in range(size)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = {CIFAR10.meta['key']: [str(i) for i in range(10)]}
+    (folder / CIFAR10.meta['filename']).write_bytes(pickle.dumps(names))
 
 
 # --- decoders: functions of a file's bytes; unlike ours, the others decode whole images alone ----
