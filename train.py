@@ -85,7 +85,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
         broken = BrokenImages(stop.say, train_batches, test_batches)
 
         # The network and what trains it, new or from a checkpoint.
-        module, norm = build_network(options, network, device)
+        module, norm = build_network(options, network, device, train_batches.size(0))
         if pretrained:
             stop.say(start_from(module, pretrained, data.classes, train_batches))
         optimizer = make_optimizer(module, options)

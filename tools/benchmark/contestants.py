@@ -37,7 +37,7 @@ def on_a_batch(network, batch, device='cpu', layout=torch.channels_last, **optio
     names = registry.network_option_names(options['model'])
     arguments = {name: options[name] for name in names if name in options}
     arguments['in_channels'] = inputs.shape[1]
-    module = build_network(options, arguments, device)[0].to(memory_format=layout)
+    module = build_network(options, arguments, device, batch)[0].to(memory_format=layout)
     optimizer = make_optimizer(module, options)
     autocast_dtype = DTYPES[options['dtype']][1]
 
