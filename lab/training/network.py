@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from diracnet import BN_MOMENTUM, Network
 from lab import cuda, distributed
 from lab.device import DTYPES
-from lab.errors import OptionError
+from lab.errors import OptionError, UserError
 from lab.memory import total_memory
 from lab.models import registry
 from lab.models.freezing import freeze, with_frozen
@@ -84,6 +84,10 @@ def build_network(options, network, device, batch_size):
             computed as the options ask.
     """
     check_memory(count_parameters(network), options, device)
+    if options['compile'] and options['dtype'] == 'bfloat16' and device.type == 'cpu':
+        raise OptionError(
+            '--compile makes --dtype bfloat16 slower on a CPU: choose one of them, or use CUDA'
+        )
     torch.manual_seed(options['seed'])
     try:
         f, params = registry.define(**registry.initialization(options), **network)
@@ -97,8 +101,8 @@ def build_network(options, network, device, batch_size):
     is_usual = norm.momentum == BN_MOMENTUM and not norm.is_cumulative
     f = partial(f, norm=norm.function if is_usual else norm)
     if options['compile']:
-        share = len(range(distributed.rank(), batch_size, distributed.world()))
-        f = compiled(f, share)
+        share = range(distributed.rank(), batch_size, distributed.world())
+        f = compiled(f, -(-len(share) // options.get('accumulate', 1)))
     dtype, _ = DTYPES[options['dtype']]
     return Network(f, params).to(device, dtype, memory_format=torch.channels_last), norm
 
@@ -116,9 +120,12 @@ def compiled(f, batch_size, **compiler):
     whole = torch.compile(partial(f, mode=True), fullgraph=True, dynamic=False, **compiler)
 
     def compiled_f(inputs, params, mode, **keywords):
-        if mode and len(inputs) == batch_size:
+        if not mode or len(inputs) != batch_size:
+            return f(inputs, params, mode, **keywords)
+        try:
             return whole(inputs, params, **keywords)
-        return f(inputs, params, mode, **keywords)
+        except torch._dynamo.exc.TorchDynamoException as error:  # such as: there is no compiler
+            raise UserError(f'--compile failed: {str(error).splitlines()[0]}') from None
 
     return compiled_f
 
