@@ -65,7 +65,7 @@ ROWS = [
     ('--recompute --compile', ['--recompute', '--compile']),
     ('--bn_momentum cumulative --compile', ['--bn_momentum cumulative', '--compile']),
     ('--model resnet --recompute', ['--recompute', 'diracnet and plain']),
-    ('--device cpu --dtype bfloat16 --compile', ['--compile', 'bfloat16']),
+    ('--device cpu --compile', ['--compile', 'cpu']),
     ('--block bn-add', ['--block', '--model diracnet', 'resnet-dirac']),
     ('--freeze stem', ['--freeze', '--pretrained']),
     ('--form imagenet', ['--form imagenet', 'digits']),

@@ -13,13 +13,14 @@ import train
 from conftest import same, train_digits
 from diracnet import Network, define_diracnet
 from lab.models import registry
+from lab.training import network
 from lab.training.network import BatchNorm, compiled
 from test import randomized
 
 # It traces forward and backward pass as the usual backend does, but does not compile them, which
 # takes half a minute.
 TRACING = 'aot_eager'
-FEWER = {'bn_momentum': 0.05, 'sync_bn': False, 'freeze': 'stem'}
+CHANGED = {'bn_momentum': 0.05, 'sync_bn': False, 'freeze': 'stem'}
 
 
 def results(f, params, batch_size=8):
@@ -69,7 +70,7 @@ def test_what_a_user_changes_is_traced():
     f, params = define_diracnet(10, 0.25, 'digits')
     params['bn.weight'].requires_grad_(False)
     chain = partial(diracnet.chain, block=gated_block)
-    f = partial(f, compute=chain, norm=BatchNorm(FEWER))
+    f = partial(f, compute=chain, norm=BatchNorm(CHANGED))
     assert_same_results(f, randomized(params), backend=TRACING)
 
 
@@ -86,6 +87,7 @@ def test_only_full_training_batches_are_compiled():
 
 def test_learns_and_resumes_exactly(monkeypatch, tmp_path):
     """With a smaller last batch, and with tests of averages."""
+    monkeypatch.setattr(network, 'NOT_COMPILED', ())
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend=TRACING))
     whole, cut, options = tmp_path / 'whole', tmp_path / 'cut', '--compile --depth 10 --ema 0.9'
     lines = train_digits(whole, f'{options} --epochs 4 --epoch_step [3]')
@@ -100,6 +102,7 @@ def branching_block(x, params, name, mode, norm):
 
 
 def test_a_block_that_cannot_be_compiled_ends_with_one_line(monkeypatch, refused, tmp_path):
+    monkeypatch.setattr(network, 'NOT_COMPILED', ())
     monkeypatch.setattr(diracnet.chain, '__defaults__', (F.batch_norm, branching_block))
     command = ('--dataset', 'digits', '--depth', 10, '--compile', '--save', tmp_path / 'run')
     refused(1, '--compile', train.main, *command)

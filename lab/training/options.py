@@ -229,8 +229,8 @@ def add_training_options(add):
     add('--recompute', **FLAG,
         help=f'compute activations twice, to about halve the memory; for {" and ".join(CHAINS)}')
     add('--compile', **FLAG,
-        help='compile the steps of full batches with torch.compile, as one graph; needs a C++ '
-             'compiler, and a minute or more at the first step')
+        help='compile the steps of full batches with torch.compile, as one graph; needs CUDA, a '
+             'C++ compiler, and a minute or more at the first step')
 
 
 def add_run_options(add):

@@ -132,7 +132,6 @@ BUILDERS = {
     'DiracNet': on_a_batch,
     'plain': partial(on_a_batch, model='plain'),
     '--recompute': partial(on_a_batch, recompute=True),
-    '--compile': partial(on_a_batch, compile=True),
     '--dtype bfloat16': partial(on_a_batch, dtype='bfloat16'),
     'ResNet step': resnet_on_a_batch,
     'textbook': textbook_on_a_batch,
