@@ -45,10 +45,10 @@ def dirac_delta(weight: Tensor, groups: int = 1) -> Tensor:
     # Not torch.eye, which torch.export cannot decompose for more than 255 channels (torch 2.14).
     outputs = torch.arange(out, device=weight.device) % (out // groups)  # numbered in each group
     inputs = torch.arange(in_per_group, device=weight.device)
-    taps = (outputs[:, None] == inputs).to(weight.dtype).view(out, in_per_group, *[1] * len(kernel))
-    # F.pad takes the zeros before and after, of the last dimension first.
-    zeros = [n for size in reversed(kernel) for n in (size // 2, (size - 1) // 2)]
-    return F.pad(taps, zeros)
+    is_one = outputs[:, None] == inputs  # (out, in / groups)
+    for size in kernel:  # not F.pad, whose output torch.compile would keep for the backward pass
+        is_one = is_one[..., None] & (torch.arange(size, device=weight.device) == size // 2)
+    return is_one.to(weight.dtype)
 
 
 def filter_norms(weight: Tensor) -> Tensor:
@@ -88,10 +88,11 @@ def dirac_weight(weight: Tensor, alpha: Tensor, beta: Tensor, groups: int = 1) -
 
 
 def _is_transformed():
-    """Whether torch traces or transforms this computation in a way that `_FastDiracWeight` does not
-    support. It supports torch.compile and torch.export."""
+    """Whether torch traces, compiles or transforms this computation. `_FastDiracWeight` does not
+    support all of that, and a compiler makes one kernel of the formula, and one of its gradient."""
     return (
         torch.jit.is_tracing()
+        or torch.compiler.is_compiling()  # also torch.export
         or torch._C._are_functorch_transforms_active()  # torch.func: vmap, jacrev, ...
         or forward_ad._current_level >= 0  # forward-mode derivatives
     )
@@ -279,8 +280,6 @@ class _FastDiracWeight(torch.autograd.Function):
     @staticmethod
     def forward(weight, alpha, beta, groups):
         effective = weight * per_filter(beta / filter_norms(weight), weight)
-        if torch.compiler.is_compiling():  # also torch.export, whose graphs must be functional
-            return effective + per_filter(alpha, weight) * dirac_delta(weight, groups)
         diagonal = _central_diagonal(effective, groups)  # a view
         diagonal.add_(alpha.unflatten(0, (groups, -1))[:, : diagonal.shape[1]])
         return effective

@@ -93,18 +93,19 @@ def dirac_weights(architecture: Architecture, params: Params) -> Params:
     """The effective weights of the blocks with alpha and beta, by the keys of the convolutions.
 
     The weights of all blocks of one shape are computed together, which is faster: they are the
-    groups of one large weight.
+    groups of one large weight. torch.compile makes one kernel for each weight instead.
     """
-    names_by_channels, weights = {}, {}
+    stacks, weights = {}, {}
     for name, *channels in sum(architecture.groups, []):
         if f'{name}.alpha' in params or f'{name}.beta' in params:
-            names_by_channels.setdefault(tuple(channels), []).append(name)
-    for (_, out), names in names_by_channels.items():
+            key = name if torch.compiler.is_compiling() else tuple(channels)
+            stacks.setdefault(key, []).append(name)
+    for names in stacks.values():
         stacked = [
             torch.cat([params[f'{name}.{part}'] for name in names])
             for part in ('conv', 'alpha', 'beta')
         ]
-        effective = dirac_weight(*stacked, groups=len(names)).split(out)
+        effective = dirac_weight(*stacked, groups=len(names)).chunk(len(names))
         weights.update({f'{name}.conv': effective[i] for i, name in enumerate(names)})
     return weights
 

@@ -85,7 +85,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
         broken = BrokenImages(stop.say, train_batches, test_batches)
 
         # The network and what trains it, new or from a checkpoint.
-        module, norm = build_network(options, network, device)
+        module, norm = build_network(options, network, device, train_batches.size(0))
         if pretrained:
             stop.say(start_from(module, pretrained, data.classes, train_batches))
         optimizer = make_optimizer(module, options)
@@ -95,7 +95,7 @@ def train(options, resumed, pretrained, device, folder, arguments):
         if resumed:
             state.restore(resumed)
         model = distributed.share_gradients(module, device)
-        step = make_step(model, options, scaler, train_batches.batch_size, stop.say)
+        step = make_step(model, options, scaler, train_batches.size(0), stop.say)
 
         # The folder.
         metadata = run_metadata(options, network, data)

@@ -71,7 +71,7 @@ ROWS = [
     ('--recompute --compile', ['--recompute', '--compile']),
     ('--bn_momentum cumulative --compile', ['--bn_momentum cumulative', '--compile']),
     ('--model resnet --recompute', ['--recompute', 'diracnet and plain']),
-    ('--model wrn --compile', ['--compile', 'diracnet and plain']),
+    ('--device cpu --compile', ['--compile', 'cpu']),
     ('--block bn-add', ['--block', '--model diracnet', 'resnet-dirac']),
     ('--freeze stem', ['--freeze', '--pretrained']),
     ('--form imagenet', ['--form imagenet', 'digits']),

@@ -27,7 +27,7 @@ def race_here(specifications, rounds):
 @pytest.mark.parametrize(
     'part, variants',
     [
-        ('train', {*parts.USUAL, *parts.WITH_OPTIONS, 'ResNet step', '--compile'}),
+        ('train', {*parts.USUAL, *parts.WITH_OPTIONS, 'ResNet step'}),
         ('inference', {'folded', 'unfolded', 'ResNet', 'folded int8', 'folded ONNX'}),
         ('depth', {'DiracNet', '--recompute'}),
         ('data', {'ours', 'torchvision', 'Pillow'}),
@@ -35,8 +35,6 @@ def race_here(specifications, rounds):
 )
 def test_parts_in_small(part, variants, monkeypatch, tmp_path):
     monkeypatch.setattr(parts, 'race', race_here)
-    # Compiling takes long, and is tested in tests of its own.
-    monkeypatch.setitem(contestants.BUILDERS, '--compile', contestants.BUILDERS['DiracNet'])
     out = tmp_path / part
     assert program.main([part, '--quick', '--out', str(out)]) == 0
     content = json.loads(out.with_suffix('.json').read_text())

@@ -84,7 +84,7 @@ def test_folds(model, device):
 def test_digits_are_learned(options, device, tmp_path, capsys):
     """On a GPU, float is TF32, and half scales its loss."""
     if device == 'cpu' and options in ('--dtype half', '--compile'):
-        pytest.skip('half needs CUDA; tests/test_recompute.py compiles on the CPU')
+        pytest.skip('half needs CUDA; tests/test_compile.py compiles on the CPU')
     lines = train_digits(tmp_path / 'run', f'--device {device} {options} --epochs 6')
     assert lines[-1]['test_acc'] > 90
     assert capsys.readouterr().out.count('GB of memory on cuda') == (device == 'cuda')

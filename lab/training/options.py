@@ -250,8 +250,8 @@ def add_training_options(add):
     add('--recompute', **FLAG,
         help=f'compute activations twice, to about halve the memory; for {" and ".join(CHAINS)}')
     add('--compile', **FLAG,
-        help=f'compile each block with torch.compile, for {" and ".join(CHAINS)}; needs a C++ '
-             'compiler and about half a minute')
+        help='compile the steps of full batches with torch.compile, as one graph; needs CUDA, a '
+             'C++ compiler, and a minute or more at the first step')
 
 
 def add_run_options(add):
@@ -410,9 +410,9 @@ def check_combination(options):
     if options['schedule'] != 'step' and options['epoch_step']:
         raise OptionError(f'--epoch_step excludes --schedule {options["schedule"]}: it needs step')
     excluded = {  # by --compile
-        '--recompute': options['recompute'],  # a compiled block decides itself what to recompute
+        '--recompute': options['recompute'],  # torch.compile decides itself what to recompute
         '--bn_momentum cumulative': options['bn_momentum'] == 'cumulative',  # recompiles each step
-        '--sync_bn': options['sync_bn'],  # a compiled block cannot wait for other processes
+        '--sync_bn': options['sync_bn'],  # a compiled graph cannot wait for other processes
     }
     for name, is_given in excluded.items():
         if options['compile'] and is_given:

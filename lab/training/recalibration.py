@@ -4,7 +4,7 @@ Running statistics average over past steps, in which the weights were different.
 from layer to layer: a network of thousands of layers may train well and test at chance.
 """
 
-from contextlib import closing, nullcontext
+from contextlib import closing
 
 import torch
 
@@ -54,7 +54,7 @@ def recalibrate(module, batches, epoch, options):
         for inputs, size in joined(batches):
             done += size
             norm.momentum = size / done
-            with torch.no_grad(), autocast(inputs.device, autocast_dtype), uncompiled(options):
+            with torch.no_grad(), autocast(inputs.device, autocast_dtype):
                 # mode=False turns dropout off, as in the test: dropout changes variances, so
                 # statistics computed with it would not fit the activations of the test.
                 module.f(inputs.to(dtype), module.params(), False, norm=norm)
@@ -74,11 +74,6 @@ def joined(batches):
         if is_full or step == len(batches) - 1:
             yield torch.cat(waiting), size
             waiting, size = [], 0
-
-
-def uncompiled(options):
-    """A context without torch.compile, which would compile the blocks for every momentum."""
-    return torch.compiler.set_stance('force_eager') if options['compile'] else nullcontext()
 
 
 FEW_STEPS = 100  # the running statistics still hold 0.9 ** 100 of their initial values

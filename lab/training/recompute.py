@@ -1,12 +1,11 @@
-"""`diracnet.chain` in two other ways: with less memory (--recompute), or compiled (--compile).
+"""`diracnet.chain` with less memory (--recompute).
 
 `diracnet.chain` keeps two activations per convolution for the backward pass: the input of the
 batch norm and that of the convolution. Here blocks begin with batch norm instead of ending with
 it. Only the input of each batch norm is kept, and the input of the convolution after it is
-recomputed from that. Compiled blocks are cut in the same place, so that batch norm and ReLU become
-one kernel.
+recomputed from that.
 
-This restates `diracnet.relu_conv_bn`, so `regrouped` compares what both compute before anything is
+This restates `diracnet.relu_conv_bn`, so `recomputed` compares what both compute before anything is
 trained.
 """
 
@@ -19,20 +18,18 @@ from diracnet import BN_EPS, BN_MOMENTUM, bn_tensors, dirac_chain, relu
 from lab.memory import release_freed_memory
 
 
-def regrouped(f, params, in_channels, block, flag):
-    """f, a function from `registry.define`, with its chain computed by `regrouped_chain`.
+def recomputed(f, params, in_channels):
+    """f, a function from `registry.define`, with its chain computed by `recomputed_chain`.
 
     Args:
         params: those of f.
-        block: `recomputed_block`, or what `compiled_block` returns.
-        flag: the option that asks for it, for the message.
 
     Raises:
         ValueError: f is not a DiracNet or a plain chain, or its blocks are not those that are
             computed here.
     """
     if getattr(f, 'func', None) is not dirac_chain or f.keywords:
-        raise ValueError(f'{flag} is for the blocks of diracnet and plain: this model has others')
+        raise ValueError('--recompute is for the blocks of diracnet and plain, not of this model')
     size = 64 if f.args[0].form == 'imagenet' else 8
     inputs = torch.linspace(-2, 2, 2 * in_channels * size**2).view(2, in_channels, size, size).sin()
     generator = torch.Generator().manual_seed(0)
@@ -41,26 +38,26 @@ def regrouped(f, params, in_channels, block, flag):
         for key, tensor in params.items()
     }
     outputs = []
-    for chain in (f, partial(f, compute=partial(regrouped_chain, plain_block))):
+    for chain in (f, partial(f, compute=recomputed_chain)):
         own = {key: tensor.clone() for key, tensor in changed.items()}
         # The second call sees the running statistics that the first one updated.
         outputs.append(torch.stack([chain(inputs, own, mode) for mode in (True, False)]))
     if not torch.allclose(*outputs, rtol=1e-3, atol=1e-3, equal_nan=True):
         raise ValueError(
-            f'{flag} computes the blocks in lab/training/recompute.py, which differ from those of '
-            f'diracnet.py: change both in the same way, or train without {flag}'
+            '--recompute computes the blocks in lab/training/recompute.py, which differ from those '
+            'of diracnet.py: change both in the same way, or train without --recompute'
         )
-    return partial(f, compute=partial(regrouped_chain, block))
+    return partial(f, compute=recomputed_chain)
 
 
-def regrouped_chain(block, architecture, inputs, params, mode, norm=F.batch_norm):
-    """`diracnet.chain`, with one call of `block(x, bn, weight, mode, pool, norm)` per block."""
+def recomputed_chain(architecture, inputs, params, mode, norm=F.batch_norm):
+    """`diracnet.chain`, with one call of `recomputed_block` per block."""
     large = architecture.form == 'imagenet'
     x = F.conv2d(inputs, params['conv'], stride=2 if large else 1, padding=3 if large else 1)
     bn, pool = bn_tensors(params, 'bn'), (3, 2, 1) if large else ()
     for group in architecture.groups:
         for name, _, _ in group:
-            x = block(x, bn, params[f'{name}.conv'], mode, pool, norm)
+            x = recomputed_block(x, bn, params[f'{name}.conv'], mode, pool, norm)
             bn, pool = bn_tensors(params, f'{name}.bn'), ()
         pool = (2,)  # before the next group
     x = F.adaptive_avg_pool2d(activate(x, bn, mode, (), norm), 1).flatten(1)
@@ -83,9 +80,6 @@ def activate(x, bn, mode, pool=(), norm=F.batch_norm):
 def plain_block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
     """`activate` and the 3x3 convolution after it: (N, C, H, W) to (N, out, H', W')."""
     return F.conv2d(activate(x, bn, mode, pool, norm), weight, padding=1)
-
-
-# --- recomputing -----------------------------------------------------------------------------
 
 
 class _RecomputedBlock(torch.autograd.Function):
@@ -123,17 +117,3 @@ def recomputed_block(x, bn, weight, mode, pool=(), norm=F.batch_norm):
     if mode and torch.is_grad_enabled():
         return _RecomputedBlock.apply(x, *bn, weight, pool, norm)
     return plain_block(x, bn, weight, mode, pool, norm)
-
-
-# --- compiling -------------------------------------------------------------------------------
-
-
-def compiled_block():
-    """`plain_block` compiled by torch.compile, once per shape: the time for it does not depend on
-    the depth."""
-    import torch._dynamo  # slow to import, and only needed here
-
-    config = torch._dynamo.config
-    limit = 'recompile_limit' if hasattr(config, 'recompile_limit') else 'cache_size_limit'
-    setattr(config, limit, 1000)  # shapes of blocks, batches and modes
-    return torch.compile(plain_block, dynamic=False)

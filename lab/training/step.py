@@ -31,7 +31,7 @@ def loss_and_logits(model, inputs, targets, options):
 def make_step(model, options, scaler, batch_size, say):
     """The function step(inputs, targets, weight=1) that computes loss and logits of a batch, and
     the gradients of weight * loss, which replace those of the batch before. With --graph, it
-    replays batches of `batch_size` as a CUDA graph, where a graph can hold them."""
+    replays batches of `batch_size` as a CUDA graph, if a graph can hold them."""
     step = partial(compute_gradients, model, options, scaler)
     if not options['graph']:
         return step

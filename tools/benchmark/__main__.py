@@ -7,7 +7,7 @@ other programs disturb the numbers.
 
     data        rates and memory of the input pipelines
     train       time and memory of training steps: against a textbook network, plain weights and
-                ResNets; with --recompute, --compile and --dtype bfloat16
+                ResNets; with --recompute and --dtype bfloat16
     inference   folded networks against unfolded ones and torchvision's ResNets, in PyTorch and
                 ONNX Runtime, and in int8
     depth       time and memory of a training step at several depths

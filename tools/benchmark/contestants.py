@@ -42,7 +42,7 @@ def on_a_batch(network, batch, device='cpu', build=build_network, **options):
     inputs, targets = random_batch(dataset, batch, device, torch.channels_last)
     names = registry.network_option_names(options['model'])
     arguments = {name: options[name] for name in names if name in options}
-    module, norm = build(options, {**arguments, 'in_channels': inputs.shape[1]}, device)
+    module, norm = build(options, {**arguments, 'in_channels': inputs.shape[1]}, device, batch)
     module.train()
     optimizer = make_optimizer(module, options)
     scaler = torch.amp.GradScaler(device.type, enabled=options['dtype'] == 'half')
@@ -66,7 +66,7 @@ def fail(reason):
     raise UserError(reason)
 
 
-def build_reference(make, options, network, device):
+def build_reference(make, options, network, device, batch):
     """What build_network returns, for a module that train.py does not have or cannot compile.
     --compile compiles it as a whole.
 
@@ -74,7 +74,7 @@ def build_reference(make, options, network, device):
         make: makes the module; None for a network of ours.
     """
     compiles, options['compile'] = options['compile'], False
-    module, norm = build_network(options, network, device)
+    module, norm = build_network(options, network, device, batch)
     if make:
         module = make().to(device, memory_format=torch.channels_last)
     if compiles:
@@ -162,7 +162,6 @@ BUILDERS = {
     'DiracNet': on_a_batch,
     'plain': partial(on_a_batch, model='plain'),
     '--recompute': partial(on_a_batch, recompute=True),
-    '--compile': partial(on_a_batch, compile=True),
     '--dtype bfloat16': partial(on_a_batch, dtype='bfloat16'),
     'ResNet step': resnet_on_a_batch,
     'textbook': textbook_on_a_batch,

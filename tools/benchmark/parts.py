@@ -32,8 +32,6 @@ TRAINING = [
     ('step, against ResNet,', ('DiracNet', 'ResNet step'), (100, 1, 'digits'), 64, 10),
     ('step, against ResNet,', ('DiracNet', 'ResNet step'), (1000, 1, 'digits'), 64, 5),
     ('step with options', WITH_OPTIONS, (34, 2, 'CIFAR10'), 128, 5),
-    ('compiled step', ('--compile', 'DiracNet'), (34, 1, 'CIFAR10'), 128, 3),
-    ('compiled step', ('--compile', 'DiracNet'), (100, 1, 'digits'), 64, 3),
 ]
 DEPTH = [
     ('step', ('DiracNet', '--recompute'), (depth, 1, 'digits'), 64, 5)
@@ -62,14 +60,12 @@ def bench_steps(title, table, args):
         depth, width, dataset = network
         label = f'{what} of DiracNet-{depth}-{width}, {dataset}, batch {batch}'
         contestants = {kind: (kind, network, batch) for kind in kinds}
-        first = compare(report, label, contestants, batch, factor * args.rounds)
-        if '--compile' in kinds:
-            report.add(f'first {label}', '--compile', [first['--compile']])
+        compare(report, label, contestants, batch, factor * args.rounds)
     return report
 
 
 def compare(report, label, contestants, images, rounds):
-    """Race contestants, and add a row for each. Returns {name: ms of its first step}.
+    """Race contestants, and add a row for each.
 
     images: how many each of them computes in a step.
     """
@@ -79,7 +75,6 @@ def compare(report, label, contestants, images, rounds):
         found = ratio_of_medians(samples[base][1:], times)
         ratio = '' if name == base else '{:.3f} ({:.3f} to {:.3f})'.format(*found)
         report.add(label, name, times, ratio, images, peaks[name])
-    return {name: times[0] for name, times in samples.items()}
 
 
 # --- input -----------------------------------------------------------------------------------
