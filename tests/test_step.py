@@ -108,6 +108,7 @@ def test_a_capture_that_fails(captures, tmp_path, monkeypatch, capfd):
 def test_graph_needs_cuda(tmp_path, refused):
     arguments = ['--dataset', 'digits', '--device', 'cpu', '--save', tmp_path / 'run']
     refused(2, ['--graph', 'cpu'], train.main, *arguments, '--graph')
+    train_digits(tmp_path / 'run', '--depth 10 --epochs 1 --device cpu --no_graph')
 
 
 @pytest.mark.parametrize('n', [1, 3, 100])
