@@ -1,6 +1,7 @@
 """What only CUDA has. Everything else is the same code on every device."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -44,10 +45,16 @@ def send(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+@functools.cache
+def _side_stream():
+    """One stream for all uses: memory that was freed on a stream is reused on it alone."""
+    return torch.cuda.Stream()
+
+
 @contextlib.contextmanager
 def beside():
     """A context whose kernels run on another stream, as those before a capture must."""
-    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream, current = _side_stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         yield
