@@ -8,13 +8,15 @@ import torch
 BACKEND = 'cpu:gloo,cuda:nccl'  # of torch.distributed
 
 
-def set_up():
-    """Let cuDNN choose the fastest convolutions, and let float32 use TF32."""
+def set_up(device):
+    """Make a device the current one, let cuDNN choose the fastest convolutions, and let float32 use
+    TF32."""
+    torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = True
     use_tf32(True)
 
 
-def set_up_for_equal_numbers():
+def set_up_for_equal_numbers(device=None):
     """Compute in full precision, and the same at each repetition, for tests."""
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = True
@@ -31,12 +33,10 @@ def memory(device):
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def peak_memory(device, restart=True):
-    """The most memory in bytes that tensors took on a device since the last restart."""
-    peak = torch.cuda.max_memory_allocated(device)
-    if restart:
-        torch.cuda.reset_peak_memory_stats(device)
-    return peak
+def peak_memory(device):
+    """The most memory in bytes that tensors took on a device so far. (Those of a CUDA graph count
+    when it is captured.)"""
+    return torch.cuda.max_memory_allocated(device)
 
 
 def send(tensor, device):
@@ -47,7 +47,8 @@ def send(tensor, device):
 
 @functools.cache
 def _side_stream():
-    """One stream for all uses: memory that was freed on a stream is reused on it alone."""
+    """One stream for the first steps and the capture. Each stream has a memory of its own for what
+    was freed on it, and for cuBLAS."""
     return torch.cuda.Stream()
 
 
@@ -56,9 +57,11 @@ def beside():
     """A context whose kernels run on another stream, as those before a capture must."""
     stream, current = _side_stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        yield
-    current.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        current.wait_stream(stream)
 
 
 def capture(function):
@@ -71,7 +74,12 @@ def capture(function):
         replay: a function that runs the kernels.
         outputs: what the function returned; each replay overwrites its tensors.
     """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = function()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=_side_stream()):
+            outputs = function()
+    except RuntimeError as error:
+        # Ending a capture that failed fails, too, before torch has gone back to this stream.
+        torch.cuda.set_stream(current)
+        raise error.__context__ or error from None
     return graph.replay, outputs

@@ -50,6 +50,8 @@ def choose_device(cli_options):
         os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
     name, n_devices = _device_name(cli_options), torch.cuda.device_count()
     kind = name.partition(':')[0]
+    if cli_options.get('graph') and kind != 'cuda':
+        raise OptionError(f'--graph needs CUDA, but the device is {name}')
     if kind in ('cpu', *UNTESTED) and (cli_options.get('cuda') or 'gpu_id' in cli_options):
         raise OptionError(f'--cuda and --gpu_id contradict --device {name}; use one of the two')
     _check_processes(cli_options.get('ngpu', distributed.local_world()), name, n_devices)
@@ -99,15 +101,14 @@ def _has_double(device):
 
 def set_up(options, device):
     """Set torch's global switches. Raises OptionError for a dtype that the device cannot train."""
+    options['graph'] &= device.type == 'cuda'  # a resumed run may have been on another device
     if options['dtype'] == 'half' and device.type != 'cuda':
         raise OptionError(f'--dtype half needs CUDA, but the device is {device}; use bfloat16')
-    if options['graph'] and device.type != 'cuda':
-        raise OptionError(f'--graph needs CUDA, but the device is {device}')
     if options['dtype'] == 'double' and not _has_double(device):
         raise OptionError(f'--dtype double: {device} has no double precision; use float')
     if device.type in UNTESTED:
         say(f'{device} is untested: compare the first epochs with those of --device cpu')
     if device.type == 'cuda':
-        cuda.set_up()
+        cuda.set_up(device)
     elif not options['recompute']:  # --recompute saves memory, so malloc should return it
         keep_freed_memory()

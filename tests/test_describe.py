@@ -40,7 +40,7 @@ def test_an_epoch(stats, present, absent):
     'name, expected', [('cuda:0', ['0.42 GB of memory on cuda:0']), ('cpu', [])]
 )
 def test_memory_after_the_first_step(name, expected, monkeypatch):
-    monkeypatch.setattr(cuda, 'peak_memory', lambda device, restart: 4.2e8)
+    monkeypatch.setattr(cuda, 'peak_memory', lambda device: 4.2e8)
     parameters, lines = [SimpleNamespace(device=torch.device(name))], []
     state = SimpleNamespace(module=SimpleNamespace(parameters=lambda: iter(parameters)))
     metadata = {

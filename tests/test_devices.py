@@ -34,6 +34,7 @@ from test import randomized, relative_error
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
 TARGETS = torch.arange(4)
+GRAPHED = ('--graph', '--graph --compile', '--graph --dtype half', '--graph --accumulate 3')
 
 
 def network(model, dataset='CIFAR10'):
@@ -79,15 +80,34 @@ def test_folds(model, device):
 
 
 @pytest.mark.parametrize(
-    'options', ['', '--dtype bfloat16', '--dtype half', '--recompute', '--compile']
+    'options', ['', '--dtype bfloat16', '--dtype half', '--recompute', '--compile', *GRAPHED]
 )
 def test_digits_are_learned(options, device, tmp_path, capsys):
     """On a GPU, float is TF32, and half scales its loss."""
-    if device == 'cpu' and options in ('--dtype half', '--compile'):
-        pytest.skip('half needs CUDA; tests/test_compile.py compiles on the CPU')
+    if device == 'cpu' and options in ('--dtype half', '--compile', *GRAPHED):
+        pytest.skip('only on CUDA; test_compile.py and test_step.py have stand-ins for the CPU')
     lines = train_digits(tmp_path / 'run', f'--device {device} {options} --epochs 6')
     assert lines[-1]['test_acc'] > 90
-    assert capsys.readouterr().out.count('GB of memory on cuda') == (device == 'cuda')
+    out = capsys.readouterr().out
+    assert 'no CUDA graph' not in out
+    assert out.count('GB of memory on cuda') == (device == 'cuda')
+
+
+@pytest.mark.parametrize('options', ['', '--dtype half', '--accumulate 3'])
+def test_a_graph_trains_to_the_bit(options, device, monkeypatch, tmp_path, stop_at):
+    """As ordinary steps do, with a smaller batch at the end of each epoch, and if it resumes."""
+    if device == 'cpu':
+        pytest.skip('only on CUDA; test_step.py has a stand-in for the CPU')
+    monkeypatch.setattr(cuda, 'set_up', cuda.set_up_for_equal_numbers)
+    options = f'--device {device} --depth 10 --epochs 2 {options}'
+    train_digits(tmp_path / 'plain', options)
+    train_digits(tmp_path / 'graphed', f'{options} --graph')
+    assert same(tmp_path / 'plain', tmp_path / 'graphed')
+    stop_at(40)
+    with pytest.raises(SystemExit):
+        train_digits(tmp_path / 'cut', f'{options} --graph')
+    train.main(['--resume', str(tmp_path / 'cut')])
+    assert same(tmp_path / 'plain', tmp_path / 'cut')
 
 
 def test_resumes_to_the_bit(device, monkeypatch, tmp_path, stop_at, call):

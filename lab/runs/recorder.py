@@ -46,7 +46,7 @@ class Recorder:
         self._check_loss(train_pass)
         if self.memory_is_unknown:
             self.memory_is_unknown = False
-            peak = cuda.peak_memory(self.device, restart=False)
+            peak = cuda.peak_memory(self.device)
             self.stop.say(f'{rounded(peak / 1e9, 2)} GB of memory on {self.device}')
         due = time.monotonic() >= self.next_save
         number, due = distributed.agree(self.stop.signal, int(due))

@@ -40,6 +40,8 @@ def make_optimizer(module, options):
         groups.append({'params': others, 'weight_decay': 0.0})
     name = options.get('optim', 'sgd')
     kwargs = {'lr': options['lr']}
+    if name == 'adamw' and decayed[0].is_cuda:
+        kwargs['fused'] = True
     if name in ('sgd', 'nesterov') and options.get('dtype') == 'half':
         # If the scaling of the loss skips the first step, the fused kernel continues with a
         # momentum that was never set (torch 2.14).

@@ -26,7 +26,7 @@ CHANGEABLE_ON_RESUME = {
     *('report', 'tensorboard', 'device', 'cuda', 'gpu_id', 'ngpu', 'graph'),
 }
 # Options that a resumed run does not take from its checkpoint: it may be on another machine.
-MACHINE_OPTIONS = {'device', 'cuda', 'gpu_id', 'ngpu', 'graph'}
+MACHINE_OPTIONS = {'device', 'cuda', 'gpu_id', 'ngpu'}
 # Options that not all models have, and their defaults, by model.
 MODEL_OPTIONS = {model: {**own_options(model), **initial_scales(model)} for model in MODELS}
 
@@ -78,9 +78,14 @@ def epoch_list(text):
 def warmup(text):
     """A number of steps, ramp:STEPS, or ramp:EPOCHSe."""
     length = text.removeprefix('ramp:')
-    if text.startswith('ramp:') and length.endswith('e'):
-        return f'ramp:{number(float, at_least=0)(length.removesuffix("e")):g}e'
-    steps = number(int, at_least=0)(length)
+    try:
+        if text.startswith('ramp:') and length.endswith('e'):
+            return f'ramp:{number(float, at_least=0)(length.removesuffix("e")):g}e'
+        steps = number(int, at_least=0)(length)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'{text} must be a number of steps, ramp:STEPS, or ramp:EPOCHSe such as ramp:5e'
+        ) from None
     return f'ramp:{steps}' if text.startswith('ramp:') else steps
 
 
@@ -250,7 +255,7 @@ def add_training_options(add):
     add('--recompute', **FLAG,
         help=f'compute activations twice, to about halve the memory; for {" and ".join(CHAINS)}')
     add('--compile', **FLAG,
-        help='compile the steps of full batches with torch.compile, as one graph; needs CUDA, a '
+        help='compile the steps of full batches as a whole with torch.compile; needs CUDA, a '
              'C++ compiler, and a minute or more at the first step')
 
 
@@ -405,6 +410,8 @@ def check_combination(options):
         raise OptionError(
             f'--recipe fast exists for {", ".join(FAST[:-1])}, and folder with --form cifar'
         )
+    if options['sync_bn'] and options['accumulate'] > 1:  # processes may have other parts
+        raise OptionError('--sync_bn and --accumulate exclude each other')
     if options['freeze'] and not options['pretrained']:
         raise OptionError('--freeze needs --pretrained: new parameters have to be trained')
     if options['schedule'] != 'step' and options['epoch_step']:

@@ -73,6 +73,7 @@ def why_not_graphed(options):
 class GraphedStep:
     """A step that is captured once and then replayed, for batches of one size. The first steps,
     and smaller batches, are computed as usual. If capturing fails, all are, and one line says why.
+    A replayed step has weight 1, as all have in one process.
 
     Args:
         step: step(inputs, targets) returns (loss, logits), and sets the gradients of `parameters`.
@@ -86,13 +87,13 @@ class GraphedStep:
 
     def __call__(self, inputs, targets, weight=1):
         if len(targets) != self.batch_size or self.has_failed:
-            return self.step(inputs, targets)
+            return self.step(inputs, targets, weight)
         self.n_steps += 1
         if self.n_steps <= self.FIRST:
             with cuda.beside():
-                return self.step(inputs, targets)
+                return self.step(inputs, targets, weight)
         if not self.replay and not self._capture(inputs, targets):
-            return self.step(inputs, targets)
+            return self.step(inputs, targets, weight)
         self.inputs.copy_(inputs)
         self.targets.copy_(targets)
         self.replay()
@@ -112,6 +113,6 @@ class GraphedStep:
         try:
             self.replay, self.outputs = cuda.capture(outputs)
         except RuntimeError as error:
-            self.has_failed = True
+            self.has_failed, self.inputs, self.targets = True, None, None
             self.say(one_line(f'no CUDA graph, because capturing one failed: {error}'))
         return not self.has_failed

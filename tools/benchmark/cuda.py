@@ -61,7 +61,7 @@ def bench_cuda(args):
         raise UserError('there is no CUDA GPU here; --device cpu --quick runs the program in small')
     report = Report('CUDA', LEGEND)
     if device == 'cuda':
-        cuda.set_up()
+        cuda.set_up(torch.device('cuda', torch.cuda.current_device()))
         card, cudnn = torch.cuda.get_device_name(), torch.backends.cudnn.version()
         report.facts.update(card=card, cuda=torch.version.cuda, cudnn=cudnn)
     end = time.monotonic() + SECONDS
@@ -370,6 +370,9 @@ def name_of(network, batch):
 
 
 def check(report, what, value, limit):
-    """Add a row that says whether the measurement before it reaches its goal."""
+    """Add a row that says whether the measurement before it reaches its goal, which is one of a
+    GPU."""
+    if not torch.cuda.is_available():
+        return
     verdict = 'reached' if value <= limit else 'missed'
     report.add(f'goal: {what} at most {limit:g}', f'{verdict}: {value:.4g}', '')
