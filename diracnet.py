@@ -177,9 +177,8 @@ class Network(nn.Module):
         params: flat dict. Tensors that require gradients become parameters, the others buffers.
             The module shares their memory, but has gradients of its own.
 
-    Its batch norms are not modules. Whatever looks for such modules finds none and does nothing,
-    without an error: `torch.optim.swa_utils.update_bn`, `nn.SyncBatchNorm.convert_sync_batchnorm`,
-    a loop that freezes each `nn.BatchNorm2d`. docs/export.md has what to do instead.
+    Its batch norms are not modules, so tools that look for them do nothing, without an error:
+    `swa_utils.update_bn`, `convert_sync_batchnorm`; see docs/export.md for what to do instead.
     """
 
     __prepare_scriptable__ = refuse_script
