@@ -223,6 +223,8 @@ def lines_of(*arguments):
     last = deque(maxlen=20)
     command = [sys.executable, *arguments]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # On a busy CPU, threads would wait for each other in each small operation.
+    pipes['env'] = {**os.environ, 'OMP_NUM_THREADS': '1'}
     with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
         try:
             for line in process.stdout:
