@@ -275,7 +275,8 @@ def _plain(module):
 
 
 def _folded_network(network):
-    params = {key: in_double(tensor) for key, tensor in network.params().items()}
+    originals = network.params()
+    params = {key: in_double(tensor) for key, tensor in originals.items()}
     folded = diracnet.DiracNet.from_state_dict(diracnet.fold(params))
     folded.to(params['conv'].device).eval()
     # Another function may have params of the same names and shapes.
@@ -284,10 +285,10 @@ def _folded_network(network):
     with torch.no_grad():
         if not torch.allclose(folded(x), network.f(x, params, False), 1e-6, 1e-6, equal_nan=True):
             raise ValueError('the function of this Network is not that of a DiracNet')
-    folded.to(network.params()['conv'])  # its dtype and device
+    folded.to(originals['conv'])  # its dtype and device
     for name, parameter in folded.named_parameters():
         source = name.removeprefix(folded.prefix).replace('conv.bias', 'bn.bias')
-        parameter.requires_grad_(params[source.replace('conv.weight', 'conv')].requires_grad)
+        parameter.requires_grad_(originals[source.replace('conv.weight', 'conv')].requires_grad)
     # Such as the names of the classes.
     own = {name: value for name, value in vars(network).items() if name not in ('f', 'owners')}
     vars(folded).update({name: value for name, value in own.items() if name not in vars(folded)})
