@@ -120,6 +120,7 @@ def test_what_a_run_writes(digits_run):
     for line in log:
         assert set(LOGGED.split()) <= set(line)
         assert line['num_classes'] == 10 and line['n_parameters'] == 173_114
+        assert line['n_multiplications'] == 1_631_872
         assert 0 <= line['test_acc'] <= line['test_top5'] <= 100
 
     [entry] = json.loads((digits_run / 'run.json').read_text())

@@ -136,7 +136,7 @@ def options_of(log):
     """The options of a run that may change its numbers, except the seed."""
     from lab.training.options import CHANGEABLE_ON_RESUME  # imports torch
 
-    measured = {'epoch', 'n_parameters', 'broken_images'}
+    measured = {'epoch', 'n_parameters', 'n_multiplications', 'broken_images'}
     ignored = {'seed', *measured, *CHANGEABLE_ON_RESUME} - {'epochs'}
     return {
         name: value

@@ -9,7 +9,7 @@ from lab.errors import UserError
 from lab.runs.checkpoint import describe_position
 from lab.runs.log import format_line
 from lab.runs.resume import resume_command
-from lab.training.network import count_parameters
+from lab.training.network import count_multiplications, count_parameters
 
 
 class Recorder:
@@ -24,7 +24,11 @@ class Recorder:
     def __init__(self, folder, stop, state, metadata, log):
         self.folder, self.stop, self.state = folder, stop, state
         self.metadata, self.log = metadata, log
-        self.n_parameters = count_parameters(metadata['network'])
+        network, image_size = metadata['network'], metadata['preprocessing']['image_size']
+        self.sizes = {
+            'n_parameters': count_parameters(network),
+            'n_multiplications': count_multiplications(network, image_size),  # per image
+        }
         self.device = next(state.module.parameters()).device
         self.memory_is_unknown = self.device.type == 'cuda'
         self._schedule_save()
@@ -104,7 +108,7 @@ class Recorder:
             **results,
             'epoch': train_pass.epoch,
             'num_classes': self.metadata['network']['num_classes'],
-            'n_parameters': self.n_parameters,
+            **self.sizes,
             'train_images_per_second': train_pass.batches.n / results['train_time'],
         }
         if self.device.type == 'cuda':

@@ -36,6 +36,7 @@ def summarize(study, group):
         'most': max(errors, default=None),
         'train_error': median_or_none([100 - line['train_acc'] for line in last]),
         'parameters': first.get('n_parameters'),
+        'multiplications': first.get('n_multiplications'),
         'seconds': median_or_none([sum(map(seconds, log)) for log in logs]),
         'preprocess': first.get('preprocess', ''),
         'reported': group[0].reported,
@@ -81,7 +82,8 @@ def page(study, rows, dataset, command):
 
 
 def markdown_table(study, rows):
-    """The lines of the table. Diverged runs and reported numbers have a column if there are any."""
+    """The lines of the table. Diverged runs, multiplications and reported numbers have a column if
+    there are any."""
     columns = {name: [text_of(row[name]) for row in rows] for name in (*study.table, 'n')}
     if any(row['diverged'] for row in rows):
         columns['diverged'] = [str(row['diverged']) for row in rows]
@@ -91,10 +93,12 @@ def markdown_table(study, rows):
         ('max', 'most', percent),
         ('training error, %', 'train_error', percent),
         ('parameters', 'parameters', '{:,}'.format),
+        ('million multiplications', 'multiplications', lambda n: rounded(n / 1e6)),
         ('seconds per run', 'seconds', rounded),
     ):
         numbers = [row[name] for row in rows]
-        columns[heading] = ['' if value is None else form(value) for value in numbers]
+        if name != 'multiplications' or any(numbers):
+            columns[heading] = ['' if value is None else form(value) for value in numbers]
     if any(row['reported'] for row in rows):
         columns[study.reported] = [str(row['reported']) for row in rows]
     lines = [columns, ['---'] * len(columns), *zip(*columns.values())]
