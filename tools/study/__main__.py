@@ -38,6 +38,7 @@ The YAML file has
 Other keys, equal runs, and options that the study sets itself (seed, save, ...) are errors.
 """
 
+import math
 import os
 import shlex
 import signal
@@ -67,6 +68,13 @@ def parse_arguments(arguments):
     parser.add_argument('--device', help='as for train.py')
     parser.add_argument('--jobs', type=int, default=1, help='trainings at once (default 1)')
     parser.add_argument('--seeds', type=seed_list, help="such as 1,2,3, instead of the study's")
+    parser.add_argument(
+        '--minutes',
+        type=float,
+        default=math.inf,
+        help='stop after this time, for the same command to go on later; do not start a run that '
+        'is known, from its log or another seed, to take longer',
+    )
     parser.add_argument('--out', type=path_argument, help='folder for all output (see above)')
     parser.add_argument('--table', action='store_true', help='train nothing')
     args = parser.parse_args(arguments)
@@ -133,7 +141,7 @@ def main(arguments=None):
     if not args.table:
         # End as after Ctrl-C, so that `execute` stops the trainings.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        execute(runs, args.jobs, args.device)
+        execute(runs, args.jobs, args.device, args.minutes)
     runs = [one for one in of_table if one.is_done()]
     if not runs:
         raise UserError(f'{folder} has no finished runs yet')

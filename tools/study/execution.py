@@ -1,38 +1,46 @@
 """Train the runs of a study, several at a time."""
 
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from statistics import median
 
 from tqdm import tqdm
 
 from lab.errors import UserError
 from lab.files import make_folder
 from lab.runs.folder import OUTPUT
+from lab.runs.log import LOG, read_lines, seconds
 from tools.study.runs import FAILED, ROOT
 
 BAR = '{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} epochs, {remaining}{postfix}'
 DIVERGED = 'the loss is'  # train.py's last line if the loss or a parameter is not finite
 
 
-def execute(runs, jobs, device):
+def execute(runs, jobs, device, minutes=math.inf):
     """Train what is not done yet, `jobs` runs at a time, with one progress bar over all epochs.
+
+    After `minutes`, trainings are stopped, to be resumed another day. A run that would not end
+    before that is not started, if its own log or another seed's tells.
 
     Raises:
         UserError: a training failed for a reason other than divergence.
     """
+    deadline = time.monotonic() + 60 * minutes
     waiting = [one for one in runs if not one.is_done()]
     active = {}  # process: its run
     n_epochs = sum(one.n_epochs for one in runs)
     with tqdm(total=n_epochs, dynamic_ncols=True, bar_format=BAR, disable=None) as bar:
         try:
-            while waiting or active:
+            while (waiting or active) and time.monotonic() < deadline:
                 while waiting and len(active) < jobs:
                     one = waiting.pop(0)
-                    active[start(one, device, jobs)] = one
+                    if remaining(one) < deadline - time.monotonic():
+                        active[start(one, device, jobs)] = one
                 time.sleep(1)
                 show_progress(bar, runs, active)
                 for process in [process for process in active if process.poll() is not None]:
@@ -45,6 +53,14 @@ def execute(runs, jobs, device):
             raise
         finally:
             stop(active)
+
+
+def remaining(one):
+    """The seconds that a run still takes, judged by its epochs and those of other seeds; 0 if there
+    are none yet."""
+    logs = map(read_lines, one.folder.parent.glob(f'seed*/{LOG}'))
+    times = [seconds(stats) for log in logs for _, stats in log if stats is not None]
+    return (one.n_epochs - len(one.log())) * median(times) if times else 0
 
 
 def start(one, device, jobs):
