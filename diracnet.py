@@ -139,6 +139,7 @@ def define_diracnet(
     bn_init: BnInit = 'paper',
     alpha: Scale = None,
     beta: Scale = None,
+    widen_early: bool = False,
 ) -> tuple[Function, Params]:
     """DiracNet-DEPTH-WIDTH, version 2.
 
@@ -151,6 +152,8 @@ def define_diracnet(
             stem, three groups) or 'imagenet' (7x7 stem, four groups).
         bn_init, alpha, beta: initial scales, see `diracparams.initialize_scales`. Here, 'shifted'
             also sets beta to 1 / sqrt(depth), unless it is given.
+        widen_early: let the last convolution before each max-pool increase the channels, not the
+            first one after it. A departure from the paper.
 
     Returns:
         f, params: `f(inputs, params, mode)` returns logits, see `chain`. params is a flat dict
@@ -160,7 +163,7 @@ def define_diracnet(
         ValueError: an impossible choice; the message says what is possible.
     """
     architecture = diracparams.make_architecture(
-        depth, width, dataset, num_classes, in_channels, form
+        depth, width, dataset, num_classes, in_channels, form, widen_early
     )
     params = diracparams.chain_params(architecture, diracparams.dirac_conv_params)
     if bn_init == 'shifted' and beta is None:
@@ -279,7 +282,7 @@ class DiracNet(nn.Module):
 
     `features` maps (N, in_channels, H, W) to (N, channels, 1, 1), and `fc` that to logits
     (N, num_classes). H and W are at least 32 in the ImageNet form and 4 in the CIFAR form.
-    The arguments (choices: num_classes, in_channels, form) and their errors are as for
+    The arguments (choices: num_classes, in_channels, form, widen_early) and their errors are as for
     `define_diracnet`. The weights are random until `load_state_dict(fold(params))` loads trained
     ones.
     """

@@ -3,6 +3,7 @@
 `diracnet.py` defines the networks themselves. This file needs torch and diracconv.py alone.
 """
 
+import itertools
 import math
 import os
 import re
@@ -44,6 +45,7 @@ class Architecture:
     width: float
     in_channels: int
     num_classes: int
+    widen_early: bool = False  # a departure: each pool sees the channels of the group after it
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -57,9 +59,16 @@ class Architecture:
         if self.form == 'cifar':
             counts = [(self.depth - 4) // 6] * 3
         inside = (self.widths[0], *self.widths)
-        return [
-            [(f'group{g}.block{b}', out if b else inside[g], out) for b in range(2 * count)]
+        groups = [
+            [(inside[g], out)] + [(out, out)] * (2 * count - 1)
             for g, (count, out) in enumerate(zip(counts, self.widths))
+        ]
+        if self.widen_early:
+            for before, after in itertools.pairwise(groups):
+                before.append(after.pop(0))
+        return [
+            [(f'group{g}.block{b}', *channels) for b, channels in enumerate(group)]
+            for g, group in enumerate(groups)
         ]
 
 
@@ -70,6 +79,7 @@ def make_architecture(
     num_classes: int | None = None,
     in_channels: int | None = None,
     form: str | None = None,
+    widen_early: bool = False,
 ) -> Architecture:
     """The Architecture for these choices; the data set determines what is None.
 
@@ -94,7 +104,7 @@ def make_architecture(
     )
     for name, number in (('num_classes', classes), ('in_channels', channels)):
         check(number == int(number) >= 1, f'{name} {number} is impossible: it must be at least 1')
-    return Architecture(form, int(depth), width, int(channels), int(classes))
+    return Architecture(form, int(depth), width, int(channels), int(classes), widen_early)
 
 
 def check(is_possible: bool, message: str) -> None:
@@ -104,7 +114,7 @@ def check(is_possible: bool, message: str) -> None:
 
 def read_network(tensors: Params, prefix: str = '') -> dict:
     """What determines a chain, from its params or folded state dict: form, depth, width,
-    in_channels, num_classes.
+    in_channels, num_classes, widen_early.
 
     Only a few shapes are read. Whether the others fit is for the caller to see.
 
@@ -125,10 +135,11 @@ def read_network(tensors: Params, prefix: str = '') -> dict:
         width = last_width / BASE_WIDTHS[form][-1]  # widths are truncated; the last one the least
         return {
             'form': form,
-            'depth': {4: 18, 8: 34}[counts['1']] if form == 'imagenet' else 3 * counts['0'] + 4,
+            'depth': {4: 18, 8: 34}[counts['1']] if form == 'imagenet' else 3 * counts['1'] + 4,
             'width': int(width) if width.is_integer() else width,
             'in_channels': stem.shape[1],
             'num_classes': num_classes,
+            'widen_early': counts['0'] % 2 == 1,
         }
     except (KeyError, StopIteration, AttributeError, IndexError, ValueError) as error:
         reason = error.args[0] if error.args else f'no {prefix}conv'

@@ -289,6 +289,8 @@ class TestFolding(unittest.TestCase):
                 (34, 2, 'folder', 32, {'form': 'cifar', 'num_classes': 10}),
                 (18, 1, 'ImageNet', 96, {}),
                 (34, 0.3, 'ImageNet', 75, {'num_classes': 12}),
+                (16, 1, 'CIFAR10', 32, {'widen_early': True}),
+                (18, 0.5, 'ImageNet', 64, {'widen_early': True}),
             ]:
                 with self.subTest(depth=depth, width=width, dataset=dataset, device=device):
                     f, params = define_diracnet(depth, width, dataset, **kwargs)

@@ -127,6 +127,7 @@ def test_published_imagenet_layout(tmp_path):
         'num_classes': 1000,
         'in_channels': 3,
         'form': 'imagenet',
+        'widen_early': False,
     }
     x = torch.randn(2, 3, 64, 64)
     expected = f(x, params, False)

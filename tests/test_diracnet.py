@@ -68,6 +68,20 @@ def test_training_agrees_with_the_textbook(network, memory_format, device):
         assert sorted(of_logits_or_gradients)[2] < 1e-5
 
 
+@pytest.mark.parametrize('widen_early, channels', [(False, [16, 32]), (True, [32, 64])])
+def test_what_the_pools_see(widen_early, channels):
+    """The same convolutions in the same order, with the pools at another place."""
+    net, seen = DiracNet(16, 1, 'CIFAR10', widen_early=widen_early), []
+    pools = [module for module in net.modules() if isinstance(module, torch.nn.MaxPool2d)]
+    for pool in pools:
+        pool.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[1:]))
+    net(torch.randn(2, 3, 32, 32))
+    assert seen == [(channels[0], 32, 32), (channels[1], 16, 16)]
+    usual = DiracNet(16, 1, 'CIFAR10').state_dict().values()
+    for tensor, other in zip(net.state_dict().values(), usual, strict=True):
+        assert tensor.shape == other.shape
+
+
 # --- initial scales --------------------------------------------------------------------------
 
 resnet_dirac = partial(define_resnet_dirac, block='bn-add')

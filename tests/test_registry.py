@@ -74,6 +74,8 @@ def test_fold(model):
         (10, 0.5, 'CIFAR10', {'num_classes': 3, 'in_channels': 4}),  # which fit no data set
         (18, 0.25, 'ImageNet', {'num_classes': 5}),
         (34, 1.01, 'ImageNet', {}),  # the widths are truncated
+        (34, 1, 'CIFAR10', {'widen_early': True}),
+        (18, 1, 'ImageNet', {'widen_early': True}),
     ],
 )
 def test_published_and_bare_files_are_recognized(model, depth, width, dataset, others):

@@ -11,9 +11,9 @@ from diracparams import chain_params, conv_params, initialize_scales, make_archi
 from lab.models import diracnet_v1
 
 
-def define_plain(depth, width, dataset, *, bn_init='paper', **choices):
+def define_plain(depth, width, dataset, *, bn_init='paper', widen_early=False, **choices):
     """The plain network that the paper compares DiracNets with."""
-    architecture = make_architecture(depth, width, dataset, **choices)
+    architecture = make_architecture(depth, width, dataset, widen_early=widen_early, **choices)
     params = chain_params(architecture, plain_conv_params)
     return partial(dirac_chain, architecture), initialize_scales(params, depth, bn_init)
 

@@ -1,6 +1,7 @@
 """All models by name: define them, fold them, recognize a file that does not say what it is."""
 
 import inspect
+import json
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +131,20 @@ def network_option_names(model):
     return ('model', 'depth', 'width', 'dataset', 'form', *own_options(model))
 
 
+def flags(options):
+    """The options as command-line arguments."""
+    arguments = []
+    for name, value in options.items():
+        if value is False:
+            continue
+        arguments.append(f'--{name}')
+        if isinstance(value, list):
+            arguments.append(json.dumps(value, separators=(',', ':')))
+        elif value is not True:
+            arguments.append(str(value))
+    return arguments
+
+
 # --- folding ---------------------------------------------------------------------------------
 
 
@@ -160,8 +175,8 @@ def why_unfoldable(network):
             return ''
     except ValueError as error:
         return str(error)
-    flags = ''.join(f' --{name} {network.get(name, own[name])}' for name in own)
-    return f'--model {model}{flags} computes what its folded network does not'
+    options = {'model': model, **{name: network.get(name, own[name]) for name in own}}
+    return f'{" ".join(flags(options))} computes what its folded network does not'
 
 
 @torch.no_grad()

@@ -46,12 +46,12 @@ def branch_params(in_channels, out_channels):
     return params
 
 
-def define_repvgg(depth, width, dataset, **choices):
+def define_repvgg(depth, width, dataset, *, widen_early=False, **choices):
     """RepVGG; arguments, returns and errors are those of `diracnet.define_diracnet`.
 
     Batch norms begin with weight 1 and bias 0, as in the paper's code.
     """
-    architecture = make_architecture(depth, width, dataset, **choices)
+    architecture = make_architecture(depth, width, dataset, widen_early=widen_early, **choices)
     params = chain_params(architecture, branch_params)
     for key, tensor in params.items():
         if key.endswith('.weight') and tensor.ndim == 1:

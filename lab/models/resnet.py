@@ -301,14 +301,14 @@ def bn_tree(channels):
     return {**bn_params(channels), 'weight': torch.ones(channels)}
 
 
-def architecture_of_width(width, dataset, form=None, **choices):
+def architecture_of_width(width, dataset, num_classes=None, in_channels=None, form=None):
     """The Architecture of a DiracNet of this width; all but its depth fits a residual network too.
 
     Raises ValueError for an impossible choice.
     """
     own_form = DATASETS[dataset][0] if dataset in DATASETS else 'cifar'
     depth = 18 if (form or own_form) == 'imagenet' else 10
-    return make_architecture(depth, width, dataset, form=form, **choices)
+    return make_architecture(depth, width, dataset, num_classes, in_channels, form)
 
 
 def check_depth(name, form, depth, remainder, imagenet_depths):

@@ -166,7 +166,7 @@ def network_flags(network):
     names = [name for name in registry.network_option_names(network['model']) if name in network]
     if network['dataset'] != 'folder':
         names.remove('form')  # the data set determines it
-    return ' '.join(f'--{name} {network[name]}' for name in names)
+    return ' '.join(registry.flags({name: network[name] for name in names}))
 
 
 # --- loading ---------------------------------------------------------------------------------

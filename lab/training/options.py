@@ -148,6 +148,9 @@ def add_network_options(add):
     add('--width', type=POSITIVE, help='multiplies the channels')
     add('--dtype', choices=tuple(DTYPES),
         help='floating-point type: float, double, or mixed precision with bfloat16 or half (CUDA)')
+    add('--widen_early', **FLAG,
+        help='let the convolution before each max-pool increase the channels, not the one after '
+             'it; a departure from the paper')
     add('--block', choices=BLOCKS,
         help="end of a resnet's blocks: batch norm before or after the addition, with or without "
              'ReLU')

@@ -1,6 +1,5 @@
 """The runs of a study: their command lines, their folders, and what they have done."""
 
-import json
 import os
 import shlex
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from lab.errors import OptionError, UserError
 from lab.files import write_atomically
+from lab.models.registry import flags
 from lab.runs.checkpoint import FILE_NAME
 from lab.runs.folder import COMMANDS, read_commands
 from lab.runs.log import LOG, read_lines
@@ -29,20 +29,6 @@ def expand(options):
         if name != 'seeds'
     }
     return [dict(zip(choices, values)) for values in product(*choices.values())]
-
-
-def flags(options):
-    """The options as command-line arguments."""
-    arguments = []
-    for name, value in options.items():
-        if value is False:
-            continue
-        arguments.append(f'--{name}')
-        if isinstance(value, list):
-            arguments.append(json.dumps(value, separators=(',', ':')))
-        elif value is not True:
-            arguments.append(str(value))
-    return arguments
 
 
 class Run:
