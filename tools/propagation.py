@@ -57,7 +57,7 @@ COLUMNS = (
     *('run', 'epoch', 'layer', 'name'),
     *('alpha', 'beta', 'identity', 'active', 'neighbour', 'kept', 'gradient'),
 )
-DISTINGUISHING = ('width', 'init', *SCALES, 'seed')  # options that a label has if they differ
+DISTINGUISHING = ('width', 'init', 'widen_early', *SCALES, 'seed')  # options that a label has if they differ
 
 
 # --- what is measured ------------------------------------------------------------------------
