@@ -57,7 +57,8 @@ COLUMNS = (
     *('run', 'epoch', 'layer', 'name'),
     *('alpha', 'beta', 'identity', 'active', 'neighbour', 'kept', 'gradient'),
 )
-DISTINGUISHING = ('width', 'init', 'widen_early', *SCALES, 'seed')  # options that a label has if they differ
+# Options that a label has if they differ.
+DISTINGUISHING = ('width', 'init', 'widen_early', *SCALES, 'seed')
 
 
 # --- what is measured ------------------------------------------------------------------------
