@@ -76,7 +76,7 @@ CONTENTS = [
     # Tensors that are missing, or too many.
     ('run-no-alpha', lambda: {**run(), 'params': without(bare(), f'{BLOCK}.alpha')}, BLOCK),
     ('no-alpha', lambda: without(bare(), f'{BLOCK}.alpha'), BLOCK),
-    ('no-conv', lambda: without(bare(), 'group0.block1.conv'), 'depth'),
+    ('no-conv', lambda: without(bare(), 'group0.block1.conv'), 'group0.block1.conv'),
     ('no-bias', lambda: without(bare(), 'fc.bias'), 'fc.bias'),
     ('no-variance', lambda: without(bare(), 'bn.running_var'), 'bn.running_var'),
     ('extra', lambda: {**bare(), 'extra': torch.zeros(3)}, 'extra'),

@@ -44,8 +44,15 @@ def test_memory_after_the_first_step(name, expected, monkeypatch):
     parameters, lines = [SimpleNamespace(device=torch.device(name))], []
     state = SimpleNamespace(module=SimpleNamespace(parameters=lambda: iter(parameters)))
     metadata = {
-        'network': {'model': 'diracnet', 'depth': 10, 'width': 1, 'dataset': 'digits'},
+        'network': {
+            'model': 'diracnet',
+            'depth': 10,
+            'width': 1,
+            'dataset': 'digits',
+            'in_channels': 1,
+        },
         'options': {'checkpoint_minutes': 10},
+        'preprocessing': {'image_size': 8},
     }
     recorder = Recorder(None, SimpleNamespace(signal=0, say=lines.append), state, metadata, [])
     for _ in range(2):

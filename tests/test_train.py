@@ -132,7 +132,7 @@ def test_what_a_run_writes(digits_run):
     assert set(content['params']) == set(define_diracnet(16, 1, 'digits')[1])
     assert content['epoch'] == 8 and content['classes'] == list('0123456789')
     network = dict(depth=16, width=1, dataset='digits', form='cifar', num_classes=10, in_channels=1)
-    assert content['network'] == {'model': 'diracnet', **network}
+    assert content['network'] == {'model': 'diracnet', 'widen_early': False, **network}
 
 
 def test_evaluate_gives_the_numbers_in_the_log(digits_run, tmp_path, call):
