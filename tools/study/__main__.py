@@ -72,8 +72,8 @@ def parse_arguments(arguments):
         '--minutes',
         type=float,
         default=math.inf,
-        help='stop after this time, for the same command to go on later; do not start a run that '
-        'is known, from its log or another seed, to take longer',
+        help='stop after this time (the same command resumes), and do not start a run whose log or '
+        'other seeds say that it would not end in time',
     )
     parser.add_argument('--out', type=path_argument, help='folder for all output (see above)')
     parser.add_argument('--table', action='store_true', help='train nothing')

@@ -1,6 +1,5 @@
 """Train the runs of a study, several at a time."""
 
-import math
 import os
 import shlex
 import signal
@@ -21,11 +20,11 @@ BAR = '{percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} epochs, {remaining}{post
 DIVERGED = 'the loss is'  # train.py's last line if the loss or a parameter is not finite
 
 
-def execute(runs, jobs, device, minutes=math.inf):
+def execute(runs, jobs, device, minutes):
     """Train what is not done yet, `jobs` runs at a time, with one progress bar over all epochs.
 
-    After `minutes`, trainings are stopped, to be resumed another day. A run that would not end
-    before that is not started, if its own log or another seed's tells.
+    After `minutes`, trainings are stopped; they can be resumed. A run is not started if its own log
+    or that of another seed says that it would not end in time.
 
     Raises:
         UserError: a training failed for a reason other than divergence.
@@ -56,8 +55,8 @@ def execute(runs, jobs, device, minutes=math.inf):
 
 
 def remaining(one):
-    """The seconds that a run still takes, judged by its epochs and those of other seeds; 0 if there
-    are none yet."""
+    """The seconds that a run still takes, judged by the epochs of all its seeds; 0 if there are
+    none yet."""
     logs = map(read_lines, one.folder.parent.glob(f'seed*/{LOG}'))
     times = [seconds(stats) for log in logs for _, stats in log if stats is not None]
     return (one.n_epochs - len(one.log())) * median(times) if times else 0
