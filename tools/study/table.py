@@ -5,7 +5,7 @@ from statistics import median
 
 from lab.data.names import display_name, percent, rounded
 from lab.errors import UserError
-from lab.runs.log import seconds, test_error
+from lab.runs.log import seconds, test_error, test_loss
 
 
 def collect(study, runs):
@@ -34,6 +34,7 @@ def summarize(study, group):
         'error': median_or_none(errors),
         'least': min(errors, default=None),
         'most': max(errors, default=None),
+        'test_loss': median_or_none(list(map(test_loss, last))),
         'train_error': median_or_none([100 - line['train_acc'] for line in last]),
         'parameters': first.get('n_parameters'),
         'multiplications': first.get('n_multiplications'),
@@ -91,6 +92,7 @@ def markdown_table(study, rows):
         ('test error, %: median', 'error', percent),
         ('min', 'least', percent),
         ('max', 'most', percent),
+        ('test loss', 'test_loss', '{:.4f}'.format),
         ('training error, %', 'train_error', percent),
         ('parameters', 'parameters', '{:,}'.format),
         ('million multiplications', 'multiplications', lambda n: rounded(n / 1e6)),
