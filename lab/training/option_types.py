@@ -1,4 +1,4 @@
-"""The types of train.py's options: argparse's `type` and `action` arguments that it lacks.
+"""The types that train.py's options need beyond argparse's own, and an action for pairs of flags.
 
 A type raises ValueError or argparse.ArgumentTypeError for a text that it refuses.
 """
