@@ -391,19 +391,15 @@ def diracnet(
         ValueError: as for `define_diracnet`, or there is no such pretrained network.
         RuntimeError: the file in weights/ is missing.
     """
-    make = DiracNet if folded else _network
+    make = DiracNet if folded else lambda *args, **more: Network(*define_diracnet(*args, **more))
     if not pretrained:
         check(depth is not None, 'depth is missing: only pretrained networks have one of their own')
         return make(depth, 1 if width is None else width, dataset, **kwargs)
-    content = diracparams.trained_weights(dataset, folded)
-    own = content['network']
+    content = diracparams.trained_weights(dataset)
+    own, tensors = content['network'], content['state_dict']
     for name, value in {'depth': depth, 'width': width, **kwargs}.items():
         check(value in (None, own.get(name)), f'{name} {value!r} does not fit {dataset}: {own}')
-    net = make(own['depth'], own['width'], dataset)
-    copy_tensors(content['state_dict'], net)
+    net = make(**{name: value for name, value in own.items() if name != 'model'})
+    copy_tensors(fold(tensors) if folded else tensors, net)
     net.classes, net.preprocessing = content['classes'], content['preprocessing']
     return net
-
-
-def _network(*args, **kwargs):
-    return Network(*define_diracnet(*args, **kwargs))

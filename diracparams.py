@@ -290,11 +290,7 @@ model_urls = {  # the hexadecimal part is the beginning of the file's SHA-256
     'diracnet18': f'{FOLDER}diracnet18v2folded-a2174e15.pth',
     'diracnet34': f'{FOLDER}diracnet34v2folded-dfb15d34.pth',
 }
-# Files in weights/: (unfolded, folded).
-TRAINED = {
-    'digits': ('digits-f40cea6a.pth', 'digits-folded-ab3e7afb.pth'),
-    'FashionMNIST': ('fashion-64bbe56e.pth', 'fashion-folded-252a3b75.pth'),
-}
+TRAINED = {'digits': 'digits-f40cea6a.pth', 'FashionMNIST': 'fashion-64bbe56e.pth'}  # in weights/
 
 
 def published_weights(name: str) -> Params:
@@ -316,13 +312,13 @@ def published_weights(name: str) -> Params:
         ) from error
 
 
-def trained_weights(dataset: str, folded: bool = False) -> dict:
+def trained_weights(dataset: str) -> dict:
     """The content of a file in weights/: state_dict, network (the arguments that define it),
     classes (names), preprocessing."""
-    return torch.load(trained_path(dataset, folded), map_location='cpu', weights_only=True)
+    return torch.load(trained_path(dataset), map_location='cpu', weights_only=True)
 
 
-def trained_path(dataset: str, folded: bool = False) -> str:
+def trained_path(dataset: str) -> str:
     """The file in weights/ for a data set. Raises ValueError or RuntimeError if there is none."""
     if dataset not in TRAINED:
         raise ValueError(
@@ -330,7 +326,7 @@ def trained_path(dataset: str, folded: bool = False) -> str:
             'diracnet18 or diracnet34 for ImageNet'
         )
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'weights')
-    path = os.path.join(folder, TRAINED[dataset][folded])
+    path = os.path.join(folder, TRAINED[dataset])
     if not os.path.exists(path):
         raise RuntimeError(f'{path} is missing: copy it from weights/ in the repository')
     return path

@@ -57,9 +57,7 @@ AVERAGES = ('ema', 'model_ema', 'state_dict_ema', 'ema_state_dict')
 ADDED = re.compile(r'eye.*|(.*\.)?(num_batches_tracked|n_averaged)')
 # What the networks in weights/ are called: as their files, or as their data sets.
 TRAINED_NAMES = {
-    name: dataset
-    for dataset, files in TRAINED.items()
-    for name in (files[0].split('-')[0], dataset)
+    name: dataset for dataset, file in TRAINED.items() for name in (file.split('-')[0], dataset)
 }
 
 
