@@ -35,6 +35,11 @@ class Study:
     def name(self):
         return self.path.stem
 
+    @property
+    def tested(self):
+        """What the errors of its tables are those of: 'test' or 'held-out' images."""
+        return 'held-out' if 'holdout' in self.options else 'test'
+
 
 class Loader(yaml.SafeLoader):
     """A loader that refuses a key that is twice in a mapping: PyYAML would take the last one."""

@@ -69,7 +69,7 @@ def draw_errors(study, rows, out):
     if spans_decades(rows):
         figures.use_log_scale(ax)
     ax.set_xlabel(x)
-    ax.set_ylabel('test error, % (median, min to max)')
+    ax.set_ylabel(f'{study.tested} error, % (median, min to max)')
     ax.set_title(textwrap.fill(figures.plain(study.title), 60), fontsize=9)
     if lines:
         figure.legend(title=', '.join(lines), loc='outside lower center', ncols=3, fontsize=8)

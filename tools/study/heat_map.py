@@ -29,7 +29,7 @@ def draw_heat_maps(study, rows, out):
         ax.set_yticks(range(len(lines)), lines)
         ax.set_xlabel(x)
     axes[0].set_ylabel(y)
-    title = textwrap.fill(f'{figures.plain(study.title)}: median test error, %', 110)
+    title = textwrap.fill(f'{figures.plain(study.title)}: median {study.tested} error in %', 110)
     figure.suptitle(title, fontsize=10)
     return figures.save(figure, out)
 

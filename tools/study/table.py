@@ -89,10 +89,10 @@ def markdown_table(study, rows):
     if any(row['diverged'] for row in rows):
         columns['diverged'] = [str(row['diverged']) for row in rows]
     for heading, name, form in (
-        ('test error, %: median', 'error', percent),
+        (f'{study.tested} error, %: median', 'error', percent),
         ('min', 'least', percent),
         ('max', 'most', percent),
-        ('test loss', 'test_loss', '{:.4f}'.format),
+        (f'{study.tested} loss', 'test_loss', '{:.4f}'.format),
         ('training error, %', 'train_error', percent),
         ('parameters', 'parameters', '{:,}'.format),
         ('million multiplications', 'multiplications', lambda n: rounded(n / 1e6)),
