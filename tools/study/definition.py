@@ -37,7 +37,7 @@ class Study:
 
     @property
     def tested(self):
-        """What the errors of its tables are those of: 'test' or 'held-out' images."""
+        """Which images its errors come from: 'test' or 'held-out'."""
         return 'held-out' if 'holdout' in self.options else 'test'
 
 
